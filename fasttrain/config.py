@@ -1,0 +1,360 @@
+"""TOML recipe -> `Recipe`: frozen, typed, validated, with every fault reported at once.
+
+Every knob of a run is declared here, with its unit and one line on what it does. A recipe sets only
+what differs from these defaults. `python -m fasttrain.config RECIPE` prints a recipe in full.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+# `~` and environment variables are for clusters: root = "$SLURM_TMPDIR/imagenet".
+ExpandedPath = Annotated[
+    Path, BeforeValidator(lambda p: os.path.expandvars(os.path.expanduser(p)))
+]
+
+
+class Section(BaseModel):
+    """A table of the recipe: unknown keys and wrong types are errors, values cannot change."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Data(Section):
+    """What the images are and how they are cut."""
+
+    root: ExpandedPath = Path("data/imagenet")
+    """Folder of the shards, as `tools/make_shards.py` writes it."""
+    prepare: Literal["none", "digits"] = "none"
+    """`digits` makes the demo's shards in `root` when they are missing."""
+    crop_px: Annotated[int, Field(ge=32)] = 224
+    """Side of the training crop after resizing, in pixels."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest part of the image's area that a training crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a training crop."""
+    flip: bool = True
+    """Mirror a random half of the training images."""
+    eval_resize_px: Annotated[int, Field(ge=32)] = 256
+    """Shorter side of a validation image after resizing, in pixels."""
+    eval_crop_px: Annotated[int, Field(ge=32)] = 224
+    """Side of the centre crop of a validation image, in pixels."""
+    decode: Literal["auto", "cpu", "gpu_full", "gpu_window"] = "auto"
+    """Where JPEGs are decoded: `gpu_full` the whole image, `gpu_window` only the crop (fewer pixels,
+    but reported to crash with nvImageCodec 0.9 on some GPUs); `auto` is `gpu_full` on a GPU."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
+    queue_depth: Positive = 2
+    """Batches kept ready for the training thread."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_area = [{low}, {high}]: must rise within (0, 1]")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: must rise from above 0")
+        if self.eval_crop_px > self.eval_resize_px:
+            raise ValueError(
+                f"eval_crop_px = {self.eval_crop_px}: larger than the resized image "
+                f"(eval_resize_px = {self.eval_resize_px}); raise the one or lower the other"
+            )
+        return self
+
+
+class Model(Section):
+    """Which network; its number of classes comes from the data."""
+
+    arch: Literal["large", "small"] = "large"
+    """MobileNetV3-Large or -Small."""
+    width: Annotated[float, Field(ge=0.1, le=8.0)] = 1.0
+    """Multiplies the channels of every layer."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Part of the last hidden layer dropped in training."""
+
+
+class Optim(Section):
+    """SGD with momentum, linear warm-up, then cosine."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 0.4
+    """Learning rate at the end of the warm-up, for the whole global batch."""
+    warmup_lr: Annotated[float, Field(ge=0.0)] = 0.1
+    """Learning rate of the first update."""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 5
+    """Length of the linear ramp from `warmup_lr` to `lr`, in epochs."""
+    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Where the cosine ends."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 4e-5
+    """On the weights of convolutions and linear layers; never on biases and BatchNorm."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Moving average of the weights, per update, evaluated beside them; 0 keeps none."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov = true: needs momentum above 0")
+        return self
+
+
+class Train(Section):
+    """How long, how many images at once, in which precision."""
+
+    epochs: Positive = 150
+    """Passes over the training images; the learning rate is scheduled over them."""
+    max_steps: Positive | None = None
+    """End the run after this many updates; the schedule stays that of `epochs`."""
+    global_batch_size: Positive = 1024
+    """Images per update, over all processes."""
+    micro_batch_size: Positive | None = None
+    """Images per forward pass and process; unset: `global_batch_size` over the processes."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of everything drawn: initial weights, order, crops, flips, dropout."""
+    precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Mixed precision: bfloat16, float16 with loss scaling, or none (float32)."""
+    label_smoothing: Fraction = 0.0
+    """Part of the target spread over all classes."""
+    eval_every_epochs: Positive = 1
+    """Evaluate after every so many epochs, and always at the end."""
+    cpu_threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
+
+
+class Checkpoint(Section):
+    """When the run is saved."""
+
+    every_steps: Positive = 1000
+    """Save after every so many updates, and always at the end and when asked to stop."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept, newest first; never fewer than two."""
+
+
+class Log(Section):
+    """Where the run is written and how often it reports."""
+
+    run_dir: ExpandedPath | None = None
+    """The run folder; unset: `runs/` and the recipe's file name."""
+    every_steps: Positive = 50
+    """A train line after every so many updates."""
+    samples: bool = False
+    """Write which samples, windows and flips each update saw, one file per process."""
+
+
+class Recipe(Section):
+    """A whole run. The launcher says where it runs, the recipe says what."""
+
+    data: Data = Data()
+    model: Model = Model()
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+
+# What may differ when a run goes on: nothing here changes what is computed on a given machine, or
+# (micro_batch_size) it must follow the number of processes. All else would make it another run.
+MAY_CHANGE = frozenset(
+    {
+        "data.root",
+        "data.prepare",
+        "data.decode",
+        "data.threads",
+        "data.queue_depth",
+        "train.max_steps",
+        "train.micro_batch_size",
+        "train.cpu_threads",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "log.run_dir",
+        "log.every_steps",
+        "log.samples",
+    }
+)
+
+
+class ConfigError(ValueError):
+    """A recipe is wrong; the message lists every fault, with its place and remedy."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `section.key=value` overrides on top.
+
+    Raises:
+        ConfigError: naming every fault at once.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this recipe ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    faults = [fault for text in overrides if (fault := _override(raw, text))]
+    recipe, faults = _validate(raw, faults)
+    if recipe is None:
+        count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"{path}: {count}", *faults]))
+    if recipe.log.run_dir is None:
+        log = recipe.log.model_copy(update={"run_dir": Path("runs") / path.stem})
+        recipe = recipe.model_copy(update={"log": log})
+    return recipe
+
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Applies one `section.key=value` to `raw`; returns the fault, if any."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        return f"--set {text}: expected section.key=value, for example train.epochs=90"
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word or path: --set log.run_dir=/tmp/run
+    table = raw.setdefault(section, {})
+    if isinstance(table, dict):
+        table[key] = parsed
+    return None
+
+
+def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None, list[str]]:
+    """Validates section by section, so that one fault does not hide the others; adds to `faults`."""
+    sections: dict[str, Any] = {}
+    known = {name: type(field.default) for name, field in Recipe.model_fields.items()}
+    for name, table in raw.items():
+        if name not in known:
+            faults.append(f"[{name}]: unknown section{_did_you_mean(name, known)}")
+        elif not isinstance(table, dict):
+            faults.append(f"{name} = {_shown(table)}: [{name}] must be a section")
+    for name, kind in known.items():
+        table = raw.get(name, {})
+        if not isinstance(table, dict):
+            continue
+        try:
+            # Through JSON, strict types still take a list for a tuple and a string for a path.
+            sections[name] = kind.model_validate_json(json.dumps(table, default=str))
+        except ValidationError as error:
+            faults += [_fault(name, kind, detail) for detail in error.errors()]
+    optim, train = sections.get("optim"), sections.get("train")
+    if optim and train and optim.warmup_epochs > train.epochs:
+        faults.append(
+            f"[optim] warmup_epochs = {optim.warmup_epochs:g}: longer than the run "
+            f"([train] epochs = {train.epochs}); lower it or train longer"
+        )
+    return (None if faults else Recipe(**sections)), faults
+
+
+def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
+    """One pydantic error in the words of a user: `[section] key = value: what is expected`."""
+    if not detail["loc"]:  # a check of ours over several keys, already in full
+        return f"[{section}] {detail['msg'].removeprefix('Value error, ')}"
+    key = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"[{section}] {key}: unknown key{_did_you_mean(key, kind.model_fields)}"
+    value, message = detail["input"], detail["msg"]
+    if detail["type"].endswith(("_type", "_parsing")) or detail["type"] == "int_from_float":
+        expected = detail["type"].split("_")[0]
+        message = f"expected {expected}, got {type(value).__name__}"
+    elif detail["type"] == "missing":
+        message = "expected one more value"
+    elif message.startswith("Input should be"):
+        message = "must be" + message.removeprefix("Input should be")
+    place = "".join(f"[{index}]" for index in detail["loc"][1:] if isinstance(index, int))
+    return f"[{section}] {key}{place} = {_shown(value)}: {message}"
+
+
+def _did_you_mean(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing and comparing
+# --------------------------------------------------------------------------------------------------
+
+
+def dumps(recipe: Recipe) -> str:
+    """The recipe as TOML with every value filled in; `load` of it gives an equal recipe."""
+    lines = []
+    for name, table in recipe.model_dump(mode="json").items():
+        lines.append(f"[{name}]")
+        # JSON's strings, numbers, booleans and flat lists are TOML's as well.
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in table.items()
+            if value is not None
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Settings that make `new` another run than `old`: `train.seed: 0 -> 1`."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {_shown(before[section][key])} -> {_shown(value)}"
+        for section, table in after.items()
+        for key, value in table.items()
+        if before[section][key] != value and f"{section}.{key}" not in MAY_CHANGE
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def stop(message: str) -> NoReturn:
+    """Ends the process with exit code 2; of a multi-process launch only rank 0 says why."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{message}\n")
+    raise SystemExit(2)
+
+
+def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:
+    """The recipe that the command line names; a wrong one ends the process with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description="Trains the network of a recipe, or goes on where an earlier run stopped.",
+        epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
+    )
+    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/large.toml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change one setting, such as train.epochs=90 (repeatable)",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        return load(arguments.recipe, arguments.set)
+    except ConfigError as error:
+        stop(str(error))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(dumps(load_or_exit()))

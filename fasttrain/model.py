@@ -1,0 +1,209 @@
+"""MobileNetV3 Large and Small, written as the paper's tables.
+
+The networks are those of github.com/d-li14/mobilenetv3.pytorch, module for module and name for
+name, so that its published weights load unchanged. They differ from torchvision's in two ways:
+squeeze-excite stands *before* the activation of the depthwise convolution, and below width 1.0 the
+last hidden layer keeps its 1280 (Large) or 1024 (Small) units.
+
+Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Arch = Literal["large", "small"]
+
+
+class Row(NamedTuple):
+    """One block of the tables: `se` and `hardswish` are 0 or 1, `expansion` widens the input."""
+
+    kernel: int
+    expansion: float
+    channels: int
+    se: int
+    hardswish: int
+    stride: int
+
+
+# fmt: off
+LARGE = (
+    #   k  exp    c  se hs  s
+    Row(3, 1.0,  16, 0, 0, 1),
+    Row(3, 4.0,  24, 0, 0, 2),
+    Row(3, 3.0,  24, 0, 0, 1),
+    Row(5, 3.0,  40, 1, 0, 2),
+    Row(5, 3.0,  40, 1, 0, 1),
+    Row(5, 3.0,  40, 1, 0, 1),
+    Row(3, 6.0,  80, 0, 1, 2),
+    Row(3, 2.5,  80, 0, 1, 1),
+    Row(3, 2.3,  80, 0, 1, 1),
+    Row(3, 2.3,  80, 0, 1, 1),
+    Row(3, 6.0, 112, 1, 1, 1),
+    Row(3, 6.0, 112, 1, 1, 1),
+    Row(5, 6.0, 160, 1, 1, 2),
+    Row(5, 6.0, 160, 1, 1, 1),
+    Row(5, 6.0, 160, 1, 1, 1),
+)
+SMALL = (
+    #   k  exp    c  se hs  s
+    Row(3, 1.0,  16, 1, 0, 2),
+    Row(3, 4.5,  24, 0, 0, 2),
+    Row(3, 3.67, 24, 0, 0, 1),
+    Row(5, 4.0,  40, 1, 1, 2),
+    Row(5, 6.0,  40, 1, 1, 1),
+    Row(5, 6.0,  40, 1, 1, 1),
+    Row(5, 3.0,  48, 1, 1, 1),
+    Row(5, 3.0,  48, 1, 1, 1),
+    Row(5, 6.0,  96, 1, 1, 2),
+    Row(5, 6.0,  96, 1, 1, 1),
+    Row(5, 6.0,  96, 1, 1, 1),
+)
+# fmt: on
+
+
+def round_channels(channels: float) -> int:
+    """Nearest multiple of 8, at least 8, and never more than 10 % below `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from the spatial mean: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        squeezed = round_channels(channels // 4)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, squeezed),
+            nn.ReLU(inplace=True),
+            nn.Linear(squeezed, channels),
+            nn.Hardsigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc(x.mean((2, 3)))  # (B, C)
+        return x * gate[:, :, None, None]
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise, squeeze-excite, project; with a shortcut where the shapes allow it."""
+
+    def __init__(self, in_channels: int, row: Row, width: float) -> None:
+        super().__init__()
+        hidden = round_channels(in_channels * row.expansion)
+        self.out_channels = round_channels(row.channels * width)
+        self.hidden = hidden
+        self.shortcut = row.stride == 1 and in_channels == self.out_channels
+
+        def act() -> nn.Module:
+            return nn.Hardswish() if row.hardswish else nn.ReLU(inplace=True)
+
+        se = SqueezeExcite(hidden) if row.se else nn.Identity()
+        depthwise = nn.Conv2d(
+            hidden, hidden, row.kernel, row.stride, row.kernel // 2, groups=hidden, bias=False
+        )
+        project = (
+            nn.Conv2d(hidden, self.out_channels, 1, bias=False),
+            nn.BatchNorm2d(self.out_channels),
+        )
+        if in_channels == hidden:  # the first block does not expand; here SE follows the activation
+            layers = (depthwise, nn.BatchNorm2d(hidden), act(), se, *project)
+        else:
+            expand = (nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), act())
+            layers = (*expand, depthwise, nn.BatchNorm2d(hidden), se, act(), *project)
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.shortcut else self.conv(x)
+
+
+def _conv_bn_act(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.Hardswish())
+
+
+class MobileNetV3(nn.Module):
+    """Images float `(B, 3, H, W)`, normalised, channels-last for speed -> logits `(B, num_classes)`.
+
+    Use `mobilenetv3_large`, `mobilenetv3_small` or `build_model`.
+    """
+
+    def __init__(
+        self, rows: tuple[Row, ...], width: float, hidden_units: int, num_classes: int, dropout: float
+    ) -> None:
+        super().__init__()
+        channels = round_channels(16 * width)
+        layers: list[nn.Module] = [_conv_bn_act(3, channels, 3, 2)]
+        for row in rows:
+            block = InvertedResidual(channels, row, width)
+            layers.append(block)
+            channels = block.out_channels
+        self.features = nn.Sequential(*layers)
+        self.conv = _conv_bn_act(channels, block.hidden, 1, 1)
+        if width > 1.0:
+            hidden_units = round_channels(hidden_units * width)
+        self.classifier = nn.Sequential(
+            nn.Linear(block.hidden, hidden_units),
+            nn.Hardswish(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_units, num_classes),
+        )
+        self.apply(_init_weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(self.features(images))  # (B, C, H/32, W/32)
+        return self.classifier(x.mean((2, 3)))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Normal, fan-out, for convolutions; 0.01 for linear layers; BatchNorm starts as the identity."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0, 0.01)
+        nn.init.zeros_(module.bias)
+
+
+def mobilenetv3_large(
+    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+) -> MobileNetV3:
+    """MobileNetV3-Large: 5,483,032 parameters, 216.59 M multiply-adds at 224 px for width 1.0."""
+    return MobileNetV3(LARGE, width, 1280, num_classes, dropout)
+
+
+def mobilenetv3_small(
+    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+) -> MobileNetV3:
+    """MobileNetV3-Small: 2,542,856 parameters, 56.51 M multiply-adds at 224 px for width 1.0."""
+    return MobileNetV3(SMALL, width, 1024, num_classes, dropout)
+
+
+def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
+    """The network that a recipe's `[model]` names, initialised from torch's current seed."""
+    build = mobilenetv3_large if arch == "large" else mobilenetv3_small
+    return build(width, num_classes, dropout)
+
+
+def count_macs(model: nn.Module, image_px: int) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image of `image_px` squared."""
+    total = 0
+
+    def add(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        # Each output element costs as many multiply-adds as one filter has weights.
+        total += output.numel() * module.weight[0].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_px, image_px))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return total

@@ -1,0 +1,84 @@
+"""The networks against an independent reading of their description."""
+
+import math
+
+import pytest
+import reference_model as reference
+import torch
+from torch import nn
+
+from fasttrain.model import build_model, count_macs, mobilenetv3_large, mobilenetv3_small
+
+NETWORKS = {
+    ("large", 1.0): (5_483_032, 216.59),
+    ("large", 0.75): (3_993_528, 154.56),
+    ("small", 1.0): (2_542_856, 56.51),
+    ("small", 0.75): (2_041_872, 43.40),
+}
+
+
+@pytest.mark.parametrize(("arch", "width"), NETWORKS)
+def test_size(arch: str, width: float) -> None:
+    parameters, mmacs = NETWORKS[arch, width]
+    model = build_model(arch, width, 1000, 0.2)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert round(count_macs(model, 224) / 1e6, 2) == mmacs
+
+
+@pytest.mark.parametrize("arch", ["large", "small"])
+@pytest.mark.parametrize("width", [1.0, 0.75, 0.5, 1.25])
+def test_names_and_shapes_are_the_published_ones(arch: str, width: float) -> None:
+    state = build_model(arch, width, 1000, 0.2).state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == reference.shapes(arch, width)
+    assert list(state) == list(reference.shapes(arch, width))
+
+
+@pytest.mark.parametrize(("arch", "width"), [*NETWORKS, ("large", 1.25), ("small", 0.5)])
+def test_logits_equal_the_reference(arch: str, width: float) -> None:
+    values = {k: reference.formula(k, s) for k, s in reference.shapes(arch, width).items()}
+    images = reference.formula_images(2, 64)
+    expected = torch.from_numpy(reference.logits(arch, width, values, images))
+    model = build_model(arch, width, 1000, 0.2).double().eval()
+    state = {k: torch.as_tensor(v) for k, v in values.items()}
+    model.load_state_dict(state)
+    channels_last = model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found = channels_last(
+            torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+        )
+    # float64, because in float32 a flipped kernel would hide in the rounding
+    assert (found - expected).abs().max() < 1e-10
+    assert expected.abs().max() > 0.1
+    assert (expected[0] - expected[1]).abs().max() > 1e-7
+
+
+def test_squeeze_excite_stands_before_the_activation() -> None:
+    block = mobilenetv3_large().features[11].conv
+    kinds = [type(layer).__name__ for layer in block]
+    assert kinds == [
+        *("Conv2d", "BatchNorm2d", "Hardswish", "Conv2d", "BatchNorm2d"),
+        *("SqueezeExcite", "Hardswish", "Conv2d", "BatchNorm2d"),
+    ]
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    model = mobilenetv3_large()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.eps, module.momentum) == (1e-5, 0.1)
+            assert module.weight.eq(1).all() and module.bias.eq(0).all()
+        elif isinstance(module, nn.Linear):
+            assert module.bias.eq(0).all()
+            assert module.weight.std().item() == pytest.approx(0.01, rel=0.15)
+        elif isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)
+
+
+def test_head_follows_the_data() -> None:
+    model = mobilenetv3_small(0.75, num_classes=10, dropout=0.1)
+    assert model.classifier[3].out_features == 10
+    assert model.classifier[0].out_features == 1024
+    assert model.classifier[2].p == 0.1
+    assert model(torch.zeros(2, 3, 40, 48)).shape == (2, 10)
