@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 # `~` and environment variables are for clusters: root = "$SLURM_TMPDIR/imagenet".
 ExpandedPath = Annotated[
-    Path, BeforeValidator(lambda p: os.path.expandvars(os.path.expanduser(p)))
+    Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
 ]
 
 
@@ -189,7 +189,11 @@ MAY_CHANGE = frozenset(
 )
 
 
-class ConfigError(ValueError):
+class Fault(Exception):
+    """Something a user can mend: the message says what is wrong, where, and what to do."""
+
+
+class ConfigError(Fault, ValueError):
     """A recipe is wrong; the message lists every fault, with its place and remedy."""
 
 
@@ -328,10 +332,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-def stop(message: str) -> NoReturn:
-    """Ends the process with exit code 2; of a multi-process launch only rank 0 says why."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{message}\n")
+def stop(message: str, *, everywhere: bool = False) -> NoReturn:
+    """Ends the process with exit code 2; of several processes rank 0 says why, or each for itself."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or everywhere:
+        sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")
     raise SystemExit(2)
 
 

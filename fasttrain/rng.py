@@ -40,8 +40,8 @@ def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64
     """
     state = np.zeros(1, np.uint64)
     for counter in (seed, int(stream), *counters):
-        step = (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN
-        state = state + step
+        # At least 1-d: NumPy warns when scalars wrap around, as they are meant to here.
+        state = state + (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN
         state = (state ^ (state >> np.uint64(30))) * _M1
         state = (state ^ (state >> np.uint64(27))) * _M2
         state = state ^ (state >> np.uint64(31))

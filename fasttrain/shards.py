@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain import rng
+from fasttrain import config, rng
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
 )
 
 
-class ShardError(ValueError):
+class ShardError(config.Fault, ValueError):
     """A source cannot be sharded or a data set cannot be read; says where and what to do."""
 
 
@@ -66,6 +66,7 @@ class Split:
 
     root: Path
     name: str
+    digest: str  # sha256 of the index table, and so of every image, label and their order
     classes: tuple[str, ...]
     shard_paths: tuple[Path, ...]
     shard_bytes: tuple[int, ...]
@@ -153,7 +154,13 @@ def open_split(root: Path, name: str) -> Split:
     ):
         raise ShardError(f"{root / entry['index']['name']} is damaged; make the data set again")
     return Split(
-        root, name, tuple(manifest["classes"]), tuple(paths), tuple(sizes.tolist()), **columns
+        root=root,
+        name=name,
+        digest=entry["index"]["sha256"],
+        classes=tuple(manifest["classes"]),
+        shard_paths=tuple(paths),
+        shard_bytes=tuple(sizes.tolist()),
+        **columns,
     )
 
 
@@ -373,7 +380,7 @@ def inspect_image(data: bytes) -> Image:
             if max(width, height) > 65_535:
                 raise ValueError(f"{width} x {height} pixels: too large")
             image.load()
-            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 return Image(data, width, height, None)
             encoded = io.BytesIO()
             image.convert("RGB").save(encoded, "JPEG", quality=REPAIR_QUALITY, subsampling=0)
@@ -395,7 +402,10 @@ def _write_shard(
     with _atomic(path) as file:
         tar = _HashedFile(file)
         for key, candidate in enumerate(candidates, first_key):
-            data = (source / candidate.name).read_bytes()
+            try:
+                data = (source / candidate.name).read_bytes()
+            except OSError as error:
+                raise ShardError(f"{source / candidate.name}: {error.strerror}") from None
             try:
                 image = inspect_image(data)
             except ValueError as error:
@@ -403,7 +413,7 @@ def _write_shard(
                 continue
             if image.repaired:
                 repaired.append({"name": candidate.name, "reason": image.repaired})
-            label = str(candidate.label).encode()
+            label = b"%04d" % candidate.label  # of one width, which DALI pipelines can read
             offset = tar.add(f"{key:09d}.jpg", image.data)
             label_offset = tar.add(f"{key:09d}.cls", label)
             size, crc32 = len(image.data), zlib.crc32(image.data)
@@ -481,11 +491,15 @@ class _HashedFile:
 def _atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole and on the disk, or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

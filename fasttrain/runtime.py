@@ -1,0 +1,173 @@
+"""The process: threads, seeds, limits, requests to stop, and a record of the environment."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+from fasttrain import config, rng
+
+
+class LaunchError(config.Fault, RuntimeError):
+    """The processes were not started as they should be; says how to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    data_threads: int  # of DALI on the CPU
+    cpu_threads: int  # of torch on the CPU
+
+
+def start(
+    accelerator: Accelerator, train: config.Train, data: config.Data, environ: Mapping[str, str]
+) -> Process:
+    """Settles threads, seeds and limits of this process.
+
+    Raises:
+        LaunchError: Accelerate sees other processes than the launcher started.
+    """
+    launched = int(environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise LaunchError(
+            f"{launched} processes were launched, but Accelerate joined "
+            f"{accelerator.num_processes}: each would train alone. Without a GPU, launch as "
+            f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
+        )
+    if train.precision == "fp16" and accelerator.device.type != "cuda":
+        raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
+    _follow_launcher(environ)
+    _raise_file_limit()
+    # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
+    cpus = len(os.sched_getaffinity(0))
+    share = max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    cpu_threads = train.cpu_threads or share
+    torch.set_num_threads(cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    seed_torch(train.seed, rng.Stream.INIT)
+    return Process(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        data_threads=data.threads or share,
+        cpu_threads=cpu_threads,
+    )
+
+
+def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
+    """Seeds torch's generators from counters, so that nothing depends on what was drawn before."""
+    torch.manual_seed(int(rng.hash64(seed, stream, *counters)[0]) >> 1)
+
+
+def _follow_launcher(environ: Mapping[str, str]) -> None:
+    """Asks the kernel for SIGTERM when `accelerate launch` ends: it does not pass signals on."""
+    if "ACCELERATE_MIXED_PRECISION" in environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _raise_file_limit() -> None:
+    """A mapped tar holds a descriptor, and ImageNet has more tars than the usual limit of 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: all processes agree at a step boundary; a second Ctrl-C leaves at once."""
+
+    def __init__(self, world_size: int) -> None:
+        self.signal = 0  # that this process received
+        self.decision = 0  # that all agreed on
+        self.group = distributed.new_group(backend="gloo") if world_size > 1 else None
+        self.pending: tuple[torch.Tensor, Any] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self) -> int:
+        """The signal that all processes agreed to stop for, or 0; call it once a step.
+
+        Over several processes it is known one step later: the exchange runs on the CPU beside the
+        step, and nothing waits for the device.
+        """
+        if self.group is None:
+            self.decision = self.signal
+            return self.decision
+        previous = self.pending
+        flag = torch.tensor([self.signal])
+        work = distributed.all_reduce(
+            flag, distributed.ReduceOp.MAX, group=self.group, async_op=True
+        )
+        self.pending = (flag, work)
+        if previous is None:
+            return 0
+        previous[1].wait()
+        self.decision = int(previous[0])
+        return self.decision
+
+
+def environment(process: Process) -> dict[str, Any]:
+    """Versions, hardware, commit and command of this start."""
+    packages = ("accelerate", "numpy", "safetensors", "torch", "torchvision")
+    dali = [d.name for d in metadata.distributions() if d.name.startswith("nvidia-dali-cuda")]
+    versions = {name: metadata.version(name) for name in (*packages, *dali)}
+    gpu = process.device.type == "cuda"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": _commit(),
+        "versions": {"fasttrain": metadata.version("fasttrain"), **versions},
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "world_size": process.world_size,
+        "device": torch.cuda.get_device_name(process.device) if gpu else _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu_threads": process.cpu_threads,
+        "data_threads": process.data_threads,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file lies in, with `+` if it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            [*git, "--dirty=+"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,147 @@
+"""Which samples, which crop windows, which flips: pure functions of (seed, epoch, sample).
+
+    global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
+    micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * world_size + r
+
+So any number of processes sees the same global batches, and with equal `micro_batch_size` b the
+same groups of images in BatchNorm.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain import config, rng
+from fasttrain.rng import Stream, uniform
+from fasttrain.schedule import Plan
+from fasttrain.shards import Split
+
+CROP_TRIES = 10  # torchvision's number
+
+
+class Draw(NamedTuple):
+    """The samples of one batch and how each is cut.
+
+    `windows` are x, y, width, height in source pixels: int32 in training; in validation float32,
+    as a centre crop of the resized image rarely falls on whole source pixels.
+    """
+
+    ids: NDArray[np.int64]  # (B,)
+    windows: NDArray[np.int32] | NDArray[np.float32]  # (B, 4)
+    flips: NDArray[np.bool_]  # (B,)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int32]:
+    """The order of all samples in an epoch. Takes 0.1 s for ImageNet: ask for the next ahead."""
+    order = rng.permutation(seed, Stream.ORDER, epoch, num_samples)
+    order.setflags(write=False)
+    return order
+
+
+def train_draw(
+    split: Split, data: config.Data, plan: Plan, step: int, rank: int, micro: int
+) -> Draw:
+    """Micro-batch `micro` of process `rank` in update `step`.
+
+    With 2 processes, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of the
+    global batch first, then rows 6 and 7.
+    """
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    order = epoch_order(plan.seed, epoch, plan.num_samples)
+    group = micro * plan.world_size + rank
+    first = place * plan.global_batch_size + group * plan.micro_batch_size
+    ids = order[first : first + plan.micro_batch_size].astype(np.int64)
+    windows = crop_windows(
+        plan.seed, epoch, ids, split.width[ids], split.height[ids], data.crop_area, data.crop_ratio
+    )
+    flips = np.zeros(len(ids), bool)
+    if data.flip:
+        flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
+    return Draw(ids, windows, flips)
+
+
+def crop_windows(
+    seed: int,
+    epoch: int,
+    ids: NDArray[np.int64],
+    width: NDArray[np.uint16],
+    height: NDArray[np.uint16],
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+) -> NDArray[np.int32]:
+    """Windows of a random resized crop: x, y, width, height, int32 `(B, 4)`, within the image.
+
+    Ten tries at a window of random area and log-uniform aspect ratio; where none fits, the largest
+    centred window of a permitted ratio.
+
+    Source: torchvision.transforms.RandomResizedCrop; Going deeper, arXiv:1409.4842, section 6.
+    """
+    tries = np.arange(CROP_TRIES)
+    key = (epoch, ids[:, None], tries)
+    width, height = width.astype(np.int64)[:, None], height.astype(np.int64)[:, None]
+    target = width * height * _between(uniform(seed, Stream.CROP_AREA, *key), *area)  # (B, tries)
+    aspect = np.exp(_between(uniform(seed, Stream.CROP_RATIO, *key), *np.log(ratio)))
+    w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    first = fits.argmax(1)[:, None]  # the first that fits, or 0 where none does
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    x = (uniform(seed, Stream.CROP_X, epoch, ids)[:, None] * (width - w + 1)).astype(np.int64)
+    y = (uniform(seed, Stream.CROP_Y, epoch, ids)[:, None] * (height - h + 1)).astype(np.int64)
+    drawn = np.concatenate([x, y, w, h], 1)  # (B, 4)
+    centred = _centred_windows(width, height, ratio)
+    return np.where(fits.any(1, keepdims=True), drawn, centred).astype(np.int32)
+
+
+def _between(u: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * u
+
+
+def _centred_windows(
+    width: NDArray[np.int64], height: NDArray[np.int64], ratio: tuple[float, float]
+) -> NDArray[np.int64]:
+    h = np.where(width < ratio[0] * height, np.rint(width / ratio[0]).astype(np.int64), height)
+    w = np.where(width > ratio[1] * height, np.rint(height * ratio[1]).astype(np.int64), width)
+    w, h = np.clip(w, 1, width), np.clip(h, 1, height)
+    return np.concatenate([(width - w) // 2, (height - h) // 2, w, h], 1)
+
+
+def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:
+    """Validation batches of a process; it may be 0, and differs by at most one between processes."""
+    num_batches = -(-num_samples // batch_size)
+    return len(range(rank, num_batches, world_size))
+
+
+def eval_draw(
+    split: Split, data: config.Data, batch_size: int, rank: int, world_size: int, number: int
+) -> Draw:
+    """Validation batch `number` of process `rank`; all together hold each image exactly once.
+
+    Batches are dealt in turn, in the order of the shards; the very last may be smaller.
+    """
+    first = (number * world_size + rank) * batch_size
+    ids = np.arange(first, min(first + batch_size, split.num_samples), dtype=np.int64)
+    windows = center_windows(
+        split.width[ids], split.height[ids], data.eval_resize_px, data.eval_crop_px
+    )
+    return Draw(ids, windows, np.zeros(len(ids), bool))
+
+
+def center_windows(
+    width: NDArray[np.uint16], height: NDArray[np.uint16], resize_px: int, crop_px: int
+) -> NDArray[np.float32]:
+    """The source pixels that remain of "resize the shorter side, crop the centre", float32 `(B, 4)`.
+
+    Rounds as torchvision does: the longer side down, the corner half to even.
+
+    Source: torchvision.transforms.functional: resize, center_crop.
+    """
+    source = np.stack([width, height], 1).astype(np.int64)
+    short = source.min(1, keepdims=True)
+    resized = np.where(source == short, resize_px, resize_px * source // short)  # (B, 2)
+    corner = np.rint((resized - crop_px) / 2)
+    scale = source / resized
+    return np.concatenate([corner * scale, crop_px * scale], 1).astype(np.float32)

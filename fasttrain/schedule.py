@@ -1,0 +1,115 @@
+"""The arithmetic of a run: images, steps, epochs, micro-batches, and the learning rate at a step.
+
+A step is one optimizer update, counted from 0 over the whole run. It takes one global batch:
+
+    global_batch_size = micro_batch_size * world_size * accumulation
+"""
+
+import math
+from dataclasses import dataclass
+
+from fasttrain import config
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe comes to on this many images and processes."""
+
+    seed: int
+    num_samples: int  # of the training split
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int  # micro-batches per process and step
+    steps_per_epoch: int  # an incomplete last batch is dropped
+    schedule_steps: int  # length of the learning rate's curve
+    total_steps: int  # where the run ends; less than `schedule_steps` under `train.max_steps`
+    warmup_steps: int
+    warmup_lr: float
+    peak_lr: float
+    final_lr: float
+    eval_every_epochs: int
+
+    def epoch_of(self, step: int) -> int:
+        """0-based epoch that update `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def eval_due(self, num_done: int) -> bool:
+        """Whether to evaluate once `num_done` updates are done."""
+        epoch, rest = divmod(num_done, self.steps_per_epoch)
+        at_epoch = num_done > 0 and rest == 0 and epoch % self.eval_every_epochs == 0
+        return at_epoch or num_done == self.total_steps
+
+
+def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_size: int) -> Plan:
+    """The plan of a recipe for `num_samples` training images on `world_size` processes.
+
+    Raises:
+        ConfigError: the batch does not fit the data or does not divide over the processes.
+    """
+    batch = train.global_batch_size
+    if batch > num_samples:
+        raise config.ConfigError(
+            f"[train] global_batch_size = {batch}: more than the {num_samples:,} training images"
+        )
+    if batch % world_size:
+        below = batch // world_size * world_size
+        near = [str(size) for size in (below, below + world_size) if size]
+        raise config.ConfigError(
+            f"[train] global_batch_size = {batch}: does not divide over {world_size} processes; "
+            f"{' or '.join(near)} would, or launch {_near_divisors(batch, world_size)} processes"
+        )
+    per_process = batch // world_size
+    micro = train.micro_batch_size or per_process
+    if per_process % micro:
+        raise config.ConfigError(
+            f"[train] micro_batch_size = {micro}: does not divide the {per_process} images of each "
+            f"of {world_size} processes (global_batch_size = {batch}); "
+            f"{_near_divisors(per_process, micro)} would"
+        )
+    steps_per_epoch = num_samples // batch
+    schedule_steps = train.epochs * steps_per_epoch
+    return Plan(
+        seed=train.seed,
+        num_samples=num_samples,
+        world_size=world_size,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        accumulation=per_process // micro,
+        steps_per_epoch=steps_per_epoch,
+        schedule_steps=schedule_steps,
+        total_steps=min(schedule_steps, train.max_steps or schedule_steps),
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+        warmup_lr=optim.warmup_lr,
+        peak_lr=optim.lr,
+        final_lr=optim.final_lr,
+        eval_every_epochs=train.eval_every_epochs,
+    )
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted`: `2 or 4`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(str(d) for d in below + above)
+
+
+def lr_at(step: int, plan: Plan) -> float:
+    """Learning rate of update `step`: linear warm-up, then cosine to `final_lr`.
+
+    Update 0 has `warmup_lr`, update `warmup_steps` has `peak_lr`; `final_lr` would be reached one
+    update after the last.
+
+    Args:
+        step: 0-based update index.
+    Raises:
+        ValueError: if step is outside [0, plan.schedule_steps).
+    Source: SGDR, arXiv:1608.03983, eq. 5, without restarts.
+    """
+    if not 0 <= step < plan.schedule_steps:
+        raise ValueError(f"step {step} is outside the schedule of {plan.schedule_steps} updates")
+    if step < plan.warmup_steps:
+        return plan.warmup_lr + (plan.peak_lr - plan.warmup_lr) * step / plan.warmup_steps
+    done = (step - plan.warmup_steps) / (plan.schedule_steps - plan.warmup_steps)
+    return plan.final_lr + (plan.peak_lr - plan.final_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,149 @@
+"""A recipe goes in, a trained network comes out; started again, it goes on where it stopped.
+
+    accelerate launch fasttrain/train.py recipes/large.toml [--set train.epochs=90 ...]
+
+What is wrong with the recipe, the data or the run folder is found before torch is imported.
+"""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from fasttrain import config, run_folder, schedule, shards
+from fasttrain.config import Recipe
+from fasttrain.run_folder import JsonLines
+from fasttrain.schedule import Plan
+from fasttrain.shards import Split
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains the recipe that the command line names."""
+    recipe = config.load_or_exit(argv)
+    started = False
+    try:
+        done = run_folder.check(recipe)
+        if done:
+            if os.environ.get("RANK", "0") == "0":
+                folder = run_folder.run_dir(recipe)
+                sys.stdout.write(f"{folder} is done, nothing to do\n{json.dumps(done)}\n")
+            return
+        train_set, val_set = open_data(recipe.data)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        plan = schedule.make_plan(recipe.train, recipe.optim, train_set.num_samples, world_size)
+        started = True
+        train(recipe, plan, train_set, val_set)
+    except config.Fault as fault:
+        config.stop(str(fault), everywhere=started)  # up to there all processes say the same
+
+
+def open_data(data: config.Data) -> tuple[Split, Split]:
+    """Opens the training and validation splits, and makes the demo's first if they are missing."""
+    if data.prepare == "digits" and not (data.root / shards.MANIFEST).exists():
+        from fasttrain import digits
+
+        data.root.parent.mkdir(parents=True, exist_ok=True)
+        with data.root.with_name(f"{data.root.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, the first makes them
+            if not (data.root / shards.MANIFEST).exists():
+                sys.stdout.write(f"making shards of handwritten digits in {data.root}\n")
+                digits.prepare(data.root)
+    return shards.open_split(data.root, "train"), shards.open_split(data.root, "val")
+
+
+def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
+    """Builds everything, restores the newest checkpoint, trains, and marks the run as done."""
+    # Seconds of imports, so only once the recipe is known to be right.
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import broadcast_object_list
+
+    from fasttrain import checkpoint, data, display, loop, runtime
+    from fasttrain.model import build_model
+    from fasttrain.optim import Learner, WeightAverage, build_optimizer
+
+    # BatchNorm's statistics are averaged (optim.BatchNormAverage), not handed round.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=recipe.train.precision, kwargs_handlers=[ddp])
+    process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
+    folder = run_folder.run_dir(recipe)
+    if accelerator.is_main_process:
+        run_folder.begin(recipe, runtime.environment(process))
+    accelerator.wait_for_everyone()
+
+    # ---- what is trained
+    num_classes = len(train_set.classes)
+    module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
+    module.to(process.device, memory_format=torch.channels_last)
+    ema = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    model, optimizer = accelerator.prepare(module, build_optimizer(module, recipe.optim))
+    learner = Learner(model, module, optimizer, ema, accelerator.scaler)
+
+    # ---- what it is trained on
+    half = process.device.type == "cuda" and recipe.train.precision != "no"
+    place = data.Placement(process.device, half, process.data_threads)
+    train_batches = partial(data.train_batches, train_set, recipe.data, plan, process.rank, place)
+    eval_batches = data.eval_loader(
+        val_set, recipe.data, plan.micro_batch_size, process.rank, process.world_size, place
+    )
+
+    # ---- where it stopped, if it ran before
+    view = display.TrainDisplay(plan, accelerator.is_main_process)
+    view.say(
+        f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
+        f"{train_set.num_samples:,} images of {num_classes:,} classes from {recipe.data.root}\n"
+        f"{process.world_size} x {process.device.type}, precision {recipe.train.precision}; "
+        f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
+        f"{plan.total_steps:,} in all\nrun folder: {folder}"
+    )
+    about = {
+        "recipe": recipe.model_dump(mode="json"),
+        "classes": train_set.classes,
+        "data": {"train": train_set.digest, "val": val_set.digest},
+        "world_size": process.world_size,
+        "cpu_threads": process.cpu_threads,
+    }
+    root = folder / run_folder.CHECKPOINTS
+    found = [checkpoint.newest_good(root, view.say) if accelerator.is_main_process else None]
+    (newest,) = broadcast_object_list(found)
+    if newest:
+        checkpoint.restore(newest, learner, about, view.say)
+        view.say(f"going on from {newest}")
+    if accelerator.is_main_process:
+        run_folder.cut_lines(folder, learner.state.step)
+    accelerator.wait_for_everyone()
+
+    # ---- go
+    samples = folder / run_folder.samples_file(process.rank)
+    outputs = loop.Outputs(
+        checkpoints=root,
+        about=about,
+        save_every_steps=recipe.checkpoint.every_steps,
+        keep=recipe.checkpoint.keep,
+        log_every_steps=recipe.log.every_steps,
+        display=view,
+        metrics=JsonLines(folder / run_folder.METRICS) if accelerator.is_main_process else None,
+        samples=JsonLines(samples) if recipe.log.samples else None,
+    )
+    stop = runtime.StopRequest(process.world_size)
+    with view:
+        done = loop.fit(
+            accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
+            stop.agreed, recipe.train.label_smoothing,
+        )  # fmt: skip
+    if done and accelerator.is_main_process:
+        run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
+    saved = checkpoint.find(root)[0]
+    if done:
+        view.say(f"done: {saved / 'model.safetensors'}\n{json.dumps(done)}")
+    else:
+        view.say(f"stopped and saved as {saved}; the same command goes on from there")
+    accelerator.end_training()
+    if not done:
+        raise SystemExit(128 + stop.decision)
+
+
+if __name__ == "__main__":
+    main()
