@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fasttrain.depthwise import DepthwiseConv2d
+
 Arch = Literal["large", "small"]
 
 
@@ -101,9 +103,7 @@ class InvertedResidual(nn.Module):
             return nn.Hardswish() if row.hardswish else nn.ReLU(inplace=True)
 
         se = SqueezeExcite(hidden) if row.se else nn.Identity()
-        depthwise = nn.Conv2d(
-            hidden, hidden, row.kernel, row.stride, row.kernel // 2, groups=hidden, bias=False
-        )
+        depthwise = DepthwiseConv2d(hidden, row.kernel, row.stride)
         project = (
             nn.Conv2d(hidden, self.out_channels, 1, bias=False),
             nn.BatchNorm2d(self.out_channels),

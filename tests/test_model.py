@@ -56,7 +56,7 @@ def test_squeeze_excite_stands_before_the_activation() -> None:
     block = mobilenetv3_large().features[11].conv
     kinds = [type(layer).__name__ for layer in block]
     assert kinds == [
-        *("Conv2d", "BatchNorm2d", "Hardswish", "Conv2d", "BatchNorm2d"),
+        *("Conv2d", "BatchNorm2d", "Hardswish", "DepthwiseConv2d", "BatchNorm2d"),
         *("SqueezeExcite", "Hardswish", "Conv2d", "BatchNorm2d"),
     ]
 

@@ -1,0 +1,71 @@
+"""Depthwise convolution, with a faster weight gradient where the CPU's library has a slow one."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` with one filter per channel, zero-padded by half the kernel, without bias.
+
+    Same parameters and result. On a CPU, oneDNN computes the weight gradient of images smaller than
+    the kernel one small product per image and channel: 35.6 ms for (64, 432, 4, 4) and 5 x 5 on two
+    cores of an AVX2-only EPYC, where summing over the taps of the kernel takes 3.7 ms (torch
+    2.14.1, 2026-11-24). Larger images have their own fast kernel there.
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+        super().__init__(
+            channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = -(-x.shape[3] // self.stride[0]) < self.kernel_size[0]
+        if small and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            y: Tensor = _TapSums.apply(x, self.weight, self.stride[0])
+            return y
+        return super().forward(x)
+
+
+class _TapSums(torch.autograd.Function):
+    """The convolution, its weight gradient as one sum of products per tap of the kernel."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w: Tensor, s: int) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.stride = s  # type: ignore[attr-defined]
+        return F.conv2d(x, w, None, s, w.shape[2] // 2, 1, len(w))
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        x, w = ctx.saved_tensors  # type: ignore[attr-defined]
+        stride, pad = ctx.stride, w.shape[2] // 2  # type: ignore[attr-defined]
+        grad_x = torch.nn.grad.conv2d_input(x.shape, w, grad, stride, pad, 1, len(w))
+        images, grads = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # (B, H, W, C)
+        rows = [_overlap(x.shape[2], grad.shape[2], tap - pad, stride) for tap in range(2 * pad + 1)]
+        columns = [
+            _overlap(x.shape[3], grad.shape[3], tap - pad, stride) for tap in range(2 * pad + 1)
+        ]
+        grad_w = torch.stack(
+            [
+                (images[:, in_y, in_x] * grads[:, out_y, out_x]).sum((0, 1, 2))
+                for in_y, out_y in rows
+                for in_x, out_x in columns
+            ],
+            dim=1,
+        )  # (C, k * k)
+        return grad_x, grad_w.view_as(w), None
+
+
+def _overlap(in_px: int, out_px: int, shift: int, stride: int) -> tuple[slice, slice]:
+    """Input and output positions that one tap brings together, `shift` from the kernel's centre.
+
+    An input of 4, stride 1 and shift -1: outputs 1, 2, 3 see inputs 0, 1, 2.
+    """
+    first = max(0, -(shift // stride))
+    last = min(out_px - 1, (in_px - 1 - shift) // stride)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first * stride + shift, last * stride + shift + 1, stride), slice(first, last + 1)
