@@ -373,6 +373,7 @@ def inspect_image(data: bytes) -> Image:
         ValueError: not an image, truncated, or too large for the index.
     """
     from PIL import Image as pil
+    from PIL import UnidentifiedImageError
 
     try:
         with pil.open(io.BytesIO(data)) as image:
@@ -385,6 +386,8 @@ def inspect_image(data: bytes) -> Image:
             encoded = io.BytesIO()
             image.convert("RGB").save(encoded, "JPEG", quality=REPAIR_QUALITY, subsampling=0)
             return Image(encoded.getvalue(), width, height, f"{image.format} {image.mode}")
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
     except (OSError, SyntaxError, pil.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
 

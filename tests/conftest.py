@@ -1,0 +1,113 @@
+"""Small data sets of real and made-up JPEGs, and a way to run the commands."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasttrain import config, shards
+
+REPO = Path(__file__).parent.parent
+TIMEOUT_S = 240  # of a command that takes seconds: the machines of a test run can be very busy
+
+# A recipe of seconds on a CPU; tests add what they are about.
+TINY = {
+    "data": {"crop_px": 32, "eval_resize_px": 36, "eval_crop_px": 32, "threads": 1},
+    "model": {"arch": "small", "width": 0.35},
+    "optim": {"lr": 0.05, "warmup_lr": 0.01, "warmup_epochs": 1},
+    "train": {"epochs": 3, "global_batch_size": 8, "precision": "no", "cpu_threads": 1},
+    "checkpoint": {"every_steps": 4},
+    "log": {"every_steps": 3},
+}
+
+
+def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Smooth waves and a little noise: as compressible as a photograph."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    channels = []
+    for _ in range(3):
+        fx, fy, phase = rng.uniform(0.02, 0.2), rng.uniform(0.02, 0.2), rng.uniform(0, 6)
+        channels.append(127 + 90 * np.sin(fx * x + fy * y + phase) + rng.normal(0, 4, x.shape))
+    return Image.fromarray(np.stack(channels, -1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of 3 classes: 45 images to train on, 13 to validate on, of many sizes."""
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 45), ("val", 13)):
+        for number in range(count):
+            width, height = rng.integers(30, 90, 2).tolist()
+            image = photograph(rng, width, height)
+            if number % 7 == 3:
+                image = image.convert("L")
+            path = root / split / "abc"[number % 3] / f"{number:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=90, subsampling=number % 3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as shards, four of them for training."""
+    root = tmp_path_factory.mktemp("dataset") / "shards"
+    shards.write_dataset(shards.scan_image_folder(folder), root, shard_size=11)
+    return root
+
+
+@pytest.fixture
+def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny recipe, changed by `section={key: value}`; its run folder is in tmp_path."""
+
+    def write(name: str = "tiny", **changes: dict[str, Any]) -> Path:
+        sections = {key: dict(table) for key, table in TINY.items()}
+        sections["data"]["root"] = str(dataset)
+        sections["log"]["run_dir"] = str(tmp_path / "run")
+        for section, table in changes.items():
+            sections.setdefault(section, {}).update(table)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(config.dumps(config.Recipe.model_validate_json(json.dumps(sections))))
+        return path
+
+    return write
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command: on the CPU, and without what a test run leaves there."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "PYTEST"))}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "PATH": command_path()} | changes
+
+
+def command_path() -> str:
+    """PATH with the commands of this Python first, as in an activated environment."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def run(
+    command: Sequence[str | Path], code: int = 0, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the repository and checks its exit code."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=REPO,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def lines(path: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The records of a JSON lines file, of one event or all."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if event in (None, record["event"])]

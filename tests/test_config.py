@@ -1,0 +1,136 @@
+"""Recipes: the shipped ones, overrides, and the message of every kind of fault."""
+
+from pathlib import Path
+
+import pytest
+from conftest import REPO, run
+
+from fasttrain import config
+
+RECIPES = sorted((REPO / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_survive_writing(path: Path, tmp_path: Path) -> None:
+    recipe = config.load(path)
+    assert recipe.log.run_dir == Path("runs") / path.stem
+    copy = tmp_path / "copy.toml"
+    copy.write_text(config.dumps(recipe))
+    assert config.load(copy) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "width", "dropout", "smoothing"),
+    [
+        ("large", "large", 1.0, 0.2, 0.1),
+        ("large_075", "large", 0.75, 0.2, 0.1),
+        ("small", "small", 1.0, 0.2, 0.0),
+        ("small_075", "small", 0.75, 0.1, 0.0),
+    ],
+)
+def test_the_published_recipe(
+    name: str, arch: str, width: float, dropout: float, smoothing: float
+) -> None:
+    recipe = config.load(REPO / "recipes" / f"{name}.toml")
+    assert recipe.model == config.Model(arch=arch, width=width, dropout=dropout)
+    assert recipe.optim == config.Optim(
+        lr=0.4, warmup_lr=0.1, warmup_epochs=5, final_lr=0, momentum=0.9, weight_decay=4e-5
+    )
+    train = recipe.train
+    assert (train.epochs, train.global_batch_size, train.label_smoothing) == (150, 1024, smoothing)
+    assert recipe.data.crop_area == (0.08, 1.0) and recipe.data.crop_ratio == (3 / 4, 4 / 3)
+    assert (recipe.data.crop_px, recipe.data.eval_resize_px, recipe.data.eval_crop_px) == (
+        224, 256, 224,
+    )  # fmt: skip
+
+
+def test_overrides() -> None:
+    recipe = config.load(
+        REPO / "recipes/large.toml",
+        [
+            "train.epochs=90",
+            "log.run_dir=/tmp/a run",
+            "data.crop_area=[0.5, 1]",
+            "optim.nesterov = true",
+            "data.root=$HOME/x",
+        ],
+    )
+    assert recipe.train.epochs == 90
+    assert recipe.log.run_dir == Path("/tmp/a run")
+    assert recipe.data.crop_area == (0.5, 1.0)
+    assert recipe.optim.nesterov is True
+    assert recipe.data.root == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.weight_decy=1", "[optim] weight_decy: unknown key; did you mean weight_decay?"),
+        ('train.epochs="300"', '[train] epochs = "300": expected int, got str'),
+        ("train.epochs=1.5", "[train] epochs = 1.5: expected int, got float"),
+        ("train.epochs=0", "[train] epochs = 0: must be greater than or equal to 1"),
+        ("model.arch=medium", "[model] arch = \"medium\": must be 'large' or 'small'"),
+        ("data.flip=1", "[data] flip = 1: expected bool, got int"),
+        ("data.crop_area=[0.5]", "[data] crop_area[1] = [0.5]: expected one more value"),
+        ("data.crop_area=[0.9, 0.1]", "[data] crop_area = [0.9, 0.1]: must rise within (0, 1]"),
+        ("data.crop_ratio=[2, 1]", "[data] crop_ratio = [2, 1]: must rise from above 0"),
+        ("data.eval_crop_px=300", "[data] eval_crop_px = 300: larger than the resized image"),
+        ("optim.lr=nan", "[optim] lr = NaN: must be a finite number"),
+        (
+            "optim.warmup_epochs=200",
+            "[optim] warmup_epochs = 200: longer than the run ([train] epochs = 150); "
+            "lower it or train longer",
+        ),
+        ("optim.momentum=1", "[optim] momentum = 1: must be less than 1"),
+        ("checkpoint.keep=1", "[checkpoint] keep = 1: must be greater than or equal to 2"),
+        ("trian.epochs=1", "[trian]: unknown section; did you mean train?"),
+        ("train=3", "--set train=3: expected section.key=value, for example train.epochs=90"),
+        ("train.epochs", "--set train.epochs: expected section.key=value"),
+    ],
+)
+def test_faults_name_the_place_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(config.ConfigError) as error:
+        config.load(REPO / "recipes/large.toml", [override])
+    assert message in str(error.value)
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(config.ConfigError, match="nesterov = true: needs momentum above 0"):
+        config.load(REPO / "recipes/large.toml", ["optim.nesterov=true", "optim.momentum=0"])
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('data = 3\n[train]\nepochs = "300"\nseed = -1\n[optim]\nlearning_rate = 1\n')
+    with pytest.raises(config.ConfigError) as error:
+        config.load(path)
+    first, *faults = str(error.value).split("\n  ")
+    assert first == f"{path}: 4 problems" and len(faults) == 4
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"nowhere.toml: cannot read this recipe"):
+        config.load(tmp_path / "nowhere.toml")
+    path = tmp_path / "broken.toml"
+    path.write_text("[train\n")
+    with pytest.raises(config.ConfigError, match="not valid TOML"):
+        config.load(path)
+
+
+def test_differences_name_what_makes_another_run() -> None:
+    path = REPO / "recipes/large.toml"
+    old = config.load(path)
+    new = config.load(path, ["train.seed=1", "log.every_steps=7", "train.max_steps=3"])
+    assert config.differences(old, new) == ["train.seed: 0 -> 1"]
+
+
+def test_may_change_names_real_settings() -> None:
+    known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
+    assert known >= config.MAY_CHANGE
+
+
+def test_command_line_prints_the_recipe_in_full() -> None:
+    done = run(["python", "-m", "fasttrain.config", "recipes/small.toml", "--set", "train.seed=5"])
+    assert "[optim]" in done.stdout and "seed = 5" in done.stdout
+    failed = run(["python", "-m", "fasttrain.config", "recipes/none.toml"], code=2)
+    assert "recipes/none.toml: cannot read this recipe" in failed.stderr

@@ -1,0 +1,198 @@
+"""The pipeline on the CPU: pixels, layout, order, resuming, and damaged bytes."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import functional as TF
+
+from fasttrain import config, data, sampling, shards
+from fasttrain.config import Optim, Train
+from fasttrain.data import Batch, DataError, Placement
+from fasttrain.schedule import Plan, make_plan
+from fasttrain.shards import Split
+
+CPU = Placement(torch.device("cpu"), half=False, threads=2)
+MEAN, STD = torch.tensor(data.MEAN), torch.tensor(data.STD)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real photographs, 640 x 427, in colour and grey, upright and turned, as shards."""
+    root = tmp_path_factory.mktemp("photos")
+    images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for split in shards.SPLITS:
+        for number in range(8):
+            image = images[number % 2].resize((640 - 37 * number, 427 - 11 * number))
+            if number % 4 == 2:
+                image = image.convert("L")
+            if number % 4 == 3:
+                image = image.transpose(Image.Transpose.ROTATE_90)
+            path = root / "folder" / split / "x" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            exif = Image.Exif()
+            exif[0x0112] = 6  # "turn me": ignored, as torchvision ignores it
+            image.save(path, quality=90, subsampling=number % 3, exif=exif)
+    shards.write_dataset(shards.scan_image_folder(root / "folder"), root / "shards")
+    return root / "shards"
+
+
+def original(split: Split, sample: int) -> Image.Image:
+    tar = split.shard_paths[split.shard[sample]].read_bytes()
+    offset, size = int(split.offset[sample]), int(split.size[sample])
+    path = split.root / "sample.jpg"
+    path.write_bytes(tar[offset : offset + size])
+    return Image.open(path).convert("RGB")
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Normalised (B, 3, H, W) back to 0 ... 255 as (B, H, W, 3)."""
+    return (images.permute(0, 2, 3, 1) * STD + MEAN) * 255
+
+
+def error_of(found: torch.Tensor, expected: Image.Image) -> tuple[float, float]:
+    """Mean and, borders aside, largest difference in steps of 1/255."""
+    difference = (found - torch.from_numpy(np.asarray(expected, np.float32))).abs()
+    return difference.mean().item(), difference[1:-1, 1:-1].max().item()
+
+
+def test_validation_pixels_are_torchvisions(photos: Path) -> None:
+    split = shards.open_split(photos, "val")
+    settings = config.Data(root=photos)
+    (batch,) = data.eval_loader(split, settings, 8, 0, 1, CPU)
+    for sample, found in enumerate(pixels(batch.images)):
+        expected = TF.center_crop(TF.resize(original(split, sample), 256), [224, 224])
+        mean, largest = error_of(found, expected)
+        assert mean < 0.25 and largest <= 2
+
+
+def test_training_pixels_are_torchvisions(photos: Path) -> None:
+    split = shards.open_split(photos, "train")
+    plan = make_plan(Train(epochs=8, global_batch_size=8), Optim(), 8, 1)
+    sides = set()
+    for batch in data.train_batches(split, config.Data(root=photos), plan, 0, CPU, 0):
+        assert batch.draw
+        for sample, (x, y, w, h), flip, found in zip(*batch.draw, pixels(batch.images), strict=True):
+            box = TF.resized_crop(original(split, sample), y, x, h, w, [224, 224])
+            mean, largest = error_of(found, TF.hflip(box) if flip else box)
+            assert mean < 0.25 and largest <= 2
+            sides.add(bool(flip))
+    assert sides == {True, False}
+
+
+def loader_for(
+    split: Split, world: int = 1, batch: int = 12, epochs: int = 5, **changes: object
+) -> tuple[Plan, Callable[[int, int], list[Batch]]]:
+    settings = config.Data(root=split.root, crop_px=40, eval_resize_px=48, eval_crop_px=40)
+    plan = make_plan(
+        Train(epochs=epochs, global_batch_size=batch, micro_batch_size=3), Optim(),
+        split.num_samples, world,
+    )  # fmt: skip
+    return plan, lambda rank, step: list(data.train_batches(split, settings, plan, rank, CPU, step))
+
+
+def test_layout_and_types(dataset: Path) -> None:
+    split = shards.open_split(dataset, "train")
+    plan, batches = loader_for(split)
+    found = batches(0, 0)
+    assert len(found) == plan.total_steps * plan.accumulation == 60
+    for batch in found:
+        assert batch.images.shape == (3, 3, 40, 40) and batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.shape == (3,) and batch.labels.dtype == torch.int64
+        assert batch.draw and batch.labels.tolist() == split.label[batch.draw.ids].tolist()
+
+
+def test_any_resume_point_gives_the_next_batch_bit_for_bit(dataset: Path) -> None:
+    plan, batches = loader_for(shards.open_split(dataset, "train"))
+    straight = batches(0, 0)
+    for step in range(plan.total_steps):
+        resumed = batches(0, step)
+        expected = straight[step * plan.accumulation :]
+        assert len(resumed) == len(expected)
+        for a, b in zip(resumed, expected, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_processes_get_the_micro_batches_of_one(dataset: Path) -> None:
+    split = shards.open_split(dataset, "train")
+    _, one = loader_for(split)
+    plan, two = loader_for(split, world=2)
+    ranks = [two(rank, 0) for rank in range(2)]
+    dealt = [ranks[r][m] for m in range(plan.total_steps * plan.accumulation) for r in range(2)]
+    for a, b in zip(dealt, one(0, 0), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("world", range(1, 8))
+def test_validation_over_processes(dataset: Path, world: int) -> None:
+    split = shards.open_split(dataset, "val")
+    settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
+    ids: list[int] = []
+    for rank in range(world):
+        loader = data.eval_loader(split, settings, 2, rank, world, CPU)
+        for _ in range(2 if world == 2 else 1):  # a second pass starts anew
+            found = [batch for batch in loader]
+        for batch in found:
+            assert batch.draw and len(batch.images) == len(batch.labels) == len(batch.draw.ids)
+            assert batch.labels.tolist() == split.label[batch.draw.ids].tolist()
+            ids += batch.draw.ids.tolist()
+    assert sorted(ids) == list(range(13))
+
+
+def test_leaving_early_leaves_no_thread(dataset: Path) -> None:
+    split = shards.open_split(dataset, "train")
+    plan, _ = loader_for(split)
+    before = threading.active_count()
+    batches = data.train_batches(split, config.Data(root=dataset), plan, 0, CPU, 0)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("read", ["train", "val"])
+def test_damaged_bytes_are_named(dataset: Path, tmp_path: Path, read: str) -> None:
+    root = Path(shutil.copytree(dataset, tmp_path / "damaged"))
+    split = shards.open_split(root, read)
+    path, offset = split.shard_paths[split.shard[5]], int(split.offset[5])
+    data_on_disk = bytearray(path.read_bytes())
+    data_on_disk[offset : offset + int(split.size[5])] = bytes(int(split.size[5]))
+    path.write_bytes(data_on_disk)
+    with pytest.raises(DataError) as error:
+        if read == "train":
+            loader_for(split)[1](0, 0)
+        else:
+            list(data.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU))
+    assert f"{path}, key 000000005 at byte {offset}" in str(error.value)
+
+
+def test_a_shard_that_shrank_is_named(dataset: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(dataset, tmp_path / "shrunk"))
+    split = shards.open_split(root, "train")
+    split.shard_paths[1].write_bytes(split.shard_paths[1].read_bytes()[:2048])
+    with pytest.raises(DataError, match=r"train-000001.tar changed its size while in use"):
+        loader_for(split)[1](0, 0)
+
+
+def test_gpu_decoding_without_a_gpu_is_refused(dataset: Path) -> None:
+    split = shards.open_split(dataset, "val")
+    settings = config.Data(root=dataset, decode="gpu_window")
+    with pytest.raises(DataError, match="decode = gpu_window: this process has no GPU"):
+        list(data.eval_loader(split, settings, 4, 0, 1, CPU))
+
+
+def test_pixels_do_not_depend_on_the_batch_they_came_in(dataset: Path) -> None:
+    split = shards.open_split(dataset, "val")
+    settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
+    images = [
+        torch.cat([b.images for b in data.eval_loader(split, settings, size, 0, 1, CPU)])
+        for size in (1, 5, 13)
+    ]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert sampling.num_eval_batches(13, 5, 0, 1) == 3

@@ -1,0 +1,143 @@
+"""Order, windows and flips: pure, the same for every world size, and distributed as torchvision's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from fasttrain import config, sampling, shards
+from fasttrain.config import Optim, Train
+from fasttrain.schedule import Plan, make_plan
+from fasttrain.shards import Split
+
+GOLDEN_IDS = [22, 25, 34, 38]
+GOLDEN_WINDOWS = [[149, 158, 233, 217], [212, 48, 152, 180], [0, 130, 41, 50], [0, 1, 33, 39]]
+
+
+@pytest.fixture(scope="module")
+def split(dataset: Path) -> Split:
+    return shards.open_split(dataset, "train")
+
+
+def plan_for(split: Split, world: int, micro: int, batch: int = 12) -> Plan:
+    train = Train(epochs=6, global_batch_size=batch, micro_batch_size=micro)
+    return make_plan(train, Optim(), split.num_samples, world)
+
+
+def global_batch(split: Split, plan: Plan, step: int) -> list[tuple]:
+    """What all processes together are fed, in the order of the groups."""
+    rows = []
+    for micro in range(plan.accumulation):
+        for rank in range(plan.world_size):
+            draw = sampling.train_draw(split, config.Data(), plan, step, rank, micro)
+            assert draw.ids.shape == (plan.micro_batch_size,)
+            rows += zip(
+                draw.ids.tolist(), map(tuple, draw.windows.tolist()), draw.flips, strict=True
+            )
+    return rows
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 3), (2, 6), (2, 3), (3, 4), (4, 3), (6, 2)])
+def test_any_world_size_sees_the_same_global_batches(split: Split, world: int, micro: int) -> None:
+    one, many = plan_for(split, 1, 12), plan_for(split, world, micro)
+    for step in range(2 * one.steps_per_epoch):
+        assert global_batch(split, many, step) == global_batch(split, one, step)
+
+
+def test_an_epoch_holds_each_sample_at_most_once_and_epochs_differ(split: Split) -> None:
+    plan = plan_for(split, 2, 3)
+    epochs = [
+        [row[0] for s in range(3) for row in global_batch(split, plan, 3 * e + s)] for e in range(6)
+    ]
+    for ids in epochs:
+        assert len(set(ids)) == len(ids) == 36  # of 45: the incomplete last batch is dropped
+    assert len({tuple(ids) for ids in epochs}) == 6
+    assert set().union(*epochs) == set(range(45))  # others are dropped in each epoch
+
+
+def test_golden_draws() -> None:
+    ids = sampling.epoch_order(0, 1, 45)[:4].astype(np.int64)
+    sizes = np.array([500, 375, 64, 48], np.uint16), np.array([375, 500, 311, 48], np.uint16)
+    windows = sampling.crop_windows(0, 1, ids, *sizes, (0.08, 1.0), (3 / 4, 4 / 3))
+    assert ids.tolist() == GOLDEN_IDS
+    assert windows.tolist() == GOLDEN_WINDOWS
+
+
+def test_flip_can_be_switched_off(split: Split) -> None:
+    plan = plan_for(split, 1, 12)
+    flips = [
+        sampling.train_draw(split, config.Data(flip=flip), plan, step, 0, 0).flips.mean()
+        for flip in (True, False)
+        for step in range(18)
+    ]
+    assert 0.4 < np.mean(flips[:18]) < 0.6 and not any(flips[18:])
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "area", "ratio"),
+    [
+        (500, 375, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (333, 500, (0.25, 1.0), (3 / 4, 4 / 3)),
+        (640, 160, (0.08, 1.0), (3 / 4, 4 / 3)),  # wide: tries fail, some fall back to the centre
+        (40, 36, (0.08, 1.0), (3 / 4, 4 / 3)),
+    ],
+)
+def test_windows_follow_torchvision(
+    width: int, height: int, area: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    number = 100_000
+    ids = np.arange(number)
+    sizes = np.full(number, width, np.uint16), np.full(number, height, np.uint16)
+    ours = sampling.crop_windows(0, 0, ids, *sizes, area, ratio).astype(float)
+    x, y, w, h = ours.T
+    assert w.min() >= 1 and h.min() >= 1 and x.min() >= 0 and y.min() >= 0
+    assert (x + w).max() <= width and (y + h).max() <= height
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    draws = [RandomResizedCrop.get_params(image, list(area), list(ratio)) for _ in range(20_000)]
+    theirs = np.array(draws, float)[:, [1, 0, 3, 2]]
+
+    def features(windows: np.ndarray) -> np.ndarray:
+        x, y, w, h = windows.T
+        cover, shape = w * h / (width * height), np.log(w / h)
+        return np.stack([x, y, w, h, cover, shape, cover**2, shape**2, w * x, h * y], 1)
+
+    a, b = features(ours), features(theirs)
+    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+    assert (np.abs(a.mean(0) - b.mean(0)) < 4.5 * error + 1e-9).all()
+    spread = a.std(0) / np.maximum(b.std(0), 1e-9)
+    assert ((spread > 0.97) & (spread < 1.03)).all()
+
+
+def test_windows_of_images_that_no_try_fits() -> None:
+    sizes = np.array([1000, 5, 1], np.uint16), np.array([5, 1000, 1], np.uint16)
+    windows = sampling.crop_windows(0, 0, np.arange(3), *sizes, (0.9, 1.0), (3 / 4, 4 / 3))
+    assert windows.tolist() == [[496, 0, 7, 5], [0, 496, 5, 7], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("world", range(1, 8))
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 13, 64])
+def test_each_validation_image_exactly_once(dataset: Path, world: int, batch_size: int) -> None:
+    split = shards.open_split(dataset, "val")
+    seen = []
+    for rank in range(world):
+        for number in range(sampling.num_eval_batches(13, batch_size, rank, world)):
+            draw = sampling.eval_draw(split, config.Data(), batch_size, rank, world, number)
+            assert 0 < len(draw.ids) <= batch_size
+            seen += draw.ids.tolist()
+    assert sorted(seen) == list(range(13))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (257, 300), (64, 311)])
+def test_centre_windows_are_torchvisions(size: tuple[int, int]) -> None:
+    width, height = size
+    found = sampling.center_windows(np.array([width]), np.array([height]), 256, 224)[0]
+    # torchvision resizes and crops images that hold their own source coordinates
+    resized = TF.resize(torch.zeros(1, height, width), [256]).shape
+    top, left = (round((px - 224) / 2.0) for px in resized[1:])
+    scale_x, scale_y = width / resized[2], height / resized[1]
+    expected = [left * scale_x, top * scale_y, 224 * scale_x, 224 * scale_y]
+    assert found.tolist() == pytest.approx(expected)

@@ -1,0 +1,81 @@
+"""The arithmetic of a run, step by step."""
+
+import math
+
+import pytest
+from conftest import REPO
+
+from fasttrain import config
+from fasttrain.config import ConfigError, Optim, Train
+from fasttrain.schedule import lr_at, make_plan
+
+
+def test_every_step_of_a_small_plan() -> None:
+    train = Train(epochs=4, global_batch_size=10)
+    plan = make_plan(train, Optim(lr=0.4, warmup_lr=0.1, warmup_epochs=1), 39, world_size=1)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (3, 12, 3)
+    cosine = [0.4 * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]
+    assert [lr_at(s, plan) for s in range(12)] == pytest.approx([0.1, 0.2, 0.3, *cosine])
+    assert [plan.epoch_of(s) for s in range(12)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert [s for s in range(13) if plan.eval_due(s)] == [3, 6, 9, 12]
+    for step in (-1, 12):
+        with pytest.raises(ValueError, match="outside the schedule of 12 updates"):
+            lr_at(step, plan)
+
+
+def test_the_published_recipe_on_imagenet() -> None:
+    recipe = config.load(REPO / "recipes/large.toml")
+    plans = [make_plan(recipe.train, recipe.optim, 1_281_167, world) for world in (1, 8, 64)]
+    for plan in plans:
+        assert (plan.steps_per_epoch, plan.total_steps) == (1251, 187_650)
+        assert plan.micro_batch_size * plan.world_size * plan.accumulation == 1024
+        curve = [lr_at(step, plan) for step in range(0, plan.total_steps, 97)]
+        assert curve == [lr_at(step, plans[0]) for step in range(0, plan.total_steps, 97)]
+    assert lr_at(0, plans[0]) == 0.1
+    assert lr_at(5 * 1251, plans[0]) == 0.4
+    assert lr_at(187_649, plans[0]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "accumulation"), [(1, 32, 2), (2, 16, 2), (4, 16, 1), (8, None, 1)]
+)
+def test_accumulation_holds_the_global_batch(
+    world: int, micro: int | None, accumulation: int
+) -> None:
+    train = Train(epochs=5, global_batch_size=64, micro_batch_size=micro)
+    plan = make_plan(train, Optim(), 1000, world)
+    assert plan.accumulation == accumulation
+    assert plan.micro_batch_size == (micro or 8)
+
+
+def test_max_steps_ends_the_run_and_leaves_the_schedule() -> None:
+    train = Train(epochs=10, global_batch_size=10)
+    short = make_plan(train.model_copy(update={"max_steps": 7}), Optim(), 100, 1)
+    whole = make_plan(train, Optim(), 100, 1)
+    assert (short.total_steps, whole.total_steps) == (7, 100)
+    assert [lr_at(s, short) for s in range(7)] == [lr_at(s, whole) for s in range(7)]
+    assert [s for s in range(8) if short.eval_due(s)] == [7]
+
+
+def test_evaluation_every_few_epochs_and_at_the_end() -> None:
+    train = Train(epochs=5, global_batch_size=10, eval_every_epochs=2)
+    plan = make_plan(train, Optim(), 20, 1)
+    assert [s for s in range(11) if plan.eval_due(s)] == [4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "message"),
+    [
+        (2000, None, 1, "global_batch_size = 2000: more than the 1,000 training images"),
+        (64, None, 3, "does not divide over 3 processes; 63 or 66 would, or launch 2 or 4"),
+        (64, 24, 2, "micro_batch_size = 24: does not divide the 32 images of each of 2 processes"),
+        (64, 24, 2, "16 or 32 would"),
+    ],
+)
+def test_what_does_not_divide_proposes_what_would(
+    batch: int, micro: int | None, world: int, message: str
+) -> None:
+    train = Train(epochs=5, global_batch_size=batch, micro_batch_size=micro)
+    with pytest.raises(ConfigError) as error:
+        make_plan(train, Optim(), 1000, world)
+    assert message in str(error.value)

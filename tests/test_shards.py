@@ -1,0 +1,237 @@
+"""The on-disk contract: what is written, who can read it, and what is said when it is damaged."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import photograph, run
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from fasttrain import shards
+from fasttrain.shards import ShardError
+
+
+def files_of(root: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.iterdir())}
+
+
+def test_command_line_and_same_bytes_with_any_number_of_workers(
+    folder: Path, tmp_path: Path
+) -> None:
+    results = []
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        done = run(["python", "tools/make_shards.py", folder, out, "--workers", workers])
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        assert "3 classes, 45 images in train, 13 images in val" in done.stderr
+        assert "sharding 58/58" in done.stderr
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+    assert results[0]["out"] == str(tmp_path / "1") and results[0]["seconds"] > 0
+    counts = {"rejected": 0, "repaired": 0}
+    assert results[0]["splits"] == {
+        "train": {"samples": 45, "shards": 1, **counts},
+        "val": {"samples": 13, "shards": 1, **counts},
+    }
+
+
+def test_same_bytes_from_processes(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    source = shards.scan_image_folder(folder)
+    seen: list[int] = []
+    shards.write_dataset(source, tmp_path, workers=2, shard_size=11, on_progress=seen.append)
+    assert files_of(tmp_path) == files_of(dataset)
+    assert sum(seen) == 58
+
+
+def test_shards_are_balanced_and_shuffled(folder: Path, dataset: Path) -> None:
+    manifest = shards.read_manifest(dataset)
+    assert [s["num_samples"] for s in manifest["splits"]["train"]["shards"]] == [11, 11, 11, 12]
+    assert manifest["classes"] == ["a", "b", "c"]
+    labels = shards.open_split(dataset, "train").label.tolist()
+    assert sorted(labels) == [0] * 15 + [1] * 15 + [2] * 15
+    assert labels != sorted(labels)
+
+
+def test_index_says_where_every_image_lies(folder: Path, dataset: Path) -> None:
+    for name in shards.SPLITS:
+        split = shards.open_split(dataset, name)
+        originals = {p.read_bytes(): p for p in (folder / name).rglob("*.jpg")}
+        for sample in range(split.num_samples):
+            tar = split.shard_paths[split.shard[sample]].read_bytes()
+            offset, size = int(split.offset[sample]), int(split.size[sample])
+            data = tar[offset : offset + size]
+            original = originals.pop(data)
+            assert split.classes[split.label[sample]] == original.parent.name
+            assert zlib.crc32(data) == split.crc32[sample]
+            size_px = (int(split.width[sample]), int(split.height[sample]))
+            assert Image.open(io.BytesIO(data)).size == size_px
+        assert not originals
+
+
+def test_members_are_plain_ustar(dataset: Path) -> None:
+    with tarfile.open(dataset / "train-000001.tar") as tar:
+        members = tar.getmembers()
+        assert tar.pax_headers == {}
+    assert [m.name for m in members[:4]] == [
+        *("000000011.jpg", "000000011.cls", "000000012.jpg", "000000012.cls")
+    ]
+    assert {(m.mtime, m.uid, m.gid, m.type) for m in members} == {(0, 0, 0, tarfile.REGTYPE)}
+    assert shards.open_split(dataset, "train").describe(12).endswith(
+        "train-000001.tar, key 000000012 at byte " + str(members[2].offset_data)
+    )
+
+
+def expected_samples(root: Path, name: str) -> list[tuple[int, bytes]]:
+    split = shards.open_split(root, name)
+    tars = [path.read_bytes() for path in split.shard_paths]
+    places = zip(split.shard, split.offset, split.size, split.label, strict=True)
+    return [(int(n), tars[s][int(o) : int(o) + int(z)]) for s, o, z, n in places]
+
+
+def test_webdataset_reads_them(dataset: Path) -> None:
+    import webdataset
+
+    urls = [str(p) for p in sorted(dataset.glob("train-*.tar"))]
+    found = [
+        (int(sample["cls"]), sample["jpg"])
+        for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    ]
+    assert found == expected_samples(dataset, "train")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_dali_reads_them(dataset: Path, indexed: bool) -> None:
+    tars = [str(p) for p in sorted(dataset.glob("train-*.tar"))]
+    indices = {"index_paths": [t.replace(".tar", ".idx") for t in tars]} if indexed else {}
+
+    @pipeline_def(batch_size=45, num_threads=1, device_id=None)
+    def pipeline() -> tuple:
+        images, labels = fn.readers.webdataset(
+            paths=tars, ext=["jpg", "cls"], missing_component_behavior="error", **indices
+        )
+        return images, labels
+
+    images, labels = pipeline().run()
+    # One width for all labels: a DALI pipeline can turn the four digits into a number.
+    digits = np.asarray(labels.as_tensor()) - ord("0")
+    found = [
+        (int(label @ [1000, 100, 10, 1]), bytes(np.asarray(image)))
+        for image, label in zip(images, digits, strict=True)
+    ]
+    assert found == expected_samples(dataset, "train")
+
+
+def test_bad_images_are_rejected_and_odd_ones_repaired(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    rng = np.random.default_rng(1)
+    for split in shards.SPLITS:
+        for name in "ab":
+            (source / split / name).mkdir(parents=True)
+            photograph(rng, 60, 40).save(source / split / name / "good.jpg")
+    train = source / "train" / "a"
+    whole = (train / "good.jpg").read_bytes()
+    (train / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (train / "text.jpg").write_text("not an image")
+    (train / "empty.JPEG").write_bytes(b"")
+    (train / "notes.txt").write_text("not listed as an image")
+    photograph(rng, 50, 30).save(train / "png.jpg", "PNG")
+    photograph(rng, 50, 30).convert("CMYK").save(train / "cmyk.jpg")
+    done = run(["python", "tools/make_shards.py", source, out])
+    result = json.loads(done.stdout.splitlines()[-1])["splits"]
+    assert result["train"] == {"samples": 4, "shards": 1, "rejected": 3, "repaired": 2}
+    assert result["val"] == {"samples": 2, "shards": 1, "rejected": 0, "repaired": 0}
+    for text in (
+        "ignored 1 files that are not images",
+        "rejected train/a/truncated.jpg: ",
+        "rejected train/a/text.jpg: not an image",
+        "rejected train/a/empty.JPEG: not an image",
+        "re-encoded train/a/cmyk.jpg as RGB JPEG: was JPEG CMYK",
+        "re-encoded train/a/png.jpg as RGB JPEG: was PNG RGB",
+    ):
+        assert text in done.stderr
+    entry = shards.read_manifest(out)["splits"]["train"]
+    assert {item["name"] for item in entry["repaired"]} == {"train/a/cmyk.jpg", "train/a/png.jpg"}
+    for _, data in expected_samples(out, "train"):
+        image = Image.open(io.BytesIO(data))
+        assert (image.format, image.mode) == ("JPEG", "RGB")
+
+
+def test_a_finished_data_set_is_not_overwritten(folder: Path, dataset: Path) -> None:
+    before = files_of(dataset)
+    failed = run(["python", "tools/make_shards.py", folder, dataset], code=2)
+    assert "already holds a finished data set" in failed.stderr
+    assert files_of(dataset) == before
+
+
+def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(dataset, out)
+    (out / shards.MANIFEST).unlink()
+    (out / "train-000099.tar").write_bytes(b"of an earlier attempt")
+    (out / "train-000002.tar.tmp").write_bytes(b"half a shard")
+    with pytest.raises(ShardError, match="no data set at"):
+        shards.open_split(out, "train")
+    shards.write_dataset(shards.scan_image_folder(folder), out, shard_size=11)
+    assert files_of(out) == files_of(dataset)
+
+
+def test_unusable_sources(folder: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    flat, unknown, no_val, empty = copy("flat"), copy("unknown"), copy("no_val"), copy("empty")
+    (flat / "val" / "a" / "003.jpg").rename(flat / "val" / "ILSVRC2012_val_00000001.JPEG")
+    (unknown / "val" / "a").rename(unknown / "val" / "z")
+    shutil.rmtree(no_val / "val")
+    (empty / "train" / "d").mkdir()
+    for root, message in (
+        (flat, "ILSVRC2012_val_00000001.JPEG lies outside any class folder"),
+        (unknown, "there is no class of that name in"),
+        (no_val, "is not an ImageFolder: there is no folder"),
+        (empty, "holds no images; remove the class or fill it"),
+        (tmp_path / "nowhere", "is not an ImageFolder"),
+    ):
+        with pytest.raises(ShardError, match=message):
+            shards.scan_image_folder(root)
+    failed = run(["python", "tools/make_shards.py", no_val, tmp_path / "out"], code=2)
+    assert "expected train/<class>/ and val/<class>/" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_damage_is_named(dataset: Path, tmp_path: Path) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(dataset, tmp_path / name))
+
+    short = damaged("short")
+    (short / "train-000002.tar").write_bytes((dataset / "train-000002.tar").read_bytes()[:-512])
+    gone = damaged("gone")
+    (gone / "train-000001.tar").unlink()
+    header = damaged("header")
+    data = bytearray((header / "train.index").read_bytes())
+    data[3] ^= 1
+    (header / "train.index").write_bytes(data)
+    lying = damaged("lying")
+    data = bytearray((lying / "train.index").read_bytes())
+    data[33] = 0xFF  # in the first offset: far past the end of the tar
+    (lying / "train.index").write_bytes(data)
+    version = damaged("version")
+    manifest = json.loads((version / shards.MANIFEST).read_text()) | {"version": 99}
+    (version / shards.MANIFEST).write_text(json.dumps(manifest))
+    torn = damaged("torn")
+    (torn / shards.MANIFEST).write_text("{")
+    for root, message in (
+        (short, r"train-000002.tar has [\d,]+ bytes, manifest.json says [\d,]+"),
+        (gone, "train-000001.tar: No such file or directory, but manifest.json lists it"),
+        (header, "train.index is damaged or of another version"),
+        (lying, "train.index is damaged"),
+        (version, "has format version 99, this fasttrain reads 1"),
+        (torn, "manifest.json is damaged"),
+    ):
+        with pytest.raises(ShardError, match=message):
+            shards.open_split(root, "train")
