@@ -1,11 +1,11 @@
 """Save, prune, find and restore; a checkpoint is a folder that appears whole or not at all.
 
-    checkpoints/step_00012512/
-        model.safetensors     the network, under the names of the published weights
-        ema.safetensors       its moving average, if there is one
-        training.pt           optimizer and loss scaler; loadable with weights_only=True
-        state.json            counters, recipe, classes, what it was trained on and with
-        SHA256SUMS            of the other files; `sha256sum -c` reads it
+checkpoints/step_00012512/
+    model.safetensors     the network, under the names of the published weights
+    ema.safetensors       its moving average, if there is one
+    training.pt           optimizer and loss scaler; loadable with weights_only=True
+    state.json            counters, recipe, classes, what it was trained on and with
+    SHA256SUMS            of the other files; `sha256sum -c` reads it
 """
 
 import hashlib
@@ -125,7 +125,7 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     if faults:
         raise CheckpointError(
             "\n  ".join([f"no checkpoint under {root} can be used:", *faults])
-            + "\nrestore one from a copy, or start anew in another folder with --set log.run_dir=..."
+            + "\nrestore one from a copy, or start anew in another folder: --set log.run_dir=..."
         )
     return None
 
@@ -146,6 +146,22 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}; install the fasttrain that wrote it"
         )
     return state
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Loads a file of weights, `.safetensors` or a state dict saved by torch, into a network.
+
+    Raises:
+        CheckpointError: the file is not one of weights, or of another network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(weights)
+    except Exception as error:
+        raise CheckpointError(f"{path}: these weights do not fit: {error}") from None
 
 
 def restore(

@@ -53,8 +53,8 @@ class Data(Section):
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the centre crop of a validation image, in pixels."""
     decode: Literal["auto", "cpu", "gpu_full", "gpu_window"] = "auto"
-    """Where JPEGs are decoded: `gpu_full` the whole image, `gpu_window` only the crop (fewer pixels,
-    but reported to crash with nvImageCodec 0.9 on some GPUs); `auto` is `gpu_full` on a GPU."""
+    """Where JPEGs are decoded: `gpu_full` the whole image; `gpu_window` only the crop, less work
+    but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` is `gpu_full` on a GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
     queue_depth: Positive = 2
@@ -242,7 +242,7 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
 
 
 def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None, list[str]]:
-    """Validates section by section, so that one fault does not hide the others; adds to `faults`."""
+    """Adds to `faults`; validates by sections, so that one fault does not hide the others."""
     sections: dict[str, Any] = {}
     known = {name: type(field.default) for name, field in Recipe.model_fields.items()}
     for name, table in raw.items():
@@ -333,7 +333,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def stop(message: str, *, everywhere: bool = False) -> NoReturn:
-    """Ends the process with exit code 2; of several processes rank 0 says why, or each for itself."""
+    """Ends the process with exit code 2; of several processes rank 0 says why, or every one."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or everywhere:
         sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")

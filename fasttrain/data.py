@@ -200,7 +200,9 @@ class Loader:
             closed.set()
             thread.join()
 
-    def _produce(self, ready: "queue.Queue[Batch | BaseException]", closed: threading.Event) -> None:
+    def _produce(
+        self, ready: "queue.Queue[Batch | BaseException]", closed: threading.Event
+    ) -> None:
         """The thread: drives DALI and puts what comes out, batch or error, into `ready`."""
 
         def put(item: Batch | BaseException) -> None:
@@ -229,6 +231,8 @@ class Loader:
             for number in range(self.num_batches):
                 try:
                     images, labels = (torch.from_dlpack(out.as_tensor()) for out in pipeline.run())
+                except DataError:  # of our own source, and already clear
+                    raise
                 except RuntimeError as error:
                     raise self._at_fault(inside[number].ids, error) from error
                 # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
@@ -243,7 +247,7 @@ class Loader:
         damaged = [
             self.split.describe(int(sample))
             for sample, data in zip(ids, self.bytes[ids], strict=True)
-            if zlib.crc32(data) != self.split.crc32[sample]
+            if zlib.crc32(data.tobytes()) != self.split.crc32[sample]
         ]
         if damaged:
             listed = "\n  ".join(damaged)

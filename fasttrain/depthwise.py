@@ -2,7 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -27,27 +30,24 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-class _TapSums(torch.autograd.Function):
+class _TapSums(Function):
     """The convolution, its weight gradient as one sum of products per tap of the kernel."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w: Tensor, s: int) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, s: int) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.stride = s  # type: ignore[attr-defined]
         return F.conv2d(x, w, None, s, w.shape[2] // 2, 1, len(w))
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, w = ctx.saved_tensors  # type: ignore[attr-defined]
         stride, pad = ctx.stride, w.shape[2] // 2  # type: ignore[attr-defined]
-        grad_x = torch.nn.grad.conv2d_input(x.shape, w, grad, stride, pad, 1, len(w))
+        grad_x = conv2d_input(x.shape, w, grad, stride, pad, 1, len(w))
         images, grads = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # (B, H, W, C)
-        rows = [_overlap(x.shape[2], grad.shape[2], tap - pad, stride) for tap in range(2 * pad + 1)]
-        columns = [
-            _overlap(x.shape[3], grad.shape[3], tap - pad, stride) for tap in range(2 * pad + 1)
-        ]
+        shifts = range(-pad, pad + 1)
+        rows = [_overlap(x.shape[2], grad.shape[2], shift, stride) for shift in shifts]
+        columns = [_overlap(x.shape[3], grad.shape[3], shift, stride) for shift in shifts]
         grad_w = torch.stack(
             [
                 (images[:, in_y, in_x] * grads[:, out_y, out_x]).sum((0, 1, 2))

@@ -37,6 +37,8 @@ def prepare(root: Path) -> None:
         split = "val" if rank % HELD_OUT == 0 else "train"
         path = folder / split / str(digits.target[number]) / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(images[number]).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC)
+        image = Image.fromarray(images[number]).resize(
+            (IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC
+        )
         image.save(path, quality=90)
     shards.write_dataset(shards.scan_image_folder(folder), root)

@@ -78,7 +78,7 @@ class Clock:
             self._reset()
 
     def lap(self) -> tuple[float, float]:
-        """Images/s and share of waiting since the last lap; call it where the device was awaited."""
+        """Images/s and share of waiting since the last lap; call it once the device is done."""
         elapsed = max(time.perf_counter() - self.start - self.pause_s, 1e-9)
         rate, wait = self.images / elapsed, self.wait_s / elapsed
         self.total_images += self.images

@@ -72,7 +72,7 @@ def round_channels(channels: float) -> int:
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from the spatial mean: (B, C, H, W) -> (B, C, H, W)."""
+    """Scales each channel by a gate that the spatial means decide: `(B, C, H, W)` to the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,16 +103,17 @@ class InvertedResidual(nn.Module):
             return nn.Hardswish() if row.hardswish else nn.ReLU(inplace=True)
 
         se = SqueezeExcite(hidden) if row.se else nn.Identity()
-        depthwise = DepthwiseConv2d(hidden, row.kernel, row.stride)
-        project = (
+        layers: list[nn.Module] = [
+            DepthwiseConv2d(hidden, row.kernel, row.stride),
+            nn.BatchNorm2d(hidden),
+            # As in the published weights: SE comes last only in the block that does not expand.
+            *((act(), se) if in_channels == hidden else (se, act())),
             nn.Conv2d(hidden, self.out_channels, 1, bias=False),
             nn.BatchNorm2d(self.out_channels),
-        )
-        if in_channels == hidden:  # the first block does not expand; here SE follows the activation
-            layers = (depthwise, nn.BatchNorm2d(hidden), act(), se, *project)
-        else:
-            expand = (nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), act())
-            layers = (*expand, depthwise, nn.BatchNorm2d(hidden), se, act(), *project)
+        ]
+        if in_channels != hidden:
+            expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+            layers = [expand, nn.BatchNorm2d(hidden), act(), *layers]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,13 +126,18 @@ def _conv_bn_act(in_channels: int, out_channels: int, kernel: int, stride: int) 
 
 
 class MobileNetV3(nn.Module):
-    """Images float `(B, 3, H, W)`, normalised, channels-last for speed -> logits `(B, num_classes)`.
+    """Images float `(B, 3, H, W)`, normalised, best channels-last, to logits `(B, num_classes)`.
 
     Use `mobilenetv3_large`, `mobilenetv3_small` or `build_model`.
     """
 
     def __init__(
-        self, rows: tuple[Row, ...], width: float, hidden_units: int, num_classes: int, dropout: float
+        self,
+        rows: tuple[Row, ...],
+        width: float,
+        hidden_units: int,
+        num_classes: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         channels = round_channels(16 * width)
@@ -158,7 +164,7 @@ class MobileNetV3(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Normal, fan-out, for convolutions; 0.01 for linear layers; BatchNorm starts as the identity."""
+    """Convolutions normal by fan-out, linear layers normal of 0.01, BatchNorm the identity."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, the moving average of the weights, and what all of them train."""
+"""Parameter groups, the optimizer, the moving average of the weights, and all that is trained."""
 
 import copy
 from dataclasses import dataclass, field

@@ -50,7 +50,7 @@ def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64
 
 def uniform(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.float64]:
     """Draws in [0, 1) with 53 random bits, float64, shaped like the broadcast counters."""
-    return (hash64(seed, stream, *counters) >> np.uint64(11)) * 2.0**-53
+    return (hash64(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, stream: Stream, counter: int, length: int) -> NDArray[np.int32]:

@@ -100,7 +100,7 @@ class StopRequest:
     def __init__(self, world_size: int) -> None:
         self.signal = 0  # that this process received
         self.decision = 0  # that all agreed on
-        self.group = distributed.new_group(backend="gloo") if world_size > 1 else None
+        self.group: Any = distributed.new_group(backend="gloo") if world_size > 1 else None
         self.pending: tuple[torch.Tensor, Any] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)

@@ -1,9 +1,9 @@
 """Which samples, which crop windows, which flips: pure functions of (seed, epoch, sample).
 
     global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
-    micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * world_size + r
+    micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * W + r
 
-So any number of processes sees the same global batches, and with equal `micro_batch_size` b the
+So any number W of processes sees the same global batches, and with equal `micro_batch_size` b the
 same groups of images in BatchNorm.
 """
 
@@ -81,18 +81,18 @@ def crop_windows(
     """
     tries = np.arange(CROP_TRIES)
     key = (epoch, ids[:, None], tries)
-    width, height = width.astype(np.int64)[:, None], height.astype(np.int64)[:, None]
-    target = width * height * _between(uniform(seed, Stream.CROP_AREA, *key), *area)  # (B, tries)
+    full_w, full_h = width.astype(np.int64)[:, None], height.astype(np.int64)[:, None]  # (B, 1)
+    target = full_w * full_h * _between(uniform(seed, Stream.CROP_AREA, *key), *area)  # (B, tries)
     aspect = np.exp(_between(uniform(seed, Stream.CROP_RATIO, *key), *np.log(ratio)))
     w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
     h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    fits = (w > 0) & (h > 0) & (w <= full_w) & (h <= full_h)
     first = fits.argmax(1)[:, None]  # the first that fits, or 0 where none does
     w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    x = (uniform(seed, Stream.CROP_X, epoch, ids)[:, None] * (width - w + 1)).astype(np.int64)
-    y = (uniform(seed, Stream.CROP_Y, epoch, ids)[:, None] * (height - h + 1)).astype(np.int64)
+    x = (uniform(seed, Stream.CROP_X, epoch, ids)[:, None] * (full_w - w + 1)).astype(np.int64)
+    y = (uniform(seed, Stream.CROP_Y, epoch, ids)[:, None] * (full_h - h + 1)).astype(np.int64)
     drawn = np.concatenate([x, y, w, h], 1)  # (B, 4)
-    centred = _centred_windows(width, height, ratio)
+    centred = _centred_windows(full_w, full_h, ratio)
     return np.where(fits.any(1, keepdims=True), drawn, centred).astype(np.int32)
 
 
@@ -110,7 +110,7 @@ def _centred_windows(
 
 
 def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:
-    """Validation batches of a process; it may be 0, and differs by at most one between processes."""
+    """Validation batches of a process: may be 0, and differ by one between processes."""
     num_batches = -(-num_samples // batch_size)
     return len(range(rank, num_batches, world_size))
 
@@ -133,7 +133,7 @@ def eval_draw(
 def center_windows(
     width: NDArray[np.uint16], height: NDArray[np.uint16], resize_px: int, crop_px: int
 ) -> NDArray[np.float32]:
-    """The source pixels that remain of "resize the shorter side, crop the centre", float32 `(B, 4)`.
+    """The source pixels that "resize the shorter side, crop the centre" keeps, float32 `(B, 4)`.
 
     Rounds as torchvision does: the longer side down, the corner half to even.
 

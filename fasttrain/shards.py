@@ -166,7 +166,7 @@ def open_split(root: Path, name: str) -> Split:
 
 def _read_index(path: Path, num_samples: int) -> dict[str, NDArray[Any]]:
     offset = len(_INDEX_MAGIC) + 8
-    columns = {}
+    columns: dict[str, NDArray[Any]] = {}
     with path.open("rb") as file:
         header = file.read(offset)
     if header != _INDEX_MAGIC + num_samples.to_bytes(8, "little"):
@@ -237,8 +237,7 @@ def scan_image_folder(root: Path) -> Source:
             if split == "train" and not images:
                 raise ShardError(f"{folder} holds no images; remove the class or fill it")
             splits[split] += [
-                Candidate(path.relative_to(root).as_posix(), labels[folder.name])
-                for path in images
+                Candidate(path.relative_to(root).as_posix(), labels[folder.name]) for path in images
             ]
         if not splits[split]:
             raise ShardError(f"{root / split} holds no images")
@@ -420,9 +419,7 @@ def _write_shard(
             offset = tar.add(f"{key:09d}.jpg", image.data)
             label_offset = tar.add(f"{key:09d}.cls", label)
             size, crc32 = len(image.data), zlib.crc32(image.data)
-            rows.append(
-                (offset, size, crc32, number, candidate.label, image.width, image.height)
-            )
+            rows.append((offset, size, crc32, number, candidate.label, image.width, image.height))
             index.append(
                 f"jpg {offset} {size} {key:09d}.jpg cls {label_offset} {len(label)} {key:09d}.cls"
             )

@@ -76,7 +76,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     # ---- what is trained
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
-    module.to(process.device, memory_format=torch.channels_last)
+    module.to(process.device).to(memory_format=torch.channels_last)
     ema = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     model, optimizer = accelerator.prepare(module, build_optimizer(module, recipe.optim))
     learner = Learner(model, module, optimizer, ema, accelerator.scaler)

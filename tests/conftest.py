@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Tests that run in this process use the CPU, and one thread each, as these are tiny networks.
+os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
 from fasttrain import config, shards
 
 REPO = Path(__file__).parent.parent
@@ -82,7 +85,8 @@ def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: on the CPU, and without what a test run leaves there."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "PYTEST"))}
+    ours = ("ACCELERATE", "OMP", "PYTEST")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PATH": command_path()} | changes
 
 

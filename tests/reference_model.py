@@ -61,7 +61,10 @@ def plan(arch: str, width: float, num_classes: int = 1000) -> Iterator[tuple]:
             yield from (("conv", p + "4", hidden, cout, 1, 1, 1), ("bn", p + "5", cout))
         else:
             yield from (("conv", p + "0", cin, hidden, 1, 1, 1), ("bn", p + "1", hidden), act)
-            yield from (("conv", p + "3", hidden, hidden, k, stride, hidden), ("bn", p + "4", hidden))
+            yield from (
+                ("conv", p + "3", hidden, hidden, k, stride, hidden),
+                ("bn", p + "4", hidden),
+            )
             yield from (*se, act)
             yield from (("conv", p + "7", hidden, cout, 1, 1, 1), ("bn", p + "8", cout))
         if residual:

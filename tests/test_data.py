@@ -78,7 +78,9 @@ def test_training_pixels_are_torchvisions(photos: Path) -> None:
     sides = set()
     for batch in data.train_batches(split, config.Data(root=photos), plan, 0, CPU, 0):
         assert batch.draw
-        for sample, (x, y, w, h), flip, found in zip(*batch.draw, pixels(batch.images), strict=True):
+        for sample, (x, y, w, h), flip, found in zip(
+            *batch.draw, pixels(batch.images), strict=True
+        ):
             box = TF.resized_crop(original(split, sample), y, x, h, w, [224, 224])
             mean, largest = error_of(found, TF.hflip(box) if flip else box)
             assert mean < 0.25 and largest <= 2
@@ -138,7 +140,7 @@ def test_validation_over_processes(dataset: Path, world: int) -> None:
     for rank in range(world):
         loader = data.eval_loader(split, settings, 2, rank, world, CPU)
         for _ in range(2 if world == 2 else 1):  # a second pass starts anew
-            found = [batch for batch in loader]
+            found = list(loader)
         for batch in found:
             assert batch.draw and len(batch.images) == len(batch.labels) == len(batch.draw.ids)
             assert batch.labels.tolist() == split.label[batch.draw.ids].tolist()

@@ -1,4 +1,4 @@
-"""Order, windows and flips: pure, the same for every world size, and distributed as torchvision's."""
+"""Order, windows and flips: pure, the same for every world size, spread as torchvision's."""
 
 from pathlib import Path
 

@@ -82,8 +82,10 @@ def test_members_are_plain_ustar(dataset: Path) -> None:
         *("000000011.jpg", "000000011.cls", "000000012.jpg", "000000012.cls")
     ]
     assert {(m.mtime, m.uid, m.gid, m.type) for m in members} == {(0, 0, 0, tarfile.REGTYPE)}
-    assert shards.open_split(dataset, "train").describe(12).endswith(
-        "train-000001.tar, key 000000012 at byte " + str(members[2].offset_data)
+    assert (
+        shards.open_split(dataset, "train")
+        .describe(12)
+        .endswith("train-000001.tar, key 000000012 at byte " + str(members[2].offset_data))
     )
 
 

@@ -1,0 +1,86 @@
+"""The shape of the project: who imports whom, file names, and dependencies that must agree."""
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
+# Imports point down: a module knows those of the rows below its own.
+ROWS = (
+    {"train"},
+    {"loop"},
+    {"checkpoint"},
+    {"data", "display", "metrics", "optim", "runtime", "model"},
+    {"digits", "depthwise", "sampling", "run_folder"},
+    {"shards", "schedule"},
+    {"config", "rng"},
+    {"__init__"},
+)
+TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules that a file imports; `from fasttrain import x` as fasttrain.x."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: relative import"
+            names = {alias.name for alias in node.names}
+            package = node.module == "fasttrain"
+            found |= {f"fasttrain.{name}" for name in names} if package else {node.module}
+    return found
+
+
+def test_every_module_has_its_row() -> None:
+    assert set().union(*ROWS) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    row = next(number for number, row in enumerate(ROWS) if name in row)
+    below = set().union(*ROWS[row + 1 :])
+    ours = {m.split(".")[1] for m in imports_of(MODULES[name]) if m.startswith("fasttrain.")}
+    assert ours <= below, f"{name} imports {ours - below}"
+
+
+def test_dali_is_imported_in_data_only() -> None:
+    assert {n for n, p in MODULES.items() if any("dali" in m for m in imports_of(p))} == {"data"}
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
+def test_login_node_modules_need_no_torch(name: str) -> None:
+    heavy = {"torch", "accelerate", "nvidia", "torchvision", "safetensors"}
+    top = {m.split(".")[0] for m in imports_of(MODULES[name], top_level_only=True)}
+    assert not top & heavy
+
+
+def test_no_module_hides_another() -> None:
+    # `accelerate launch fasttrain/train.py` puts fasttrain/ first on the import path.
+    hidden = set(MODULES) & (sys.stdlib_module_names | {"datasets", "models", "utils"})
+    assert hidden <= {"__init__"}
+
+
+def test_cuda_12_differs_in_dali_alone() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    cuda13 = project["project"]["dependencies"]
+    cuda12 = project["dependency-groups"]["cuda12"]
+    assert [d.replace("cuda120", "cuda130") for d in cuda12] == cuda13
+
+
+def test_top_level_is_what_the_readme_shows() -> None:
+    allowed = {"pyproject.toml", "fasttrain", "tools", "recipes", "tests", "README.md"}
+    allowed |= {"LICENSE", "CHANGELOG.md"}
+    ignored = {"data", "runs", "build"} | {p.name for p in REPO.glob("*.egg-info")}
+    found = {p.name for p in REPO.iterdir() if not p.name.startswith((".", "__"))}
+    assert found - ignored <= allowed
+    readme = (REPO / "README.md").read_text()
+    for name in MODULES:
+        if name != "__init__":
+            assert f"{name}.py" in readme, f"{name}.py is not in the README's tree"

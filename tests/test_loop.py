@@ -1,0 +1,165 @@
+"""The loop on lists of batches: no files, no DALI pipeline."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import lines
+from torch import nn
+
+from fasttrain import checkpoint, loop
+from fasttrain.config import Optim, Train
+from fasttrain.data import Batch
+from fasttrain.display import TrainDisplay
+from fasttrain.loop import Outputs
+from fasttrain.model import mobilenetv3_small
+from fasttrain.optim import Learner, WeightAverage, build_optimizer
+from fasttrain.run_folder import JsonLines
+from fasttrain.schedule import Plan, lr_at, make_plan
+
+
+def random_batches(number: int, size: int, classes: int = 4, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(0, classes, (size,), generator=generator),
+        )
+        for _ in range(number)
+    ]
+
+
+def run_fit(
+    model: nn.Module,
+    batches: list[Batch],
+    plan: Plan,
+    folder: Path,
+    optim: Optim | None = None,
+    evaluate_on: list[Batch] | None = None,
+    stop_requested: Callable[[], int] = lambda: 0,
+    label_smoothing: float = 0.0,
+    ema: bool = False,
+) -> tuple[Learner, dict | None]:
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, optim or Optim()))
+    average = WeightAverage(model, 0.9) if ema else None
+    learner = Learner(prepared, model, optimizer, average, None)
+    outputs = Outputs(
+        checkpoints=folder,
+        about={},
+        save_every_steps=1000,
+        keep=2,
+        log_every_steps=1,
+        display=TrainDisplay(plan, enabled=False),
+        metrics=JsonLines(folder / "metrics.jsonl"),
+    )
+
+    def repeat(step: int) -> Iterator[Batch]:
+        for number in range(step * plan.accumulation, plan.total_steps * plan.accumulation):
+            yield batches[number % len(batches)]
+
+    evaluate_on = evaluate_on or batches[:1]
+    done = loop.fit(
+        accelerator, learner, repeat, evaluate_on, sum(len(b.labels) for b in evaluate_on), plan,
+        outputs, stop_requested, label_smoothing,
+    )  # fmt: skip
+    return learner, done
+
+
+def test_learns_64_images_by_heart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = random_batches(4, 16)
+    plan = make_plan(Train(epochs=15, global_batch_size=16), Optim(lr=0.05, warmup_lr=0.01), 64, 1)
+    model = mobilenetv3_small(0.35, num_classes=4, dropout=0.0)
+    _, done = run_fit(model, batches, plan, tmp_path, evaluate_on=batches, ema=True)
+    assert done and done["seen"] == 64 and done["top1"] > 95 and done["ema_top1"] > 80
+    losses = [line["loss"] for line in lines(tmp_path / "metrics.jsonl", "train")]
+    assert len(losses) == 60 and losses[-1] < 0.1 * losses[0]
+
+
+class Plain(nn.Sequential):
+    """A network without BatchNorm and dropout: a batch is the mean of its halves."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, 2), nn.Hardswish(), nn.Conv2d(8, 8, 3, 2), nn.Hardswish(),
+            nn.Flatten(), nn.Linear(392, 4),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_two_halves_equal_one(tmp_path: Path, label_smoothing: float) -> None:
+    batches = random_batches(4, 8)
+    halves = [
+        Batch(batch.images[part], batch.labels[part])
+        for batch in batches
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    found = []
+    for micro, given in ((8, batches), (4, halves)):
+        torch.manual_seed(0)
+        train = Train(epochs=2, global_batch_size=8, micro_batch_size=micro)
+        plan = make_plan(train, Optim(warmup_epochs=1), 32, 1)
+        assert plan.accumulation == 8 // micro
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        learner, _ = run_fit(Plain(), given, plan, folder, label_smoothing=label_smoothing)
+        losses = [line["loss"] for line in lines(folder / "metrics.jsonl", "train")]
+        found.append((losses, learner.module.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_lines_say_what_was_done(tmp_path: Path) -> None:
+    batches = random_batches(3, 8)
+    optim = Optim(lr=0.02, warmup_lr=0.01, warmup_epochs=1)
+    plan = make_plan(Train(epochs=2, global_batch_size=8), optim, 24, 1)
+    torch.manual_seed(0)
+    model = mobilenetv3_small(0.35, num_classes=4)
+    _, done = run_fit(model, batches, plan, tmp_path)
+    trained = lines(tmp_path / "metrics.jsonl", "train")
+    assert [line["step"] for line in trained] == list(range(6))
+    assert [line["epoch"] for line in trained] == [0, 0, 0, 1, 1, 1]
+    assert [line["lr"] for line in trained] == [lr_at(step, plan) for step in range(6)]
+    assert all(0 <= line["data_wait"] <= 1 for line in trained)
+    evaluated = lines(tmp_path / "metrics.jsonl", "eval")
+    assert [(line["step"], line["epoch"], line["seen"]) for line in evaluated] == [
+        (2, 0, 8),
+        (5, 1, 8),
+    ]
+    (closing,) = lines(tmp_path / "metrics.jsonl", "done")
+    assert closing == done and closing["top1"] == evaluated[-1]["top1"]
+    assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000006"]
+
+
+def test_stopping_saves(tmp_path: Path) -> None:
+    asked = iter([0, 0, 15])
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
+    torch.manual_seed(0)
+    _, done = run_fit(
+        mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, tmp_path,
+        stop_requested=lambda: next(asked),
+    )  # fmt: skip
+    assert done is None
+    assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000003"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    batches = random_batches(4, 8)
+    batches[2].images.fill_(math.inf)
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
+    with pytest.raises(loop.NonFiniteLoss, match="the loss up to update 2 is nan"):
+        run_fit(mobilenetv3_small(0.35, num_classes=4), batches, plan, tmp_path)
+    assert checkpoint.find(tmp_path) == []
+
+
+def test_evaluation_must_see_every_image() -> None:
+    model = mobilenetv3_small(0.35, num_classes=4)
+    model.train()
+    with pytest.raises(RuntimeError, match="evaluated 8 of 9 images"):
+        loop.evaluate(Accelerator(cpu=True), [model], random_batches(1, 8), 9)
+    assert model.training

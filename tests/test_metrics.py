@@ -1,0 +1,51 @@
+"""Every meter against a count by hand."""
+
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fasttrain.metrics import Clock, EvalSums
+
+
+def test_sums_over_uneven_batches() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(23, 10), torch.randint(0, 10, (23,))
+    sums = EvalSums(torch.device("cpu"))
+    for part in (slice(0, 10), slice(10, 20), slice(20, 23)):
+        sums.add(logits[part], labels[part])
+    order = logits.argsort(1, descending=True)
+    top1 = sum(int(label == row[0]) for label, row in zip(labels, order, strict=True))
+    top5 = sum(int(label in row[:5]) for label, row in zip(labels, order, strict=True))
+    assert sums.result() == {
+        "top1": pytest.approx(100 * top1 / 23),
+        "top5": pytest.approx(100 * top5 / 23),
+        "loss": pytest.approx(F.cross_entropy(logits, labels).item()),
+        "seen": 23,
+    }
+
+
+def test_fewer_than_five_classes() -> None:
+    sums = EvalSums(torch.device("cpu"))
+    sums.add(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1, 0]))
+    result = sums.result()
+    assert (result["top1"], result["top5"]) == (50.0, 100.0)
+
+
+def test_clock_leaves_out_the_first_step_and_pauses() -> None:
+    clock = Clock()
+    time.sleep(0.2)
+    clock.step(10)  # the first step: not counted
+    with clock.waiting():
+        time.sleep(0.1)
+    time.sleep(0.1)
+    clock.step(10)
+    with clock.paused():
+        time.sleep(0.3)
+    rate, wait = clock.lap()
+    assert 10 / 0.3 < rate <= 10 / 0.2
+    assert 0.3 < wait < 0.6
+    assert clock.total_images == 10
+    clock.step(5)
+    assert clock.images == 5

@@ -1,0 +1,95 @@
+"""Parameter groups, the moving average, and the averaging of BatchNorm's statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fasttrain.config import Optim
+from fasttrain.model import mobilenetv3_small
+from fasttrain.optim import BatchNormAverage, WeightAverage, build_optimizer
+
+
+def test_each_parameter_is_in_one_group_and_only_weights_decay() -> None:
+    model = mobilenetv3_small(0.5, num_classes=7)
+    optimizer = build_optimizer(model, Optim(weight_decay=0.01))
+    decay_of = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(decay_of) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay_of)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            decays = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
+            assert decay_of[id(parameter)] == (0.01 if decays else 0.0)
+
+
+def test_one_update_is_sgd_with_momentum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    settings = Optim(momentum=0.9, weight_decay=0.1)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momentum = {name: torch.zeros_like(p) for name, p in expected.items()}
+    optimizer = build_optimizer(model, settings)
+    for lr in (0.2, 0.1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = model(torch.randn(5, 3, dtype=torch.float64)).square().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+            p.grad = grad
+            if p.ndim > 1:
+                grad = grad + 0.1 * expected[name]
+            momentum[name] = 0.9 * momentum[name] + grad
+            expected[name] = expected[name] - lr * momentum[name]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name])
+
+
+def test_moving_average_equals_torchs() -> None:
+    torch.manual_seed(0)
+    model = mobilenetv3_small(0.35, num_classes=4).train()
+    ours = WeightAverage(model, decay=0.5)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    reference.update_parameters(model)  # its first call copies
+    for number in range(20, 24):  # past the growing decay
+        with torch.no_grad():
+            model(torch.randn(2, 3, 32, 32))
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ours.update(model, number)
+        reference.update_parameters(model)
+    expected = reference.module.state_dict()
+    for name, found in ours.module.state_dict().items():
+        if found.is_floating_point():
+            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_decay_grows() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(model, decay=0.9)
+    with torch.no_grad():
+        average.module.weight.zero_()  # type: ignore[operator, union-attr]
+        model.weight.fill_(1.0)
+    average.update(model, 1)
+    assert average.module.weight.item() == pytest.approx(1 - 2 / 11)  # type: ignore[operator]
+
+
+def test_statistics_become_views_that_batch_norm_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = mobilenetv3_small(0.35, num_classes=4).train()
+    alone = copy.deepcopy(model)
+    averaged = BatchNormAverage(model, world_size=2)
+    # Another process with the same statistics: their average is unchanged.
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))
+    images = torch.randn(4, 3, 32, 32)
+    for network in (model, alone):
+        network(images)
+    averaged.update()
+    for name, found in model.state_dict().items():
+        assert torch.equal(found, alone.state_dict()[name])
+    averaged.flat.fill_(3.0)
+    assert all(m.running_var.eq(3).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))

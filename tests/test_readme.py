@@ -1,0 +1,86 @@
+"""The README's own commands, the install aside."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPO, environment
+
+README = (REPO / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a user clones, without data and runs."""
+    root = tmp_path_factory.mktemp("clone") / "fasttrain"
+    ignored = shutil.ignore_patterns("data", "runs", ".git", "__pycache__", "*.egg-info")
+    return Path(shutil.copytree(REPO, root, ignore=ignored))
+
+
+def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        env=environment(PYTHONPATH=str(clone)),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_the_commands_are_those_we_know() -> None:
+    assert COMMANDS == [
+        "pip install -e '.[demo]' && accelerate launch fasttrain/train.py recipes/demo.toml",
+        "pip install -e '.[test]' && python -m pytest",
+        "python tools/make_shards.py SOURCE data/imagenet",
+        "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
+        "python tools/evaluate.py runs/large --data data/imagenet",
+        "pip install --group cuda12 && pip install --no-deps -e .",
+    ]
+
+
+def test_demo(clone: Path) -> None:
+    install, command = COMMANDS[0].split(" && ")
+    assert install == "pip install -e '.[demo]'"
+    done = shell(command, clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["top1"] >= 95 and result["seen"] == 360
+    assert result["seconds"] < 180
+    assert "making shards of handwritten digits in data/digits" in done.stdout
+    assert "run folder: runs/demo" in done.stdout
+    assert len(list((clone / "data/digits-images").rglob("*.jpg"))) == 1797
+    assert (clone / "runs/demo/DONE").exists()
+
+
+def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
+    """The commands for ImageNet, on the tests' images and one process without a GPU."""
+    shard, launch, evaluate = COMMANDS[2:5]
+    assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0
+    small = "train.global_batch_size=8 train.max_steps=2 train.precision=no data.crop_px=32"
+    settings = " ".join(f"--set {setting}" for setting in small.split())
+    trained = shell(f"{launch.replace('--multi_gpu --num_processes 8 ', '')} {settings}", clone)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    evaluated = shell(evaluate, clone)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert json.loads(evaluated.stdout.splitlines()[-1])["seen"] == 13
+
+
+def test_links_and_settings_exist() -> None:
+    from fasttrain import config
+
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPO / link).exists(), link
+    known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
+    sections = "|".join(config.Recipe.model_fields)
+    named = set(re.findall(rf"\b((?:{sections})\.[a-z_]+)\b", README))
+    files = {"data.py", "config.py"}
+    assert named - known <= {name for name in named if name.endswith((".py", ".toml"))} | files

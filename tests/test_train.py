@@ -1,0 +1,309 @@
+"""Whole runs through the entry point: resuming bit for bit, stopping, launching, refusing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO, TIMEOUT_S, environment, lines, run
+from safetensors.torch import load_file
+
+from fasttrain import checkpoint, runtime, train
+
+MULTI = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+ALL = {
+    "optim": {"ema_decay": 0.9},
+    "train": {"micro_batch_size": 4, "cpu_threads": 1, "label_smoothing": 0.1},
+    "log": {"samples": True},
+}
+MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds")
+
+
+class StopAfter:
+    """Stands in for the request to stop: comes after so many updates."""
+
+    updates: int = sys.maxsize
+
+    def __init__(self, world_size: int) -> None:
+        self.left, self.decision = self.updates, 0
+
+    def agreed(self) -> int:
+        self.left -= 1
+        self.decision = 0 if self.left else signal.SIGTERM
+        return self.decision
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StopAfter]]:
+    monkeypatch.setattr(runtime, "StopRequest", StopAfter)
+    yield StopAfter
+    StopAfter.updates = sys.maxsize
+
+
+def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[dict[str, Any]]]]:
+    """Every tensor of the last checkpoint and every line of the run, less what was measured."""
+    newest = checkpoint.find(folder / "checkpoints")[0]
+    tensors = {
+        f"{file.stem}.{name}": tensor
+        for file in newest.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    training = torch.load(newest / "training.pt", weights_only=True)
+    for number, values in training["optimizer"]["state"].items():
+        tensors[f"momentum.{number}"] = values["momentum_buffer"]
+    records = {
+        path.name: [
+            {key: value for key, value in record.items() if key not in MEASURED}
+            for record in lines(path)
+        ]
+        for path in folder.glob("*.jsonl")
+    }
+    return tensors, records
+
+
+def assert_same_result(a: Path, b: Path) -> None:
+    (tensors_a, records_a), (tensors_b, records_b) = result_of(a), result_of(b)
+    assert records_a == records_b
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, tensor in tensors_a.items():
+        assert torch.equal(tensor, tensors_b[name]), name
+
+
+def test_resumed_at_any_step_it_ends_bit_for_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path, stop_after: type[StopAfter]
+) -> None:
+    recipe = str(tiny(**ALL))  # 15 updates of 2 micro-batches, with dropout and EMA
+    straight = tmp_path / "straight"
+    train.main([recipe, "--set", f"log.run_dir={straight}"])
+    assert len(lines(straight / "samples-rank0.jsonl")) == 30
+    for stops in ([1], [2], [4], [5], [7], [8], [10, 2], [14], [3, 3, 3, 3]):
+        resumed = tmp_path / f"stopped-{'-'.join(map(str, stops))}"
+        for stop_after.updates in stops:
+            with pytest.raises(SystemExit) as status:
+                train.main([recipe, "--set", f"log.run_dir={resumed}"])
+            assert status.value.code == 128 + signal.SIGTERM
+        stop_after.updates = sys.maxsize
+        train.main([recipe, "--set", f"log.run_dir={resumed}"])
+        assert_same_result(straight, resumed)
+        assert len(json.loads((resumed / "environment.json").read_text())) == len(stops) + 1
+
+
+def test_killed_at_any_moment_it_ends_bit_for_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies without saving, so that lines past the last checkpoint must be cut."""
+    recipe = str(tiny(**ALL))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train.main([recipe, "--set", f"log.run_dir={straight}"])
+
+    class Dies(StopAfter):
+        def agreed(self) -> int:
+            if super().agreed():
+                raise KeyboardInterrupt
+            return 0
+
+    for updates in (3, 6, 3, 10):  # checkpoints are at 4, 8, 12: each time some work is lost
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "StopRequest", Dies)
+            patch.setattr(Dies, "updates", updates)
+            with pytest.raises(KeyboardInterrupt):
+                train.main([recipe, "--set", f"log.run_dir={killed}"])
+    monkeypatch.setattr(runtime, "StopRequest", StopAfter)
+    train.main([recipe, "--set", f"log.run_dir={killed}"])
+    assert_same_result(straight, killed)
+
+
+def start(recipe: Path, *settings: str) -> subprocess.Popen[str]:
+    words = [word for setting in settings for word in ("--set", setting)]
+    return subprocess.Popen(
+        ["accelerate", "launch", "fasttrain/train.py", recipe, *words],
+        cwd=REPO,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def pid_of_trainer(launcher: int) -> int:
+    return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[0])
+
+
+@pytest.mark.parametrize("to_launcher", [True, False], ids=["launcher", "trainer"])
+def test_sigterm_saves_and_the_same_command_goes_on(
+    tiny: Callable[..., Path], tmp_path: Path, to_launcher: bool
+) -> None:
+    recipe = tiny(train={"epochs": 40}, checkpoint={"every_steps": 1000}, log={"every_steps": 5})
+    folder = tmp_path / "run"
+    launched = start(recipe)
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(lines(metrics, "train")) > 3, "a few updates")
+    trainer = pid_of_trainer(launched.pid)
+    os.kill(launched.pid if to_launcher else trainer, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{trainer}").exists(), "the trainer's end")
+    output = launched.communicate()[0]
+    assert launched.returncode != 0
+    (saved,) = checkpoint.find(folder / "checkpoints")
+    assert f"stopped and saved as {saved}" in output
+    step = checkpoint.read_state(saved)["state"]["step"]
+    assert 20 <= step < 200 and not (folder / "DONE").exists()
+
+    finished = run(["accelerate", "launch", "fasttrain/train.py", recipe])
+    assert f"going on from {saved}" in finished.stdout
+    done = json.loads(finished.stdout.splitlines()[-1])
+    assert done["step"] == 199 and done == json.loads((folder / "DONE").read_text())
+    run(
+        ["accelerate", "launch", "fasttrain/train.py", recipe, "--set", f"log.run_dir={tmp_path}/b"]
+    )
+    assert_same_result(folder, tmp_path / "b")
+
+
+def test_two_processes_see_the_global_batches_of_one(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    # 3 updates: enough to see that gradients are exchanged, too few for rounding to grow
+    recipe = tiny(**ALL | {"train": {"micro_batch_size": 2, "max_steps": 3}})
+    folders = {world: tmp_path / str(world) for world in (1, 2)}
+    for world, folder in folders.items():
+        command = MULTI if world == 2 else ["accelerate", "launch"]
+        words = [*command, "fasttrain/train.py", recipe, "--set", f"log.run_dir={folder}"]
+        done = json.loads(run(words, ACCELERATE_USE_CPU="1").stdout.splitlines()[-1])
+        assert done["seen"] == 13
+    alone = lines(folders[1] / "samples-rank0.jsonl")
+    ranks = [lines(folders[2] / f"samples-rank{rank}.jsonl") for rank in range(2)]
+    dealt = [ranks[place % 2][place // 2] for place in range(len(alone))]
+    for number, (a, b) in enumerate(zip(alone, dealt, strict=True)):
+        assert (a["step"], a["micro_batch"]) == divmod(number, 4)
+        assert {k: a[k] for k in ("step", "ids", "windows", "flips")} == {
+            k: b[k] for k in ("step", "ids", "windows", "flips")
+        }
+    a, b = (result_of(folder)[0] for folder in folders.values())
+    for name, tensor in a.items():
+        if "running" not in name and "num_batches" not in name:  # averaged, not accumulated
+            torch.testing.assert_close(tensor, b[name], rtol=2e-3, atol=2e-4, msg=name)
+    losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in folders.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny(log={"samples": True}, train={"max_steps": 7})
+    command = [*MULTI, "fasttrain/train.py", recipe]
+    run(command, ACCELERATE_USE_CPU="1")
+    rest = ["accelerate", "launch", "fasttrain/train.py", recipe, "--set", "train.max_steps=15"]
+    output = run(rest).stdout
+    assert "going on from" in output and "step_00000007" in output
+    records = [r for p in (tmp_path / "run").glob("samples-*.jsonl") for r in lines(p)]
+    for epoch in range(3):
+        ids = [i for r in records if r["step"] // 5 == epoch for i in r["ids"]]
+        assert len(ids) == 40 and len(set(ids)) == 40
+    again = run(rest).stdout.splitlines()
+    assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 14
+
+
+def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
+    failed = subprocess.run(
+        [*MULTI, "fasttrain/train.py", tiny()],
+        cwd=REPO,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert failed.returncode != 0
+    assert "2 processes were launched, but Accelerate joined 1" in failed.stderr
+    assert "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2" in failed.stderr
+
+
+NO_TORCH = """
+import sys, time
+start = time.monotonic()
+from fasttrain import train
+try:
+    train.main(sys.argv[1:])
+finally:
+    print(time.monotonic() - start, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.root=/nowhere/imagenet"], "python tools/make_shards.py /path/to/imagenet /nowhere"),
+        (["data.root=/nowhere/imagenet"], "looked for /nowhere/imagenet/manifest.json"),
+        (["train.global_batch_size=46"], "global_batch_size = 46: more than the 45 training"),
+        (["train.epochs=abc"], '[train] epochs = "abc": expected int, got str'),
+    ],
+)
+def test_faults_are_found_before_torch_is_imported(
+    tiny: Callable[..., Path], settings: list[str], message: str
+) -> None:
+    words = [word for setting in settings for word in ("--set", setting)]
+    failed = run(["python", "-c", NO_TORCH, tiny(), *words], code=2)
+    seconds, imported = failed.stdout.split()
+    assert message in failed.stderr
+    assert imported == "False" and float(seconds) < 5  # 0.4 s on an idle machine
+
+
+def test_imagenet_recipe_without_imagenet_through_the_launcher() -> None:
+    failed = run(["accelerate", "launch", "fasttrain/train.py", "recipes/large.toml"], code=1)
+    assert "no data set at data/imagenet (looked for " in failed.stderr
+    assert "python tools/make_shards.py /path/to/imagenet data/imagenet" in failed.stderr
+
+
+def test_another_recipe_on_an_old_run_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny(train={"max_steps": 2, "epochs": 3}))
+    train.main([recipe])
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as status:
+        train.main([recipe, "--set", "train.seed=1", "--set", "optim.lr=0.06"])
+    assert status.value.code == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: 0.05 -> 0.06" in message and "train.seed: 0 -> 1" in message
+    assert "another folder with --set log.run_dir=" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_gives_what_the_run_measured(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny(optim={"ema_decay": 0.9}, train={"max_steps": 5})
+    train.main([str(recipe)])
+    folder = tmp_path / "run"
+    done = json.loads((folder / "DONE").read_text())
+    root = json.loads((checkpoint.find(folder / "checkpoints")[0] / "state.json").read_text())
+    data = root["recipe"]["data"]["root"]
+    newest = checkpoint.find(folder / "checkpoints")[0]
+    for words, prefix in (
+        ([folder], ""),
+        ([newest, "--ema"], "ema_"),
+        ([newest / "model.safetensors", "--recipe", recipe, "--batch-size", "5"], ""),
+    ):
+        output = run(["python", "tools/evaluate.py", *words, "--data", data]).stdout
+        found = json.loads(output.splitlines()[-1])
+        assert found["seen"] == 13
+        for key in ("top1", "top5", "loss"):
+            assert found[key] == pytest.approx(done[prefix + key], rel=1e-5)
+    torch.save(load_file(newest / "model.safetensors"), tmp_path / "weights.pth")
+    words = [tmp_path / "weights.pth", "--recipe", recipe, "--data", data]
+    assert json.loads(run(["python", "tools/evaluate.py", *words]).stdout)["top1"] == done["top1"]
+    for wrong, message in (
+        ([tmp_path / "weights.pth"], "say what network it is"),
+        ([tmp_path / "weights.pth", "--recipe", "recipes/large.toml"], "these weights do not fit"),
+        ([tmp_path], "is not a checkpoint of fasttrain"),
+    ):
+        failed = run(["python", "tools/evaluate.py", *wrong, "--data", data], code=2)
+        assert message in failed.stderr and "Traceback" not in failed.stderr
