@@ -168,8 +168,9 @@ class Recipe(Section):
     log: Log = Log()
 
 
-# What may differ when a run goes on: nothing here changes what is computed on a given machine, or
-# (micro_batch_size) it must follow the number of processes. All else would make it another run.
+# What may differ when a run goes on: where and how the work is done. (micro_batch_size follows the
+# number of processes, and regroups BatchNorm; another decoder may differ in a pixel's last bit.)
+# Everything else would make it another run.
 MAY_CHANGE = frozenset(
     {
         "data.root",

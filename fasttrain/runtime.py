@@ -66,10 +66,13 @@ def start(
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     seed_torch(train.seed, rng.Stream.INIT)
+    device = accelerator.device
+    if device.type == "cuda" and device.index is None:  # of a process alone; DALI wants a number
+        device = torch.device("cuda", torch.cuda.current_device())
     return Process(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        device=accelerator.device,
+        device=device,
         data_threads=data.threads or share,
         cpu_threads=cpu_threads,
     )
