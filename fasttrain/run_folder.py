@@ -11,7 +11,6 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def _before(line: str, first_step: int) -> bool:
 
 
 class JsonLines:
-    """Appends records to a file, each a line that is on its way to the disk at once."""
+    """Appends records to a file, each a line that other programs see at once."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
@@ -101,7 +100,3 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-
-    def close(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from fasttrain import config, rng
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNFINISHED = "UNFINISHED"  # there from the first shard to the manifest
 SPLITS = ("train", "val")
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
@@ -288,15 +290,9 @@ def write_dataset(
     many images were done since it was last called.
 
     Raises:
-        ShardError: `out` already holds a finished data set, or a split has no usable image.
+        ShardError: `out` holds other shards already, or a split has no usable image.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST).exists():
-        raise ShardError(
-            f"{out} already holds a finished data set; remove it or choose another folder"
-        )
-    for leftover in _files_of_an_earlier_attempt(out):
-        leftover.unlink()
+    _claim(out)
     tasks = [
         partial(_write_shard, source.root, out, f"{split}-{number:06d}", first, candidates)
         for split, all_candidates in source.splits.items()
@@ -318,13 +314,24 @@ def write_dataset(
         parts.sort(key=lambda shard: shard.entry["name"])
         manifest["splits"][split] = _finish_split(out, split, parts)
     _write_atomically(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    (out / UNFINISHED).unlink()
     return manifest
 
 
-def _files_of_an_earlier_attempt(out: Path) -> Iterator[Path]:
-    for split in SPLITS:
-        for pattern in (f"{split}-*.tar", f"{split}-*.idx", f"{split}.index", f"{split}*.tmp"):
-            yield from out.glob(pattern)
+def _claim(out: Path) -> None:
+    """Makes `out` ready to be written to, and clears away what an unfinished attempt left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST).exists():
+        raise ShardError(
+            f"{out} already holds a finished data set; remove it or choose another folder"
+        )
+    patterns = ("-*.tar", "-*.idx", ".index", "*.tmp")
+    found = [path for split in SPLITS for end in patterns for path in out.glob(f"{split}{end}")]
+    if found and not (out / UNFINISHED).exists():
+        raise ShardError(f"{out} holds shards of other origin ({found[0].name}); choose another")
+    (out / UNFINISHED).touch()
+    for path in found:
+        path.unlink()
 
 
 def _deal(
@@ -355,7 +362,10 @@ def _run(
         yield from (counted(task()) for task in tasks)
         return
     # New interpreters, not forks: the caller's threads (a progress bar) must not be copied.
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
+    # They leave Ctrl-C to the caller.
+    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, get_context("spawn"), ignore_interrupt) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             for future in as_completed(futures):

@@ -94,7 +94,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     view.say(
         f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
         f"{train_set.num_samples:,} images of {num_classes:,} classes from {recipe.data.root}\n"
-        f"{process.world_size} x {process.device.type}, precision {recipe.train.precision}; "
+        f"{process.world_size} x {process.device.type} with {process.cpu_threads} CPU threads, "
+        f"precision {recipe.train.precision}; "
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
         f"{plan.total_steps:,} in all\nrun folder: {folder}"
     )

@@ -175,6 +175,9 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
     out = tmp_path / "out"
     shutil.copytree(dataset, out)
     (out / shards.MANIFEST).unlink()
+    with pytest.raises(ShardError, match=r"holds shards of other origin \(train-00000\d.tar\)"):
+        shards.write_dataset(shards.scan_image_folder(folder), out, shard_size=11)
+    (out / shards.UNFINISHED).touch()
     (out / "train-000099.tar").write_bytes(b"of an earlier attempt")
     (out / "train-000002.tar.tmp").write_bytes(b"half a shard")
     with pytest.raises(ShardError, match="no data set at"):

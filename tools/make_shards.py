@@ -56,8 +56,11 @@ def main() -> None:
     except shards.ShardError as error:
         say(str(error))
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        say("stopped; the same command starts again")
+        raise SystemExit(130) from None
     except OSError as error:
-        say(f"cannot go on: {error}; finish by running the same command again")
+        say(f"cannot go on: {error}; then run the same command again")
         raise SystemExit(2) from None
     summary = {}
     for split, entry in manifest["splits"].items():
