@@ -40,6 +40,8 @@ class Data(Section):
     """Folder of the shards, as `tools/make_shards.py` writes it."""
     prepare: Literal["none", "digits"] = "none"
     """`digits` makes the demo's shards in `root` when they are missing."""
+    short_side: Positive | None = None
+    """Refuse shards whose images were not shrunk to this shorter side; unset: take any."""
     crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the training crop after resizing, in pixels."""
     crop_area: tuple[float, float] = (0.08, 1.0)

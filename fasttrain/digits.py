@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fasttrain import rng, shards
+from fasttrain import rng, sharding, shards, sources
 
 IMAGE_PX = 64
 HELD_OUT = 5  # one image in so many is for validation
@@ -41,4 +41,5 @@ def prepare(root: Path) -> None:
             (IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC
         )
         image.save(path, quality=90)
-    shards.write_dataset(shards.scan_image_folder(folder), root)
+    source = sources.scan(folder, "imagefolder", root, list, print)
+    sharding.write_dataset(source, root)

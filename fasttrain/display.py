@@ -26,36 +26,46 @@ PLAIN_EVERY_S = 10.0  # between two lines of progress in a log
 
 
 class _Rate(ProgressColumn):
+    """`1,234 images/s  135 MB/s`, over the whole of a task."""
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} images/s")
+        return Text(_rates(task.completed, task.fields["num_bytes"], task.elapsed or 0.0))
+
+
+def _rates(images: float, num_bytes: float, seconds: float) -> str:
+    seconds = max(seconds, 1e-9)
+    parts = [f"{images / seconds:,.0f} images/s"] if images else []
+    return "  ".join([*parts, *([f"{num_bytes / 1e6 / seconds:,.0f} MB/s"] if num_bytes else [])])
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` images are done, on standard error; yields `advance(images)`."""
+def progress(total: int, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on standard error how much of `total` is done; yields `advance(images, bytes)`."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda images: bar.advance(task, images)
+            task = bar.add_task(what, total=total, num_bytes=0)
+
+            def update(images: int, num_bytes: int) -> None:
+                num_bytes += bar.tasks[task].fields["num_bytes"]
+                bar.update(task, advance=images, num_bytes=num_bytes)
+
+            yield update
         return
-    done, start = 0, time.monotonic()
+    done, done_bytes, start = 0, 0, time.monotonic()
     last = start
 
-    def advance(images: int) -> None:
-        nonlocal done, last
-        done += images
+    def advance(images: int, num_bytes: int) -> None:
+        nonlocal done, done_bytes, last
+        done, done_bytes = done + images, done_bytes + num_bytes
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_S or done >= total:
             last = now
-            rate = done / max(now - start, 1e-9)
-            left = duration((total - done) / max(rate, 1e-9))
+            left = duration((total - done) * (now - start) / max(done, 1))
+            rates = _rates(done, done_bytes, now - start)
             console.print(
-                f"{what} {done:,}/{total:,}  {rate:,.0f} images/s  {left} left",
-                soft_wrap=True,
-                highlight=False,
+                f"{what} {done:,}/{total:,}  {rates}  {left} left", soft_wrap=True, highlight=False
             )
 
     yield advance

@@ -50,7 +50,8 @@ def open_data(data: config.Data) -> tuple[Split, Split]:
             if not (data.root / shards.MANIFEST).exists():
                 sys.stdout.write(f"making shards of handwritten digits in {data.root}\n")
                 digits.prepare(data.root)
-    return shards.open_split(data.root, "train"), shards.open_split(data.root, "val")
+    train_set = shards.open_split(data.root, "train", data.short_side)
+    return train_set, shards.open_split(data.root, "val")
 
 
 def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 # Tests that run in this process use the CPU, and one thread each, as these are tiny networks.
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
-from fasttrain import config, shards
+from fasttrain import config, sharding, sources
 
 REPO = Path(__file__).parent.parent
 TIMEOUT_S = 240  # of a command that takes seconds: the machines of a test run can be very busy
@@ -62,8 +62,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as shards, four of them for training."""
     root = tmp_path_factory.mktemp("dataset") / "shards"
-    shards.write_dataset(shards.scan_image_folder(folder), root, shard_size=11)
+    shard(folder, root, shard_size=11)
     return root
+
+
+def listed(root: Path, spool: Path | None = None) -> sources.Source:
+    """The source at `root`, recognised and listed."""
+    return sources.scan(
+        root, sources.recognise(root), spool or root, lambda tasks: [t() for t in tasks], len
+    )
+
+
+def shard(root: Path, out: Path, *options: Any, **more: Any) -> dict[str, Any] | None:
+    """Makes a data set of the source at `root`; options are those of `write_dataset`."""
+    out.mkdir(parents=True, exist_ok=True)
+    return sharding.write_dataset(listed(root, out), out, *options, **more)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shard
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
@@ -39,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             exif = Image.Exif()
             exif[0x0112] = 6  # "turn me": ignored, as torchvision ignores it
             image.save(path, quality=90, subsampling=number % 3, exif=exif)
-    shards.write_dataset(shards.scan_image_folder(root / "folder"), root / "shards")
+    shard(root / "folder", root / "shards")
     return root / "shards"
 
 

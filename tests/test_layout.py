@@ -16,11 +16,14 @@ ROWS = (
     {"checkpoint"},
     {"data", "display", "metrics", "optim", "runtime", "model"},
     {"digits", "depthwise", "sampling", "run_folder"},
+    {"sharding"},
+    {"sources"},
     {"shards", "schedule"},
     {"config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
+TORCH_FREE |= {"sharding", "sources"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import photograph, run
+from conftest import listed, photograph, run, shard
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from fasttrain import shards
+from fasttrain import sharding, shards
+from fasttrain.sharding import Policy, Progress
 from fasttrain.shards import ShardError
 
 
@@ -30,6 +31,7 @@ def test_command_line_and_same_bytes_with_any_number_of_workers(
         out = tmp_path / workers
         done = run(["python", "tools/make_shards.py", folder, out, "--workers", workers])
         results.append(json.loads(done.stdout.splitlines()[-1]))
+        assert "an ImageFolder (imagefolder)" in done.stderr
         assert "3 classes, 45 images in train, 13 images in val" in done.stderr
         assert "sharding 58/58" in done.stderr
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
@@ -42,11 +44,12 @@ def test_command_line_and_same_bytes_with_any_number_of_workers(
 
 
 def test_same_bytes_from_processes(folder: Path, dataset: Path, tmp_path: Path) -> None:
-    source = shards.scan_image_folder(folder)
-    seen: list[int] = []
-    shards.write_dataset(source, tmp_path, workers=2, shard_size=11, on_progress=seen.append)
+    seen: list[Progress] = []
+    shard(folder, tmp_path, workers=2, shard_size=11, on_progress=seen.append)
     assert files_of(tmp_path) == files_of(dataset)
-    assert sum(seen) == 58
+    assert sum(done.images for done in seen) == 58
+    tars = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+    assert sum(done.num_bytes for done in seen) == tars
 
 
 def test_shards_are_balanced_and_shuffled(folder: Path, dataset: Path) -> None:
@@ -149,12 +152,12 @@ def test_bad_images_are_rejected_and_odd_ones_repaired(tmp_path: Path) -> None:
     assert result["train"] == {"samples": 4, "shards": 1, "rejected": 3, "repaired": 2}
     assert result["val"] == {"samples": 2, "shards": 1, "rejected": 0, "repaired": 0}
     for text in (
-        "ignored 1 files that are not images",
+        "ignored 1 that are no images by name",
         "rejected train/a/truncated.jpg: ",
         "rejected train/a/text.jpg: not an image",
         "rejected train/a/empty.JPEG: not an image",
-        "re-encoded train/a/cmyk.jpg as RGB JPEG: was JPEG CMYK",
-        "re-encoded train/a/png.jpg as RGB JPEG: was PNG RGB",
+        "re-encoded train/a/cmyk.jpg: was JPEG CMYK",
+        "re-encoded train/a/png.jpg: was PNG RGB",
     ):
         assert text in done.stderr
     entry = shards.read_manifest(out)["splits"]["train"]
@@ -175,14 +178,16 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
     out = tmp_path / "out"
     shutil.copytree(dataset, out)
     (out / shards.MANIFEST).unlink()
-    with pytest.raises(ShardError, match=r"holds shards of other origin \(train-00000\d.tar\)"):
-        shards.write_dataset(shards.scan_image_folder(folder), out, shard_size=11)
-    (out / shards.UNFINISHED).touch()
-    (out / "train-000099.tar").write_bytes(b"of an earlier attempt")
-    (out / "train-000002.tar.tmp").write_bytes(b"half a shard")
+    with pytest.raises(ShardError, match=r"holds files of other origin \(train[-.]"):
+        shard(folder, out, shard_size=11)
     with pytest.raises(ShardError, match="no data set at"):
         shards.open_split(out, "train")
-    shards.write_dataset(shards.scan_image_folder(folder), out, shard_size=11)
+    shutil.rmtree(out)
+    sharding.claim(out, listed(folder), Policy(), 0, 11)
+    (out / "train-000002.tar.99.tmp").write_bytes(b"half a shard")
+    with pytest.raises(ShardError, match=r"begun with other options:\n  seed: 0 -> 1\n"):
+        shard(folder, out, shard_size=11, seed=1)
+    shard(folder, out, shard_size=11)
     assert files_of(out) == files_of(dataset)
 
 
@@ -197,13 +202,14 @@ def test_unusable_sources(folder: Path, tmp_path: Path) -> None:
     (empty / "train" / "d").mkdir()
     for root, message in (
         (flat, "ILSVRC2012_val_00000001.JPEG lies outside any class folder"),
-        (unknown, "there is no class of that name in"),
-        (no_val, "is not an ImageFolder: there is no folder"),
+        (unknown, "val holds images of z, a class that train does not have"),
+        (no_val, "there is no folder val/"),
         (empty, "holds no images; remove the class or fill it"),
-        (tmp_path / "nowhere", "is not an ImageFolder"),
+        (tmp_path / "nowhere", "nowhere is not a folder"),
+        (tmp_path, "holds none of the forms that are recognised"),
     ):
         with pytest.raises(ShardError, match=message):
-            shards.scan_image_folder(root)
+            listed(root)
     failed = run(["python", "tools/make_shards.py", no_val, tmp_path / "out"], code=2)
     assert "expected train/<class>/ and val/<class>/" in failed.stderr
     assert "Traceback" not in failed.stderr

@@ -1,0 +1,489 @@
+"""Source -> data set: every image decoded once, shuffled, dealt into shards, written, resumable.
+
+    UNFINISHED            from the first shard to the last file: the options of the data set
+    train-000003.part     beside a finished shard: its rows of the index table, its rejected images
+
+A shard depends on nothing but the source and the options, so shards are written in any order, by
+any number of processes and machines, and what was finished before a kill is not done again.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from fasttrain import rng
+from fasttrain.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    ShardError,
+    ShardWriter,
+    atomic,
+    read_manifest,
+    write_atomically,
+    write_index,
+    write_manifest,
+)
+from fasttrain.sources import Listing, Source, wds_samples
+
+SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
+REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
+UNFINISHED = "UNFINISHED"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How images are stored. Kept in the manifest, where a recipe can ask for it."""
+
+    short_side: int | None = None  # larger images are shrunk to this shorter side, in pixels
+    quality: int = 90  # of the JPEGs of those
+    resize_val: bool = False  # validation images as well
+    store: Literal["jpeg", "raw"] = "jpeg"  # raw: pixels, as .ppm
+    decode: bool = True  # every image in full; else the header alone is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What was done since the last report."""
+
+    images: int
+    num_bytes: int
+
+
+class Image(NamedTuple):
+    """An image that is fit to be trained on, as it is stored."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    repaired: str | None  # what it was, where not every decoder would have taken it
+
+
+def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
+    """Looks into an image, and re-encodes it where the policy or the decoders want that.
+
+    Greyscale and RGB JPEGs that need not shrink keep their bytes. All else becomes RGB: of CMYK,
+    PNG and so on the pixels that PIL gives, EXIF orientation ignored as torchvision does.
+
+    Raises:
+        ValueError: not an image, damaged, or too large for the index.
+    """
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    short_side = policy.short_side if split == "train" or policy.resize_val else None
+    try:
+        with warnings.catch_warnings(action="ignore"), pil.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if max(width, height) > 65_535:
+                raise ValueError(f"{width} x {height} pixels: more than the index can hold")
+            shrinks = short_side is not None and min(width, height) > short_side
+            common = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+            repaired = None if common else f"{image.format} {image.mode}"
+            if common and not shrinks and policy.store == "jpeg":
+                if policy.decode:
+                    image.load()
+                return Image(data, "jpg", width, height, None)
+            if shrinks:
+                assert short_side
+                short = min(width, height)
+                size = round(width * short_side / short), round(height * short_side / short)
+                # libjpeg decodes to a half or a quarter in less time; at twice the size and above
+                # the filter still decides what is seen.
+                image.draft(None, (2 * size[0], 2 * size[1]))
+                rgb = image.convert("RGB").resize(size, pil.Resampling.BICUBIC)
+            else:
+                rgb = image.convert("RGB")
+            if policy.store == "raw":
+                header = f"P6\n{rgb.width} {rgb.height}\n255\n".encode()
+                return Image(header + rgb.tobytes(), "ppm", rgb.width, rgb.height, repaired)
+            encoded = io.BytesIO()
+            if shrinks:
+                rgb.save(encoded, "JPEG", quality=policy.quality)
+            else:
+                rgb.save(encoded, "JPEG", quality=REPAIR_QUALITY, subsampling=0)
+            return Image(encoded.getvalue(), "jpg", rgb.width, rgb.height, repaired)
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except (OSError, SyntaxError, EOFError, pil.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# One shard
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A shard to be written, or indexed in place: which images, in which order."""
+
+    path: Path  # of the tar
+    split: str
+    number: int  # of the shard within its split
+    first_key: int
+    images: Listing
+    policy: Policy
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_suffix(".part")
+
+
+def _deal(
+    split: str, listing: Listing, out: Path, policy: Policy, seed: int, shard_size: int
+) -> Iterator[_Task]:
+    """Shuffles a split and deals it into balanced shards.
+
+    2,300 images make two shards of 1,150, not 1,000 + 1,000 + 300.
+    """
+    order = rng.permutation(seed, rng.Stream.SHARDS, 0, len(listing))
+    num_shards = max(1, round(len(listing) / shard_size))
+    for number in range(num_shards):
+        first, end = (len(listing) * n // num_shards for n in (number, number + 1))
+        path = out / f"{split}-{number:06d}.tar"
+        yield _Task(path, split, number, first, listing.take(order[first:end]), policy)
+
+
+def _deal_in_place(split: str, listing: Listing, policy: Policy) -> Iterator[_Task]:
+    """The tars as they are, each with its images in the order of their bytes."""
+    for number, path in enumerate(sorted(listing.places)):
+        (own,) = np.nonzero(listing.place == listing.places.index(path))
+        own = own[np.argsort(listing.offset[own])]
+        yield _Task(path, split, number, 0, listing.take(own), policy)
+
+
+@dataclass(slots=True)
+class _Part:
+    """What is known of a shard once it is written: the contents of its .part file."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    repaired: list[dict[str, str]] = field(default_factory=list)
+
+    def write(self, task: _Task, size: int, sha256: str, index: bytes) -> None:
+        """Writes DALI's index and the part beside a finished tar."""
+        write_atomically(task.path.with_suffix(".idx"), index)
+        entry = {
+            "name": task.path.name,
+            "num_samples": len(self.rows),
+            "size": size,
+            "sha256": sha256,
+            "idx_sha256": hashlib.sha256(index).hexdigest(),
+        }
+        write_atomically(task.part, json.dumps({"entry": entry, **asdict(self)}).encode())
+
+
+def _write_shard(task: _Task) -> Progress:
+    """Writes a tar and what belongs to it; a rejected image leaves its key unused."""
+    part = _Part()
+    with atomic(task.path) as file:
+        writer = ShardWriter(file)
+        for key, (name, label, data) in enumerate(read_images(task.images), task.first_key):
+            try:
+                image = prepare_image(data, task.split, task.policy)
+            except ValueError as error:
+                part.rejected.append({"name": f"{task.split}/{name}", "reason": str(error)})
+                continue
+            if image.repaired:
+                part.repaired.append({"name": f"{task.split}/{name}", "reason": image.repaired})
+            offset = writer.add(f"{key:09d}", image.suffix, image.data, label)
+            place = (offset, len(image.data), zlib.crc32(image.data))
+            part.rows.append([*place, task.number, label, image.width, image.height])
+        index = writer.finish()
+    part.write(task, writer.size, writer.sha256.hexdigest(), index)
+    return Progress(len(task.images), writer.size)
+
+
+def _index_shard(task: _Task) -> Progress:
+    """Indexes a tar that others made, where it is; what would need re-encoding is rejected."""
+    part = _Part()
+    path = task.path
+    samples = {sample.image.offset: sample for sample in wds_samples(path)}
+    index = []
+    offsets = task.images.offset.tolist()
+    for offset, (name, label, data) in zip(offsets, read_images(task.images), strict=True):
+        try:
+            image = prepare_image(data, task.split, task.policy)
+            if image.repaired:
+                raise ValueError(f"{image.repaired} cannot stay as it is: leave out --in-place")
+        except ValueError as error:
+            part.rejected.append({"name": f"{task.split}/{name}", "reason": str(error)})
+            continue
+        place = (offset, len(data), zlib.crc32(data))
+        part.rows.append([*place, task.number, label, image.width, image.height])
+        members = [(m, m.name.rpartition("/")[2].partition(".")[2]) for m in samples[offset]]
+        index.append(" ".join(f"{end} {m.offset} {m.size} {m.name}" for m, end in members) + "\n")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    text = "".join([f"v1.2 {len(index)}\n", *index]).encode()
+    part.write(task, path.stat().st_size, digest, text)
+    return Progress(len(task.images), path.stat().st_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# The data set
+# --------------------------------------------------------------------------------------------------
+
+
+def write_dataset(
+    source: Source,
+    out: Path,
+    policy: Policy = Policy(),
+    *,
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    part: tuple[int, int] = (1, 1),
+    in_place: bool = False,
+    strict: bool = False,
+    workers: int = 1,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any] | None:
+    """Writes `source` as a data set into the folder `out`, or finishes what an earlier call began.
+
+    The result is the same to the byte on every machine and with every number of `workers`
+    (processes). Images that cannot be decoded are rejected and listed.
+
+    Args:
+        part: (i, n) writes every n-th shard only, from the i-th on (from 1); whoever writes the
+            last shard finishes the data set.
+        in_place: index the WebDataset tars of the source, which lie in `out`, as they are.
+        strict: a rejected image is an error, once all shards are written.
+    Returns:
+        The manifest, or None while shards of other parts are missing.
+    Raises:
+        ShardError: `out` holds other shards, or was begun with other options; images were rejected
+            under `strict`; a split has no usable image.
+    """
+    claim(out, source, policy, seed, shard_size, in_place)
+    if (out / MANIFEST).exists():  # killed after the last file: only the clearing away is left
+        _clear_away(out)
+        return read_manifest(out)
+    tasks = [
+        task
+        for split, listing in source.splits.items()
+        for task in (
+            _deal_in_place(split, listing, policy)
+            if in_place
+            else _deal(split, listing, out, policy, seed, shard_size)
+        )
+    ]
+    own = [task for number, task in enumerate(tasks) if number % part[1] == part[0] - 1]
+    todo = [task for task in own if not task.part.exists()]
+    on_progress(Progress(sum(len(t.images) for t in own) - sum(len(t.images) for t in todo), 0))
+    write = _index_shard if in_place else _write_shard
+    for done in run_tasks([partial(write, task) for task in todo], workers):
+        on_progress(done)
+    if not all(task.part.exists() for task in tasks):
+        return None
+    manifest: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "form": source.form,
+        "seed": seed,
+        "policy": asdict(policy),
+        "ignored_files": source.ignored,
+        "classes": list(source.classes),
+        "splits": {
+            split: _finish_split(out, split, [task.part for task in tasks if task.split == split])
+            for split in source.splits
+        },
+    }
+    rejected = [item for entry in manifest["splits"].values() for item in entry["rejected"]]
+    if strict and rejected:
+        listed = "\n  ".join(f"{item['name']}: {item['reason']}" for item in rejected)
+        raise ShardError(
+            f"--strict: {len(rejected)} images were rejected:\n  {listed}\n"
+            "mend the source and start in a new folder, or leave --strict out to do without them"
+        )
+    write_manifest(out, manifest)
+    _clear_away(out)
+    return manifest
+
+
+def check_out(out: Path, in_place: bool = False) -> None:
+    """Whether a data set may be begun or finished in the folder `out`.
+
+    Raises:
+        ShardError: it holds a finished one, or files of other origin under our names.
+    """
+    if (out / UNFINISHED).exists():
+        return
+    if (out / MANIFEST).exists():
+        raise ShardError(
+            f"{out} already holds a finished data set; remove it or choose another folder"
+        )
+    found = [path for split in SPLITS for path in out.glob(f"{split}*")]
+    if found and not in_place:
+        raise ShardError(
+            f"{out} holds files of other origin ({found[0].name}); choose another folder"
+        )
+
+
+def claim(
+    out: Path,
+    source: Source,
+    policy: Policy,
+    seed: int,
+    shard_size: int,
+    in_place: bool = False,
+) -> None:
+    """Takes the folder `out` for a data set of these options.
+
+    Raises:
+        ShardError: it may not be used, or was begun with other options.
+    """
+    options = {
+        "version": FORMAT_VERSION,
+        "form": source.form,
+        "source": _digest(source),
+        "seed": seed,
+        "shard_size": shard_size,
+        "in_place": in_place,
+        **asdict(policy),
+    }
+    check_out(out, in_place)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / UNFINISHED).exists():
+        try:
+            before = json.loads((out / UNFINISHED).read_bytes())
+        except ValueError:
+            before = {}
+        changed = [f"{k}: {before.get(k)} -> {v}" for k, v in options.items() if before.get(k) != v]
+        if changed:
+            raise ShardError(
+                "\n  ".join([f"{out} was begun with other options:", *changed])
+                + "\nuse the old ones to finish it, or remove the folder"
+            )
+        return
+    write_atomically(out / UNFINISHED, json.dumps(options, indent=1).encode())
+
+
+def estimated_bytes(split: str, listing: Listing, policy: Policy) -> int:
+    """About how much a split will take on the disk, for a warning beforehand."""
+    if policy.short_side and (split == "train" or policy.resize_val):
+        pixels = policy.short_side**2 * 4 // 3 * len(listing)
+        # 0.33 bytes a pixel: measured on 1,000 ImageNet photographs at 256 px and quality 90
+        return 3 * pixels if policy.store == "raw" else pixels // 3
+    if not len(listing):
+        return 0
+    # Files of a folder were not asked for their sizes: a thousand are enough.
+    some = listing.take(np.linspace(0, len(listing) - 1, min(len(listing), 1000)).astype(np.int32))
+    sizes = [
+        size if size >= 0 else (some.places[place] / name.partition("/")[2]).stat().st_size
+        for name, place, size in zip(some.names, some.place, some.size.tolist(), strict=True)
+    ]
+    return int(np.mean(sizes) * len(listing))
+
+
+def _digest(source: Source) -> str:
+    """Of the names, labels and sizes of all images: another source is another data set."""
+    digest = hashlib.sha256("\0".join(source.classes).encode())
+    for split, listing in source.splits.items():
+        digest.update(f"\1{split}\1".encode())
+        digest.update("\0".join(listing.names).encode())
+        digest.update(listing.labels.tobytes())
+        digest.update(listing.size.tobytes())
+    return digest.hexdigest()
+
+
+def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any]:
+    """Writes the index table of a split from its parts and returns its entry of the manifest."""
+    entries, tables = [], []
+    lists: dict[str, list[dict[str, str]]] = {"rejected": [], "repaired": []}
+    for path in parts:
+        part = json.loads(path.read_bytes())
+        entries.append(part["entry"])
+        tables.append(np.array(part["rows"], np.int64).reshape(-1, 7))
+        for kind, items in lists.items():
+            items += part[kind]
+    num_samples = sum(map(len, tables))
+    if not num_samples:
+        first = lists["rejected"][0]
+        raise ShardError(
+            f"no image of {split} could be decoded: {first['name']}: {first['reason']}"
+        )
+    index = write_index(out / f"{split}.index", tables)
+    num_classes = len({row[4] for table in tables for row in table.tolist()})
+    return {
+        "num_samples": num_samples,
+        "num_classes": num_classes,
+        "index": index,
+        "shards": entries,
+        **lists,
+    }
+
+
+def _clear_away(out: Path) -> None:
+    """Removes what only an unfinished data set needs, the mark itself last."""
+    for pattern in ("*.part", "*.tmp", "spool-*"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
+    (out / UNFINISHED).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading and working in parallel
+# --------------------------------------------------------------------------------------------------
+
+
+def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
+    """Name, label and bytes of every image of a listing.
+
+    Raises:
+        ShardError: a file cannot be read or is shorter than when it was listed.
+    """
+    with contextlib.ExitStack() as stack:
+        files: dict[int, Any] = {}
+        columns = (listing.labels, listing.place, listing.offset, listing.size)
+        for name, label, place, offset, size in zip(
+            listing.names, *(column.tolist() for column in columns), strict=True
+        ):
+            path = listing.places[place]
+            try:
+                if size < 0:
+                    path /= name.partition("/")[2]
+                    data = path.read_bytes()
+                else:
+                    if place not in files:
+                        files[place] = stack.enter_context(path.open("rb"))
+                    data = os.pread(files[place].fileno(), size, offset)
+            except OSError as error:
+                raise ShardError(f"{path}: {error.strerror}") from None
+            if 0 <= size != len(data):
+                raise ShardError(f"{path} became shorter while it was read ({name})")
+            yield name, label, data
+
+
+def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Runs the tasks, in this process or in `workers` new ones; results in the order they end."""
+    if workers == 1 or len(tasks) <= 1:
+        yield from (task() for task in tasks)
+        return
+    # New interpreters, not forks: the caller's threads (a progress bar) must not be copied.
+    # They leave Ctrl-C to the caller.
+    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, get_context("spawn"), ignore_interrupt) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

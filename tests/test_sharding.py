@@ -1,0 +1,286 @@
+"""Making a data set: policies, parts, and dying at any moment."""
+
+import builtins
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TIMEOUT_S, environment, listed, photograph, run, shard
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from test_shards import expected_samples, files_of
+
+from fasttrain import config, data, sharding, shards
+from fasttrain.config import Optim, Train
+from fasttrain.schedule import make_plan
+from fasttrain.sharding import Policy
+from fasttrain.shards import ShardError, ShardWriter
+
+CPU = data.Placement(torch.device("cpu"), half=False, threads=1)
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# How images are stored
+# --------------------------------------------------------------------------------------------------
+
+
+def test_short_side_shrinks_what_is_larger_in_train_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["python", "tools/make_shards.py", folder, out, "--short-side", "40"]
+    run([*command, "--quality", "85"])
+    policy = shards.read_manifest(out)["policy"]
+    assert (policy["short_side"], policy["quality"], policy["resize_val"]) == (40, 85, False)
+    for name in shards.SPLITS:
+        originals = {p.read_bytes() for p in (folder / name).rglob("*.jpg")}
+        sizes = []
+        for _, stored in expected_samples(out, name):
+            image = Image.open(io.BytesIO(stored))
+            sizes.append(min(image.size))
+            if name == "val" or stored in originals:
+                assert stored in originals and (name == "val" or min(image.size) <= 40)
+            else:
+                assert min(image.size) == 40
+        assert (max(sizes) > 40) == (name == "val")
+    resized = shard(folder, tmp_path / "both", Policy(short_side=40, resize_val=True))
+    assert resized and shards.open_split(tmp_path / "both", "val").width.min() > 0
+    val = shards.open_split(tmp_path / "both", "val")
+    assert np.minimum(val.width, val.height).max() == 40
+
+
+@pytest.mark.parametrize("size", [(300, 200), (201, 900), (2000, 1500)])
+def test_shrinking_keeps_the_picture_and_its_shape(size: tuple[int, int]) -> None:
+    image = Image.fromarray(load_sample_images().images[0]).resize(size)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=95, subsampling=0)
+    small = sharding.prepare_image(encoded.getvalue(), "train", Policy(short_side=64, quality=95))
+    assert min(small.width, small.height) == 64
+    assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.01)
+    expected = image.resize((small.width, small.height), Image.Resampling.BICUBIC)
+    assert np.abs(pixels_of(small.data) - np.asarray(expected, np.float32)).mean() < 5
+
+
+def test_raw_images_are_pixels_and_can_be_trained_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "raw"
+    shard(folder, out, Policy(short_side=40, store="raw"))
+    split = shards.open_split(out, "train")
+    for sample, (_, stored) in enumerate(expected_samples(out, "train")):
+        width, height = int(split.width[sample]), int(split.height[sample])
+        tail = np.frombuffer(stored[-3 * width * height :], np.uint8)
+        assert stored.startswith(b"P6\n")
+        assert (tail.reshape(height, width, 3) == pixels_of(stored)).all()
+    settings = config.Data(root=out, crop_px=32)
+    plan = make_plan(Train(epochs=5, global_batch_size=9), Optim(), 45, 1)
+    batch = next(data.train_batches(split, settings, plan, 0, CPU, 0))
+    assert batch.images.shape == (9, 3, 32, 32) and batch.images.std() > 0.1
+    failed = run(
+        ["python", "tools/make_shards.py", folder, tmp_path / "x", "--store", "raw"], code=2
+    )
+    assert "--store raw: needs --short-side" in failed.stderr
+
+
+def test_a_recipe_can_ask_for_a_short_side(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    shard(folder, tmp_path / "small", Policy(short_side=40))
+    assert shards.open_split(tmp_path / "small", "train", short_side=40)
+    for root, wanted in ((dataset, 40), (tmp_path / "small", 64)):
+        with pytest.raises(ShardError, match=f"asks for images of short side {wanted}"):
+            shards.open_split(root, "train", short_side=wanted)
+
+
+def test_skipping_the_decoding_gives_the_same_bytes(
+    folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    shard(folder, tmp_path / "out", Policy(decode=False), shard_size=11)
+    same = {k: v for k, v in files_of(dataset).items() if not k.startswith("manifest")}
+    found = files_of(tmp_path / "out")
+    assert {name: found[name] for name in same} == same
+
+
+def test_strict_makes_a_rejected_image_an_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in shards.SPLITS:
+        (tmp_path / "in" / split / "a").mkdir(parents=True)
+        photograph(rng, 40, 40).save(tmp_path / "in" / split / "a" / "1.jpg")
+    (tmp_path / "in" / "train" / "a" / "2.jpg").write_bytes(b"no image")
+    command = ["python", "tools/make_shards.py", tmp_path / "in", tmp_path / "out", "--strict"]
+    failed = run(command, code=2)
+    assert "--strict: 1 images were rejected:\n  train/a/2.jpg: not an image" in failed.stderr
+    assert not (tmp_path / "out" / shards.MANIFEST).exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts, and going on
+# --------------------------------------------------------------------------------------------------
+
+
+def test_parts_together_equal_one_run(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    for index in (3, 1, 2):
+        manifest = shard(folder, tmp_path, shard_size=11, part=(index, 3))
+        assert (manifest is None) == (index != 2)
+        assert (tmp_path / shards.MANIFEST).exists() == (index == 2)
+    assert files_of(tmp_path) == files_of(dataset)
+
+
+def test_parts_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    command = ["python", "tools/make_shards.py", folder, tmp_path / "out", "--part"]
+    first = run([*command, "1/2"])
+    assert "finished once the other parts are" in first.stderr
+    assert json.loads(first.stdout)["part"] == "1/2" and not json.loads(first.stdout)["splits"]
+    assert json.loads(run([*command, "2/2"]).stdout)["splits"]["train"]["samples"] == 45
+    for wrong in ("0/2", "3/2", "x", "1"):
+        assert "expected I/N with I from 1 to N" in run([*command, wrong], code=2).stderr
+
+
+CALLS = (
+    (os, "fsync"),
+    (os, "mkdir"),
+    (os, "pread"),
+    (os, "replace"),
+    (os, "rename"),
+    (os, "unlink"),
+    (io, "open"),
+    (builtins, "open"),
+    (Path, "read_bytes"),
+    (Path, "replace"),
+    (Path, "unlink"),
+    (ShardWriter, "_write"),
+)
+
+
+def dies_at(number: int, action: Callable[[], object]) -> bool:
+    """Runs `action` in a child that is killed at its `number`-th call of the file system.
+
+    Returns whether the child got that far.
+    """
+    child = os.fork()
+    if child == 0:
+        left = number
+
+        def counting(call: Callable) -> Callable:
+            def counted(*args: object, **kwargs: object) -> object:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            return counted
+
+        try:
+            for owner, name in CALLS:
+                setattr(owner, name, counting(getattr(owner, name)))
+            action()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -> None:
+    source = listed(folder)
+    for listing in source.splits.values():  # a small build: 8 images in 3 shards
+        listing.names = listing.names[:4]
+        for column in ("labels", "place", "offset", "size"):
+            setattr(listing, column, getattr(listing, column)[:4])
+    expected = tmp_path / "expected"
+    sharding.write_dataset(source, expected, shard_size=2)
+    number = 0
+    died = True
+    while died:
+        number += 1
+        out = tmp_path / str(number)
+        died = dies_at(number, lambda out=out: sharding.write_dataset(source, out, shard_size=2))
+        if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
+            sharding.write_dataset(source, out, shard_size=2)
+        assert files_of(out) == files_of(expected), f"died at call {number}"
+    assert number > 60
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 images: seconds of work."""
+    root = tmp_path_factory.mktemp("larger") / "in"
+    rng = np.random.default_rng(0)
+    image = photograph(rng, 200, 160)
+    for split, count in (("train", 500), ("val", 100)):
+        for number in range(count):
+            path = root / split / "ab"[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.rotate(number).save(path, quality=85)
+    return root
+
+
+def processes_of(group: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group:
+            yield int(path.parent.name)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from fasttrain import sharding, sources
+root, out = map(Path, sys.argv[1:])
+sharding.write_dataset(
+    sources.scan(root, "imagefolder", out, list, str), out, shard_size=20, workers=2
+)
+"""
+
+
+def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = ["python", "-c", BUILD, larger, out]
+        return subprocess.Popen(command, cwd=REPO, env=environment(), start_new_session=True)
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait(TIMEOUT_S) == 0
+    whole_s = time.monotonic() - begun
+    moments = random.Random(0)
+    out = tmp_path / "killed"
+    for _ in range(10):
+        running = start(out)
+        time.sleep(whole_s * moments.uniform(0.3, 0.9))
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        while list(processes_of(running.pid)):
+            time.sleep(0.01)
+    if start(out).wait(TIMEOUT_S):
+        assert (out / shards.MANIFEST).exists()  # it was already finished
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+
+    def full(self: ShardWriter, content: bytes) -> None:
+        nonlocal written
+        written += len(content)
+        if written > 60_000:
+            raise OSError(28, "No space left on device")
+        write(self, content)
+
+    write = ShardWriter._write
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            shard(folder, tmp_path, shard_size=11)
+    assert len(list(tmp_path.glob("*.part"))) >= 1 and not list(tmp_path.glob("*.tmp"))
+    shard(folder, tmp_path, shard_size=11)
+    assert files_of(tmp_path) == files_of(dataset)
