@@ -44,6 +44,7 @@ def test_the_commands_are_those_we_know() -> None:
         "python tools/make_shards.py SOURCE data/imagenet",
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
         "python tools/evaluate.py runs/large --data data/imagenet",
+        "python tools/verify_shards.py data/imagenet",
         "pip install --group cuda12 && pip install --no-deps -e .",
     ]
 
@@ -64,7 +65,7 @@ def test_demo(clone: Path) -> None:
 
 def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
     """The commands for ImageNet, on the tests' images and one process without a GPU."""
-    shard, launch, evaluate = COMMANDS[2:5]
+    shard, launch, evaluate, verify = COMMANDS[2:6]
     assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0
     small = "train.global_batch_size=8 train.max_steps=2 train.precision=no data.crop_px=32"
     settings = " ".join(f"--set {setting}" for setting in small.split())
@@ -73,6 +74,8 @@ def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
     evaluated = shell(evaluate, clone)
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     assert json.loads(evaluated.stdout.splitlines()[-1])["seen"] == 13
+    verified = shell(verify, clone)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 def test_links_and_settings_exist() -> None:
