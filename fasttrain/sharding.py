@@ -8,6 +8,7 @@ any number of processes and machines, and what was finished before a kill is not
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -38,7 +39,7 @@ from fasttrain.shards import (
     write_index,
     write_manifest,
 )
-from fasttrain.sources import Listing, Source, wds_samples
+from fasttrain.sources import MAX_IMAGE_BYTES, Listing, Source, wds_samples
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
@@ -290,30 +291,56 @@ def write_dataset(
     write = _index_shard if in_place else _write_shard
     for done in run_tasks([partial(write, task) for task in todo], workers):
         on_progress(done)
-    if not all(task.part.exists() for task in tasks):
+    if not all(task.part.exists() for task in tasks) and not (out / MANIFEST).exists():
         return None
-    manifest: dict[str, Any] = {
-        "version": FORMAT_VERSION,
-        "form": source.form,
-        "seed": seed,
-        "policy": asdict(policy),
-        "ignored_files": source.ignored,
-        "classes": list(source.classes),
-        "splits": {
-            split: _finish_split(out, split, [task.part for task in tasks if task.split == split])
-            for split in source.splits
-        },
+    with _finishing(out) as unfinished:  # of several parts that end at once, one
+        if unfinished:
+            _finish(source, out, policy, seed, tasks, strict)
+    return read_manifest(out)
+
+
+@contextlib.contextmanager
+def _finishing(out: Path) -> Iterator[bool]:
+    """Waits for others that finish the data set; whether it is still unfinished then."""
+    try:
+        with (out / UNFINISHED).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield (out / UNFINISHED).exists()
+    except FileNotFoundError:
+        yield False
+
+
+def _finish(
+    source: Source,
+    out: Path,
+    policy: Policy,
+    seed: int,
+    tasks: Sequence[_Task],
+    strict: bool,
+) -> None:
+    """Writes what a data set needs beside its shards, the manifest last, and clears away."""
+    splits = {
+        split: _finish_split(out, split, [task.part for task in tasks if task.split == split])
+        for split in source.splits
     }
-    rejected = [item for entry in manifest["splits"].values() for item in entry["rejected"]]
+    rejected = [item for entry in splits.values() for item in entry["rejected"]]
     if strict and rejected:
         listed = "\n  ".join(f"{item['name']}: {item['reason']}" for item in rejected)
         raise ShardError(
             f"--strict: {len(rejected)} images were rejected:\n  {listed}\n"
             "mend the source and start in a new folder, or leave --strict out to do without them"
         )
+    manifest = {
+        "version": FORMAT_VERSION,
+        "form": source.form,
+        "seed": seed,
+        "policy": asdict(policy),
+        "ignored_files": source.ignored,
+        "classes": list(source.classes),
+        "splits": splits,
+    }
     write_manifest(out, manifest)
     _clear_away(out)
-    return manifest
 
 
 def check_out(out: Path, in_place: bool = False) -> None:
@@ -322,13 +349,14 @@ def check_out(out: Path, in_place: bool = False) -> None:
     Raises:
         ShardError: it holds a finished one, or files of other origin under our names.
     """
+    # Looked for first: another part may begin just now, and it writes the mark before any shard.
+    found = [path for split in SPLITS for path in out.glob(f"{split}*")]
     if (out / UNFINISHED).exists():
         return
     if (out / MANIFEST).exists():
         raise ShardError(
             f"{out} already holds a finished data set; remove it or choose another folder"
         )
-    found = [path for split in SPLITS for path in out.glob(f"{split}*")]
     if found and not in_place:
         raise ShardError(
             f"{out} holds files of other origin ({found[0].name}); choose another folder"
@@ -458,7 +486,8 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
             try:
                 if size < 0:
                     path /= name.partition("/")[2]
-                    data = path.read_bytes()
+                    with path.open("rb") as file:
+                        data = file.read(MAX_IMAGE_BYTES)
                 else:
                     if place not in files:
                         files[place] = stack.enter_context(path.open("rb"))
@@ -467,6 +496,8 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
                 raise ShardError(f"{path}: {error.strerror}") from None
             if 0 <= size != len(data):
                 raise ShardError(f"{path} became shorter while it was read ({name})")
+            if len(data) >= MAX_IMAGE_BYTES:
+                raise ShardError(f"{path}: {name} has a gigabyte or more: no photograph")
             yield name, label, data
 
 

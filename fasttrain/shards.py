@@ -254,7 +254,8 @@ def manifest_digest(manifest: bytes) -> bytes:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole and on the disk, or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Named by machine and process: the parts of an array of jobs share a folder.
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -321,6 +321,8 @@ def _scan_official(root: Path, scan: _Scan) -> None:
 def _images(path: Path, scan: _Scan, start: int = 0, size: int | None = None) -> Iterator[Member]:
     for member in _members(path, scan, start, size):
         if _is_image(member.name):
+            if member.size > MAX_IMAGE_BYTES:
+                raise ShardError(f"{path}: {member.name!r} has a gigabyte or more: no photograph")
             yield member
         else:
             scan.ignored += 1

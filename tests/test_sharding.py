@@ -143,6 +143,17 @@ def test_parts_on_the_command_line(folder: Path, tmp_path: Path) -> None:
         assert "expected I/N with I from 1 to N" in run([*command, wrong], code=2).stderr
 
 
+def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
+    script = BUILD.replace("workers=2", "part=(int(sys.argv[3]), 3)")
+    command = ["python", "-c", script, larger, tmp_path / "parts"]
+    parts = [
+        subprocess.Popen([*command, str(part)], cwd=REPO, env=environment()) for part in (1, 2, 3)
+    ]
+    assert [part.wait(TIMEOUT_S) for part in parts] == [0, 0, 0]
+    shard(larger, tmp_path / "whole", shard_size=20)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
 CALLS = (
     (os, "fsync"),
     (os, "mkdir"),
@@ -235,7 +246,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from fasttrain import sharding, sources
-root, out = map(Path, sys.argv[1:])
+root, out = map(Path, sys.argv[1:3])
 sharding.write_dataset(
     sources.scan(root, "imagefolder", out, list, str), out, shard_size=20, workers=2
 )

@@ -110,6 +110,21 @@ def test_webdataset_reads_them(dataset: Path) -> None:
     assert found == expected_samples(dataset, "train")
 
 
+def test_timm_reads_them(dataset: Path) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    from timm.data.readers.reader_wds import ReaderWds
+
+    reader = ReaderWds(
+        root=str(dataset), split="train-{000000..000003}.tar", num_samples=45, is_training=False,
+        batch_size=1,
+    )  # fmt: skip
+    found = [(int(label), image.convert("RGB").tobytes()) for image, label in reader]
+    assert sorted(found) == sorted(
+        (label, Image.open(io.BytesIO(data)).convert("RGB").tobytes())
+        for label, data in expected_samples(dataset, "train")
+    )
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_dali_reads_them(dataset: Path, indexed: bool) -> None:
     tars = [str(p) for p in sorted(dataset.glob("train-*.tar"))]

@@ -1,5 +1,6 @@
 """verify_shards.py finds any change to a data set, and names the file."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -64,6 +65,19 @@ def test_missing_and_truncated_files_are_named(copy: Path) -> None:
         assert verify(copy), path.name
         path.write_bytes(content)
     assert verify(copy) == []
+
+
+def test_a_wrong_label_is_found(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index whose digest is right and whose label is not: a fault of a writer."""
+    good = shards.open_split(copy, "val")
+    label = good.label.copy()
+    label[4] = (label[4] + 1) % 3
+    monkeypatch.setattr(shards, "open_split", lambda *_: dataclasses.replace(good, label=label))
+    findings = [finding for finding in verify(copy) if finding.place == "val-000000.tar"]
+    assert [finding.fault for finding in findings] == [
+        f"byte {int(good.offset[4])}: label '{int(good.label[4]):04d}' in the tar, "
+        f"{int(label[4])} in the index"
+    ]
 
 
 def test_command_line_names_the_shard(copy: Path) -> None:

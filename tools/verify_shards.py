@@ -8,6 +8,7 @@ and a table of findings. The last line on standard output is one JSON object.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -138,13 +139,31 @@ def check_shard(root: Path, name: str, number: int, entry: dict[str, Any], decod
         fault = f"{len(rows):,} rows of the index instead of {entry['num_samples']:,}"
         findings.append(Finding(path.name, fault))
     data = np.memmap(path, np.uint8, "r")
+    labels = read_labels(idx, data)
     for sample in rows.tolist():
-        for fault in check_sample(split, sample, data, decode):
+        for fault in check_sample(split, sample, data, labels, decode):
             findings.append(Finding(path.name, f"byte {int(split.offset[sample])}: {fault}"))
     return Checked(len(rows), len(data), findings)
 
 
-def check_sample(split: Split, sample: int, tar: np.ndarray, decode: bool) -> Iterator[str]:
+def read_labels(idx: Path, tar: np.ndarray) -> dict[int, str]:
+    """The text of every sample's .cls member, by the offset of its image, as DALI would find it."""
+    labels = {}
+    with contextlib.suppress(
+        OSError, ValueError, LookupError
+    ):  # a damaged one was found by its digest
+        for line in idx.read_text().splitlines()[1:]:
+            words = line.split()
+            found = {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in (0, 4)}
+            offset, size = found.pop("cls")
+            ((image, _),) = found.values()
+            labels[image] = tar[offset : offset + size].tobytes().decode("ascii")
+    return labels
+
+
+def check_sample(
+    split: Split, sample: int, tar: np.ndarray, labels: dict[int, str], decode: bool
+) -> Iterator[str]:
     """Faults of one sample: its headers, label, checksum and pixels."""
     offset, size = int(split.offset[sample]), int(split.size[sample])
     image = tar[offset : offset + size].tobytes()
@@ -155,6 +174,12 @@ def check_sample(split: Split, sample: int, tar: np.ndarray, decode: bool) -> It
             yield f"{header.name} has {header.size:,} bytes in its header, {size:,} in the index"
     except tarfile.HeaderError as error:
         yield f"no header of a member: {error}"
+    label, text = int(split.label[sample]), labels.get(offset, "none")
+    # In tars of others, labels may be numbers that are not counted through.
+    if not text.strip().isdigit() or (
+        int(text) != label and split.classes[label] != f"{int(text):06d}"
+    ):
+        yield f"label {text!r} in the tar, {label} in the index"
     if zlib.crc32(image) != split.crc32[sample]:
         yield "crc32 is not the index's: the image's bytes have changed"
         return
