@@ -150,7 +150,7 @@ def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
         subprocess.Popen([*command, str(part)], cwd=REPO, env=environment()) for part in (1, 2, 3)
     ]
     assert [part.wait(TIMEOUT_S) for part in parts] == [0, 0, 0]
-    shard(larger, tmp_path / "whole", shard_size=20)
+    shard(larger, tmp_path / "whole", shard_size=10)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
@@ -220,11 +220,11 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 images: seconds of work."""
+    """300 images: more than a second of work."""
     root = tmp_path_factory.mktemp("larger") / "in"
     rng = np.random.default_rng(0)
     image = photograph(rng, 200, 160)
-    for split, count in (("train", 500), ("val", 100)):
+    for split, count in (("train", 250), ("val", 50)):
         for number in range(count):
             path = root / split / "ab"[number % 2] / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ from pathlib import Path
 from fasttrain import sharding, sources
 root, out = map(Path, sys.argv[1:3])
 sharding.write_dataset(
-    sources.scan(root, "imagefolder", out, list, str), out, shard_size=20, workers=2
+    sources.scan(root, "imagefolder", out, list, str), out, shard_size=10, workers=2
 )
 """
 
@@ -274,7 +274,7 @@ def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
             unfinished += 1
-            shard(larger, out, shard_size=20)
+            shard(larger, out, shard_size=10)
         assert files_of(out) == expected
     assert unfinished >= 5
 
