@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from fasttrain.metrics import Clock, EvalSums
 from fasttrain.optim import BatchNormAverage, Learner
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
+from fasttrain.sampling import Draw
 from fasttrain.schedule import Plan
 
 
@@ -136,11 +138,11 @@ def _update(
     lr = schedule.lr_at(step, plan)
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
+    draws = []
     for micro in range(plan.accumulation):
         with clock.waiting():
             batch = next(batches)
-        if outputs.samples and batch.draw:
-            outputs.samples.write(_sample_record(batch, step, micro))
+        draws.append(batch.draw)
         place = micro * plan.world_size + accelerator.process_index
         runtime.seed_torch(plan.seed, Stream.TORCH, step, place)  # dropout
         is_last = micro + 1 == plan.accumulation  # gradients are exchanged once an update
@@ -150,6 +152,8 @@ def _update(
                 loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
             accelerator.backward(loss / plan.accumulation)
         loss_sum += loss.detach() * len(batch.labels)
+    if outputs.samples:
+        outputs.samples.write(_sample_record(draws, step))
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     batch_norm.update()
@@ -254,17 +258,11 @@ def _log_train(
     outputs.display.train_line(record, left_s)
 
 
-def _sample_record(batch: Batch, step: int, micro: int) -> dict[str, Any]:
-    assert batch.draw
-    ids, windows, flips = (values.tolist() for values in batch.draw)
-    return {
-        "event": "samples",
-        "step": step,
-        "micro_batch": micro,
-        "ids": ids,
-        "windows": windows,
-        "flips": flips,
-    }
+def _sample_record(draws: Sequence[Draw | None], step: int) -> dict[str, Any]:
+    """What this process was fed in an update, its micro-batches one after the other."""
+    columns = zip(*(draw for draw in draws if draw), strict=True)
+    ids, windows, flips = (np.concatenate(column).tolist() for column in columns)
+    return {"event": "samples", "step": step, "ids": ids, "windows": windows, "flips": flips}
 
 
 def _total(accelerator: Accelerator, value: Tensor) -> float:

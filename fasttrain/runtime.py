@@ -53,8 +53,6 @@ def start(
             f"{accelerator.num_processes}: each would train alone. Without a GPU, launch as "
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
-    if train.precision == "fp16" and accelerator.device.type != "cuda":
-        raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
     _follow_launcher(environ)
     _raise_file_limit()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
@@ -76,6 +74,16 @@ def start(
         data_threads=data.threads or share,
         cpu_threads=cpu_threads,
     )
+
+
+def check_precision(train: config.Train) -> None:
+    """Whether this machine can train in the recipe's precision.
+
+    Raises:
+        LaunchError: it cannot.
+    """
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
 
 
 def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:

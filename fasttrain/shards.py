@@ -7,7 +7,9 @@
     ROOT/manifest.sha256     digest of the manifest, as `sha256sum` prints it
     ROOT/manifest.json       written last: what is here, with the size and sha256 of every file
 
-A data set without its manifest is unfinished and is not read.
+A data set without its manifest is unfinished and is not read. Where the manifest's policy says
+`"store": "raw"`, nothing is left to decode: the last 3 * width * height bytes of an image are its
+pixels, row by row, RGB.
 """
 
 import hashlib
@@ -61,6 +63,7 @@ class Split:
     root: Path
     name: str
     digest: str  # sha256 of the index table, and so of every image, label and their order
+    store: str  # "jpeg", or "raw" for pixels
     classes: tuple[str, ...]
     shard_paths: tuple[Path, ...]
     shard_bytes: tuple[int, ...]
@@ -158,6 +161,7 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
         root=root,
         name=name,
         digest=entry["index"]["sha256"],
+        store=manifest["policy"]["store"],
         classes=tuple(manifest["classes"]),
         shard_paths=tuple(paths),
         shard_bytes=tuple(sizes.tolist()),

@@ -155,14 +155,14 @@ def _members(path: Path, scan: _Scan, start: int = 0, size: int | None = None) -
             window = _Window(file, start, whole - start if size is None else size)
             with tarfile.open(fileobj=window, mode="r:") as tar:
                 for member in tar:
-                    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-                    if not plain or start + member.offset_data + member.size > whole:
+                    # tarfile keeps every header, which is a gigabyte for ImageNet.
+                    tar.members = []  # type: ignore[attr-defined]
+                    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                         scan.ignored += not member.isdir()
-                        if plain:
-                            raise tarfile.ReadError(f"{member.name!r} reaches past its end")
                         continue
+                    if member.offset_data + member.size > window.size:
+                        raise tarfile.ReadError(f"{member.name!r} reaches past its end")
                     yield Member(member.name, start + member.offset_data, member.size)
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: a gigabyte for ImageNet
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(
             f"{path} is damaged: {error}; compare its MD5 with the published one and load it anew"

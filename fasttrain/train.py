@@ -65,6 +65,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from fasttrain.model import build_model
     from fasttrain.optim import Learner, WeightAverage, build_optimizer
 
+    runtime.check_precision(recipe.train)
     # BatchNorm's statistics are averaged (optim.BatchNormAverage), not handed round.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=recipe.train.precision, kwargs_handlers=[ddp])

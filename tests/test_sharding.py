@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forms
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_raw_images_are_pixels_and_can_be_trained_on(folder: Path, tmp_path: Pat
     out = tmp_path / "raw"
     shard(folder, out, Policy(short_side=40, store="raw"))
     split = shards.open_split(out, "train")
+    assert split.store == "raw"
     for sample, (_, stored) in enumerate(expected_samples(out, "train")):
         width, height = int(split.width[sample]), int(split.height[sample])
         tail = np.frombuffer(stored[-3 * width * height :], np.uint8)
@@ -215,6 +217,25 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
             sharding.write_dataset(source, out, shard_size=2)
         assert files_of(out) == files_of(expected), f"died at call {number}"
+    assert number > 60
+
+
+def test_killed_while_unpacking(tmp_path: Path) -> None:
+    """The same for a source that is unpacked first, at every seventh call."""
+    forms.write("hf-tar", tmp_path / "in", forms.photographs())
+
+    def build(out: Path) -> None:
+        shard(tmp_path / "in", out, shard_size=9)
+
+    build(tmp_path / "expected")
+    number, died = 1, True
+    while died:
+        out = tmp_path / str(number)
+        died = dies_at(number, lambda out=out: build(out))
+        if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
+            build(out)
+        assert files_of(out) == files_of(tmp_path / "expected"), f"died at call {number}"
+        number += 7
     assert number > 60
 
 

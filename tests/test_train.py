@@ -86,7 +86,7 @@ def test_resumed_at_any_step_it_ends_bit_for_bit_equal(
     recipe = str(tiny(**ALL))  # 15 updates of 2 micro-batches, with dropout and EMA
     straight = tmp_path / "straight"
     train.main([recipe, "--set", f"log.run_dir={straight}"])
-    assert len(lines(straight / "samples-rank0.jsonl")) == 30
+    assert len(lines(straight / "samples-rank0.jsonl")) == 15
     for stops in ([1], [4], [5], [7], [10, 2], [14], [3, 3, 3, 3]):
         resumed = tmp_path / f"stopped-{'-'.join(map(str, stops))}"
         for stop_after.updates in stops:
@@ -199,12 +199,12 @@ def test_two_processes_see_the_global_batches_of_one(
         assert done["seen"] == 13
     alone = lines(folders[1] / "samples-rank0.jsonl")
     ranks = [lines(folders[2] / f"samples-rank{rank}.jsonl") for rank in range(2)]
-    dealt = [ranks[place % 2][place // 2] for place in range(len(alone))]
-    for number, (a, b) in enumerate(zip(alone, dealt, strict=True)):
-        assert (a["step"], a["micro_batch"]) == divmod(number, 4)
-        assert {k: a[k] for k in ("step", "ids", "windows", "flips")} == {
-            k: b[k] for k in ("step", "ids", "windows", "flips")
-        }
+    for one, *both in zip(alone, *ranks, strict=True):
+        assert len(one["ids"]) == 16 and {record["step"] for record in both} == {one["step"]}
+        for key in ("ids", "windows", "flips"):
+            # micro-batches of 4, dealt to the processes in turn
+            dealt = [both[g % 2][key][4 * (g // 2) : 4 * (g // 2) + 4] for g in range(4)]
+            assert one[key] == [value for group in dealt for value in group]
     a, b = (result_of(folder)[0] for folder in folders.values())
     for name, tensor in a.items():
         if "running" not in name and "num_batches" not in name:  # averaged, not accumulated
@@ -214,7 +214,7 @@ def test_two_processes_see_the_global_batches_of_one(
 
 
 def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = tiny(log={"samples": True}, train={"max_steps": 7})
+    recipe = tiny(log={"samples": True}, train={"max_steps": 7, "precision": "bf16"})
     command = [*MULTI, "fasttrain/train.py", recipe]
     run(command, ACCELERATE_USE_CPU="1")
     rest = ["accelerate", "launch", "fasttrain/train.py", recipe, "--set", "train.max_steps=15"]
@@ -226,6 +226,15 @@ def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_pa
         assert len(ids) == 40 and len(set(ids)) == 40
     again = run(rest).stdout.splitlines()
     assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 14
+
+
+def test_fp16_without_a_gpu_is_refused(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        train.main([str(tiny(train={"precision": "fp16"}))])
+    assert status.value.code == 2
+    assert "precision = fp16: needs a GPU; use bf16 or no" in capsys.readouterr().err
 
 
 def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
