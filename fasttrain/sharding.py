@@ -303,11 +303,13 @@ def write_dataset(
 def _finishing(out: Path) -> Iterator[bool]:
     """Waits for others that finish the data set; whether it is still unfinished then."""
     try:
-        with (out / UNFINISHED).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield (out / UNFINISHED).exists()
+        file = (out / UNFINISHED).open("rb")
     except FileNotFoundError:
         yield False
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield (out / UNFINISHED).exists()
 
 
 def _finish(
