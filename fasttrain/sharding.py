@@ -1,7 +1,7 @@
 """Source -> data set: every image decoded once, shuffled, dealt into shards, written, resumable.
 
-    UNFINISHED            from the first shard to the last file: the options of the data set
-    train-000003.part     beside a finished shard: its rows of the index table, its rejected images
+    UNFINISHED                     the options of the data set, until its last file is written
+    train-000003.fasttrain.part    beside a finished shard: its rows of the index, what it rejected
 
 A shard depends on nothing but the source and the options, so shards are written in any order, by
 any number of processes and machines, and what was finished before a kill is not done again.
@@ -31,6 +31,7 @@ from fasttrain.shards import (
     FORMAT_VERSION,
     MANIFEST,
     SPLITS,
+    TEMPORARY,
     ShardError,
     ShardWriter,
     atomic,
@@ -39,11 +40,12 @@ from fasttrain.shards import (
     write_index,
     write_manifest,
 )
-from fasttrain.sources import MAX_IMAGE_BYTES, Listing, Source, wds_samples
+from fasttrain.sources import MAX_IMAGE_BYTES, SPOOL, Listing, Source, wds_samples
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
 UNFINISHED = "UNFINISHED"
+PART = ".fasttrain.part"
 T = TypeVar("T")
 
 
@@ -144,7 +146,7 @@ class _Task:
 
     @property
     def part(self) -> Path:
-        return self.path.with_suffix(".part")
+        return self.path.with_suffix(PART)
 
 
 def _deal(
@@ -461,7 +463,7 @@ def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any
 
 def _clear_away(out: Path) -> None:
     """Removes what only an unfinished data set needs, the mark itself last."""
-    for pattern in ("*.part", "*.tmp", "spool-*"):
+    for pattern in (f"*{PART}", f"*{TEMPORARY}", f"{SPOOL}*"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
     (out / UNFINISHED).unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from fasttrain import config
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+TEMPORARY = ".fasttrain.tmp"  # how unfinished files end: a user's own .tmp files are not ours
 SPLITS = ("train", "val")
 _INDEX_MAGIC = b"fasttrain index 1\n"
 _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
@@ -259,7 +260,7 @@ def manifest_digest(manifest: bytes) -> bytes:
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole and on the disk, or not at all."""
     # Named by machine and process: the parts of an array of jobs share a folder.
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -32,6 +32,7 @@ MD5 = {  # of the official archives, as torchvision's ImageNet checks them
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
+SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
 MAX_IMAGE_BYTES = 1 << 30  # of one member; ImageNet's largest image has 16 MB
 _WNID = re.compile(r"n\d{8}")
 _DOUBLED = re.compile(r"_n\d{8}$")  # Hugging Face appends the class to the name
@@ -421,7 +422,7 @@ class _Spool:
     """
 
     def __init__(self, folder: Path, source: Path, split: str) -> None:
-        self.path = folder / f"spool-{split}-{source.name}.bin"
+        self.path = folder / f"{SPOOL}{split}-{source.name}.bin"
         self.rows_path = self.path.with_suffix(".json")
 
     def fill(self, images: Iterable[tuple[str, int | str, bytes]], limit: int) -> None:

@@ -317,6 +317,8 @@ def test_a_full_disk_keeps_what_is_finished(
         patch.setattr(ShardWriter, "_write", full)
         with pytest.raises(OSError, match="No space left on device"):
             shard(folder, tmp_path, shard_size=11)
-    assert len(list(tmp_path.glob("*.part"))) >= 1 and not list(tmp_path.glob("*.tmp"))
+    assert len(list(tmp_path.glob(f"*{sharding.PART}"))) >= 1 and not list(
+        tmp_path.glob(f"*{shards.TEMPORARY}")
+    )
     shard(folder, tmp_path, shard_size=11)
     assert files_of(tmp_path) == files_of(dataset)

@@ -199,7 +199,7 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
         shards.open_split(out, "train")
     shutil.rmtree(out)
     sharding.claim(out, listed(folder), Policy(), 0, 11)
-    (out / "train-000002.tar.99.tmp").write_bytes(b"half a shard")
+    (out / f"train-000002.tar.node-99{shards.TEMPORARY}").write_bytes(b"half a shard")
     with pytest.raises(ShardError, match=r"begun with other options:\n  seed: 0 -> 1\n"):
         shard(folder, out, shard_size=11, seed=1)
     shard(folder, out, shard_size=11)

@@ -137,6 +137,8 @@ def test_command_line_on_the_official_archives(photos: list[Photo], tmp_path: Pa
 def test_in_place_leaves_the_tars_and_indexes_them(photos: list[Photo], tmp_path: Path) -> None:
     root = tmp_path / "wds"
     forms.write("webdataset", root, photos)
+    for name in ("notes.tmp", "load.part", "spool-1"):  # a user's own, whatever their names
+        (root / name).write_text("mine")
     before = files_of(root)
     done = run(["python", "tools/make_shards.py", root, "--in-place"])
     assert json.loads(done.stdout)["splits"]["train"]["rejected"] == 2  # CMYK and PNG

@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     add(
         "--in-place",
         action="store_true",
-        help="index the WebDataset tars of SOURCE where they are; no OUT then",
+        help="index the WebDataset tars of SOURCE where they are (their .idx anew); no OUT then",
     )
     add(
         "--workers",
