@@ -11,10 +11,19 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -23,6 +32,22 @@ Positive = Annotated[int, Field(ge=1)]
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
 ]
+
+
+def _crop_px(value: object) -> object:
+    """Checks `data.crop_px`: a size, or pairs of an epoch and the size from there on."""
+    pairs: Any = value if isinstance(value, (list, tuple)) else [[0, value]]
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and [type(x) for x in pair] == [int, int]):
+            raise ValueError(
+                "expected a number of pixels, or pairs of epoch and pixels: [[0, 128], [60, 224]]"
+            )
+        if pair[1] < 32:
+            raise ValueError("must be at least 32 pixels")
+    epochs = [epoch for epoch, _ in pairs]
+    if epochs[:1] != [0] or any(before >= after for before, after in pairwise(epochs)):
+        raise ValueError("epochs must start at 0 and rise")
+    return value
 
 
 class Section(BaseModel):
@@ -42,21 +67,39 @@ class Data(Section):
     """`digits` makes the demo's shards in `root` when they are missing."""
     short_side: Positive | None = None
     """Refuse shards whose images were not shrunk to this shorter side; unset: take any."""
-    crop_px: Annotated[int, Field(ge=32)] = 224
-    """Side of the training crop after resizing, in pixels."""
+    crop_px: Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_crop_px)] = 224
+    """Side of the training crop after resizing, in pixels; or a schedule of pairs (epoch, pixels),
+    epochs from 0: `[[0, 128], [60, 176], [120, 224]]`."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest part of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width over height of a training crop."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized, always with antialiasing."""
     flip: bool = True
     """Mirror a random half of the training images."""
     eval_resize_px: Annotated[int, Field(ge=32)] = 256
     """Shorter side of a validation image after resizing, in pixels."""
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the centre crop of a validation image, in pixels."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """Order of an epoch: `full` over the whole data set; `blocks` for storage that is slow at
+    random reads: over `shuffle_shards` tars at a time, read ahead in large pieces."""
+    shuffle_shards: Positive = 16
+    """Tars that are shuffled together under `shuffle = "blocks"`."""
+    read: Literal["mmap", "pread"] = "mmap"
+    """How tars are read: `mmap` copies nothing; `pread` copies, for file systems where mapping is
+    unwise."""
+    read_ahead: Annotated[int, Field(ge=0)] = 4
+    """Batches whose bytes are fetched from storage before the decoder needs them."""
+    read_threads: Positive = 8
+    """Reads in flight at a time, per process."""
     decode: Literal["auto", "cpu", "gpu_full", "gpu_window"] = "auto"
     """Where JPEGs are decoded: `gpu_full` the whole image; `gpu_window` only the crop, less work
-    but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` is `gpu_full` on a GPU."""
+    but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` tries all on real images
+    before the run, each in a process of its own, and takes the fastest that works."""
+    hw_decoder_load: Fraction = 0.65
+    """Part of a batch given to the GPU's JPEG decoder, where it has one; its cores do the rest."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
     queue_depth: Positive = 2
@@ -177,7 +220,11 @@ MAY_CHANGE = frozenset(
     {
         "data.root",
         "data.prepare",
+        "data.read",
+        "data.read_ahead",
+        "data.read_threads",
         "data.decode",
+        "data.hw_decoder_load",
         "data.threads",
         "data.queue_depth",
         "train.max_steps",
@@ -278,7 +325,7 @@ def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
     key = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"[{section}] {key}: unknown key{_did_you_mean(key, kind.model_fields)}"
-    value, message = detail["input"], detail["msg"]
+    value, message = detail["input"], detail["msg"].removeprefix("Value error, ")
     if detail["type"].endswith(("_type", "_parsing")) or detail["type"] == "int_from_float":
         expected = detail["type"].split("_")[0]
         message = f"expected {expected}, got {type(value).__name__}"

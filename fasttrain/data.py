@@ -1,18 +1,22 @@
-"""Bytes from the tars, DALI pipelines, and the loaders around them. Alone imports DALI.
+"""DALI pipelines, and the loaders around them. Alone imports DALI.
 
     draw (ids, windows, flips)          from `sampling`, a pure function of the batch's number
-      -> views of the mapped tars       uncopied; page faults are taken by DALI's threads
-      -> DALI: decode, cut, resize, mirror, normalise    on the GPU where there is one
+      -> bytes of the images            from `reading`, ahead of time, uncopied
+      -> decode, cut, resize, mirror, normalise
+            GPU    DALI does all of it, there
+            CPU    DALI decodes the windows, `resize` does the rest
       -> Batch(images, labels, draw)    on the device, channels-last
 
-One thread per loader drives DALI and keeps a queue of finished batches; the training thread only
+One thread per loader drives this and keeps a queue of finished batches; the training thread only
 takes from it.
 """
 
 import queue
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,15 +24,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from fasttrain import config, sampling
-from fasttrain.sampling import Draw
+from fasttrain.forecast import Stages
+from fasttrain.reading import DataError, Feed
+from fasttrain.resize import MEAN, STD, Pending, Resizer
+from fasttrain.sampling import Draw, Piece
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
-
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as everybody uses them
-STD = (0.229, 0.224, 0.225)
 
 
 class Batch(NamedTuple):
@@ -39,8 +44,12 @@ class Batch(NamedTuple):
     draw: Draw | None = None  # what was drawn for it
 
 
-class DataError(config.Fault, RuntimeError):
-    """A batch could not be read; names the samples at fault."""
+class Placement(NamedTuple):
+    """Where batches are made and in which form."""
+
+    device: torch.device
+    half: bool  # images as fp16 rather than fp32
+    threads: int  # that decode on the CPU
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,45 +57,72 @@ class DataError(config.Fault, RuntimeError):
 # --------------------------------------------------------------------------------------------------
 
 
-class Placement(NamedTuple):
-    """Where batches are made and in which form."""
-
-    device: torch.device
-    half: bool  # images as fp16 rather than fp32
-    threads: int  # of DALI on the CPU
-
-
 @pipeline_def
 def _pipeline(
-    source: Callable[[int], Any], training: bool, out_px: int, decode: str, gpu: bool, half: bool
-) -> tuple[Any, Any]:
-    """Images `(B, S, S, 3)` and labels `(B,)` from what `source` gives for a batch's number.
+    source: Callable[[int], Any],
+    kind: str,
+    decode: str,
+    data: config.Data,
+    largest: tuple[int, int],
+    gpu: bool,
+    half: bool,
+) -> Any:
+    """What DALI makes of what `source` gives for a batch's number.
 
-    `source` returns encoded bytes, labels, corners (y, x) and sizes (h, w) of the windows, and
-    flips. Both kinds of windows reach PIL's pixels (at most 1/255 off): whole-pixel windows are cut
-    first and then resized, fractional ones are resized out of the whole image.
+    `source` returns the images' bytes (or their pixels, uint8 `(h, w, 3)`), corners (y, x) and
+    sizes (h, w) of the windows, flips, and the size (h, w) of the images that come out.
+
+    Args:
+        kind: `train` cuts whole-pixel windows and then resizes them, `val` resizes fractional
+            windows out of whole images: both reach PIL's pixels (at most 1/255 off). `windows`
+            stops at the windows.
+        decode: `raw` where the images are pixels, else as `data.decode`; on a CPU, the GPU's
+            strategies decode there.
+        largest: height and width of the largest image, for buffers that need not grow.
+    Returns:
+        Images `(B, S, S, 3)`, normalised; or windows uint8 `(h, w, 3)`.
     """
-    kinds = [types.UINT8, types.INT64, *[types.INT32 if training else types.FLOAT] * 2, types.INT32]
-    encoded, labels, corner, size, flip = fn.external_source(
-        source, num_outputs=5, batch=True, no_copy=True, dtype=kinds, ndim=[1, 0, 1, 1, 0]
+    source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
+    count = _num_inputs(kind)
+    images, corner, size, *more = fn.external_source(
+        source,
+        num_outputs=count,
+        batch=True,
+        no_copy=True,
+        dtype=[types.UINT8, source_type, source_type, types.INT32, types.FLOAT][:count],
+        ndim=[3 if decode == "raw" else 1, 1, 1, 0, 1][:count],
+        layout=["HWC" if decode == "raw" else "", "", "", "", ""][:count],
     )
-    rgb = {
-        "device": "cpu" if decode == "cpu" else "mixed",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-    }
-    resize: dict[str, Any] = {"size": [out_px, out_px], "interp_type": types.INTERP_LINEAR}
-    if not training:
-        images = fn.decoders.image(encoded, **rgb)
-        resize |= {"roi_start": corner, "roi_end": corner + size}
-    elif decode == "gpu_full":
-        images = fn.slice(fn.decoders.image(encoded, **rgb), start=corner, shape=size, axes=[0, 1])
-    else:
-        images = fn.decoders.image_slice(encoded, start=corner, shape=size, axes=[0, 1], **rgb)
+    window = {"start": corner, "shape": size, "axes": [0, 1]}
+    rgb: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
+    if gpu and decode.startswith("gpu"):
+        rgb |= {
+            "device": "mixed",
+            "hw_decoder_load": data.hw_decoder_load,
+            "preallocate_height_hint": largest[0],
+            "preallocate_width_hint": largest[1],
+        }
+    if decode != "raw" and (kind == "val" or decode == "gpu_full"):
+        images = fn.decoders.image(images, **rgb)
+    elif decode != "raw":
+        images = fn.decoders.image_slice(images, **window, **rgb)
+    if kind != "val" and decode in ("raw", "gpu_full"):
+        images = fn.slice(images, **window)
+    if kind == "windows":
+        return images
+    flip, out = more
     if gpu:
-        images, labels = images.gpu(), labels.gpu()
+        images = images.gpu()
+    resize: dict[str, Any] = {
+        "size": out,
+        "interp_type": {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[
+            data.interpolation
+        ],
+    }
+    if kind == "val":
+        resize |= {"roi_start": corner, "roi_end": corner + size}
     images = fn.resize(images, antialias=True, **resize)
-    images = fn.crop_mirror_normalize(
+    return fn.crop_mirror_normalize(
         images,
         mirror=flip,
         mean=[255 * value for value in MEAN],
@@ -94,36 +130,11 @@ def _pipeline(
         dtype=types.FLOAT16 if half else types.FLOAT,
         output_layout="HWC",
     )
-    return images, labels
 
 
-def _build_pipeline(
-    source: Callable[[int], Any],
-    training: bool,
-    batch_size: int,
-    data: config.Data,
-    place: Placement,
-) -> Any:
-    gpu = place.device.type == "cuda"
-    decode = data.decode
-    if decode == "auto":
-        decode = "gpu_full" if gpu else "cpu"
-    if not gpu and decode != "cpu":
-        raise DataError(f"[data] decode = {decode}: this process has no GPU; use cpu or auto")
-    pipeline = _pipeline(
-        source=source,
-        training=training,
-        out_px=data.crop_px if training else data.eval_crop_px,
-        decode=decode,
-        gpu=gpu,
-        half=place.half,
-        batch_size=batch_size,
-        num_threads=place.threads,
-        device_id=place.device.index if gpu else None,
-        prefetch_queue_depth=data.queue_depth,
-    )
-    pipeline.build()
-    return pipeline
+def _num_inputs(kind: str) -> int:
+    """Of a pipeline: images, corners, sizes; where it does more than cut: flips, size to come."""
+    return 3 if kind == "windows" else 5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,38 +142,20 @@ def _build_pipeline(
 # --------------------------------------------------------------------------------------------------
 
 
-class _ShardBytes:
-    """The bytes of a split's images as views of its memory-mapped tars.
-
-    Fresh views each time and never written to: DALI reads them after they were handed over, and
-    holds them until it has.
-    """
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-        self.maps: dict[int, NDArray[np.uint8]] = {}
-
-    def __getitem__(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        shards, offsets = self.split.shard[ids].tolist(), self.split.offset[ids].tolist()
-        sizes = self.split.size[ids].tolist()
-        for shard in set(shards) - self.maps.keys():
-            self.maps[shard] = self._map(shard)
-        places = zip(shards, offsets, sizes, strict=True)
-        return [self.maps[shard][offset : offset + size] for shard, offset, size in places]
-
-    def _map(self, shard: int) -> NDArray[np.uint8]:
-        path = self.split.shard_paths[shard]
-        mapped = np.asarray(np.memmap(path, np.uint8, "r"))
-        if len(mapped) != self.split.shard_bytes[shard]:  # a read past its end would be SIGBUS
-            raise DataError(f"{path} changed its size while in use; copy it anew")
-        return mapped
+def decode_of(split: Split, data: config.Data, place: Placement) -> str:
+    """How the images of a split are decoded: `raw`, `cpu`, or a strategy of the GPU."""
+    if split.store == "raw":
+        return "raw"
+    if data.decode == "auto":  # untested; `decoding.choose` tests
+        return "gpu_full" if place.device.type == "cuda" else "cpu"
+    return data.decode
 
 
 class Loader:
     """Iterates over `num_batches` batches, drawn by `draw_of(number)` and made ahead by a thread.
 
-    Each iteration starts at batch 0 with a pipeline of its own. Batches come in order; an error of
-    the thread is raised where its batch would have come.
+    Each iteration starts at batch 0. Batches come in order; an error of the thread is raised where
+    its batch would have come. `stages` adds up over all iterations.
     """
 
     def __init__(
@@ -174,19 +167,26 @@ class Loader:
         draw_of: Callable[[int], Draw],
         num_batches: int,
         batch_size: int,  # of the largest batch
+        pieces_of: Callable[[int], Sequence[Piece]] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.split = split
-        self.draw_of = draw_of
+        self.data = data
+        self.place = place
         self.num_batches = num_batches
-        self.queue_depth = data.queue_depth
-        self.build = partial(
-            _build_pipeline, training=training, batch_size=batch_size, data=data, place=place
+        self.batch_size = batch_size
+        self.stages = stages or Stages()
+        self.decode = decode_of(split, data, place)
+        self.raw = self.decode == "raw"
+        # Where DALI resizes on a CPU, it takes most of the time: see `resize`.
+        self.on_cpu = training and place.device.type == "cpu" and self.decode in ("cpu", "raw")
+        self.kind = "windows" if self.on_cpu else "train" if training else "val"
+        self.open_feed = partial(
+            Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of
         )
-        self.device = place.device
-        self.bytes = _ShardBytes(split)
 
     def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(self.queue_depth)
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(self.data.queue_depth)
         closed = threading.Event()
         thread = threading.Thread(target=self._produce, args=(ready, closed), daemon=True)
         thread.start()
@@ -203,7 +203,7 @@ class Loader:
     def _produce(
         self, ready: "queue.Queue[Batch | BaseException]", closed: threading.Event
     ) -> None:
-        """The thread: drives DALI and puts what comes out, batch or error, into `ready`."""
+        """The thread: puts what is made, batch or error, into `ready`."""
 
         def put(item: Batch | BaseException) -> None:
             while not closed.is_set():
@@ -212,42 +212,140 @@ class Loader:
                 except queue.Full:
                     continue
 
-        inside: dict[int, Draw] = {}  # draws of the batches that DALI works on
+        feed = self.open_feed()
+        try:
+            if self.place.device.type == "cuda":
+                # Per thread: from_dlpack waits on its stream.
+                torch.cuda.set_device(self.place.device)
+            make = self._resized if self.on_cpu else self._by_dali
+            begun, cpu_begun, waited_s = time.perf_counter(), time.thread_time(), 0.0
+            for batch in make(feed, closed):
+                made, storage_s = time.perf_counter(), feed.reader.waited_s - waited_s
+                put(batch)
+                if closed.is_set():
+                    return
+                now, cpu_now = time.perf_counter(), time.thread_time()
+                self.stages.storage_s += storage_s
+                self.stages.decode_s += made - begun - storage_s
+                self.stages.full_s += now - made
+                self.stages.thread_s += cpu_now - cpu_begun
+                self.stages.images += len(batch.labels)
+                begun, cpu_begun, waited_s = now, cpu_now, feed.reader.waited_s
+        except BaseException as error:
+            put(error)
+        finally:
+            feed.close()
+
+    def _by_dali(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        for images, draw in self._run_dali(feed, closed):
+            # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
+            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+            yield Batch(pixels, self._labels(draw), draw)
+
+    def _resized(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        """On a CPU: while the windows of one batch are resized, those of the next are decoded."""
+        resizer = Resizer(self.place.threads, self.data.interpolation)
+        try:
+            before: tuple[Pending, Draw, Any] | None = None
+            for windows, draw, owner in self._windows(feed, closed):
+                now = resizer.start(windows, draw.flips, draw.out_px), draw, owner
+                if before:
+                    yield self._finished(*before)
+                before = now
+            if before:
+                yield self._finished(*before)
+        finally:
+            resizer.close()
+
+    def _finished(self, pending: Pending, draw: Draw, owner: Any) -> Batch:
+        """`owner` is what holds the windows; it is kept up to here."""
+        return Batch(pending.result(), self._labels(draw), draw)
+
+    def _windows(
+        self, feed: Feed, closed: threading.Event
+    ) -> Iterator[tuple[list[NDArray[np.uint8]], Draw, Any]]:
+        """Windows uint8 `(h, w, 3)` of each batch, and what holds their memory."""
+        if not self.raw:
+            for images, draw in self._run_dali(feed, closed):
+                yield [np.asarray(images[place]) for place in range(len(draw.ids))], draw, images
+            return
+        for number in range(self.num_batches):
+            draw, rows = feed(number)
+            widths, windows = self.split.width[draw.ids].tolist(), draw.windows.tolist()
+            yield (
+                [
+                    np.frombuffer(part, np.uint8).reshape(h, width, 3)[:, x : x + w]
+                    for part, width, (x, _, w, h) in zip(rows, widths, windows, strict=True)
+                ],
+                draw,
+                feed,
+            )
+            # Handed to the resizer, which is done with them one batch later.
+            if number:
+                feed.done(number - 1)
+
+    def _run_dali(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
+        """What DALI makes of each batch."""
 
         def source(number: int) -> tuple[Any, ...]:
             # An empty batch would kill DALI, so a process without a share never gets here.
             if number >= self.num_batches or closed.is_set():
                 raise StopIteration
-            inside[number] = draw = self.draw_of(number)
-            labels = self.split.label[draw.ids].astype(np.int64)
+            draw, views = feed(number)
             x, y, w, h = draw.windows.T
+            if self.raw:
+                images = self._pixels(draw, views)
+                y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
+            else:
+                images = [TensorCPU(view, "") for view in views]
+            out = np.full((len(views), 2), draw.out_px, np.float32)
             corners, sizes = np.stack([y, x], 1), np.stack([h, w], 1)
-            return self.bytes[draw.ids], labels, corners, sizes, draw.flips.astype(np.int32)
+            inputs = images, corners, sizes, draw.flips.astype(np.int32), out
+            return inputs[: _num_inputs(self.kind)]
 
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # per thread: from_dlpack waits on its stream
-            pipeline = self.build(source)
-            for number in range(self.num_batches):
-                try:
-                    images, labels = (torch.from_dlpack(out.as_tensor()) for out in pipeline.run())
-                except DataError:  # of our own source, and already clear
-                    raise
-                except RuntimeError as error:
-                    raise self._at_fault(inside[number].ids, error) from error
-                # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
-                put(Batch(images.permute(0, 3, 1, 2), labels, inside.pop(number)))
-                if closed.is_set():
-                    return
-        except BaseException as error:
-            put(error)
+        device = self.place.device
+        pipeline = _pipeline(
+            source=source,
+            kind=self.kind,
+            decode=self.decode,
+            data=self.data,
+            largest=(int(self.split.height.max()), int(self.split.width.max())),
+            gpu=device.type == "cuda",
+            half=self.place.half,
+            batch_size=self.batch_size,
+            num_threads=self.place.threads,
+            device_id=device.index if device.type == "cuda" else None,
+            prefetch_queue_depth=self.data.queue_depth,
+        )
+        pipeline.build()
+        for number in range(self.num_batches):
+            try:
+                (images,) = pipeline.run()
+            except DataError:  # of our own source, and already clear
+                raise
+            except RuntimeError as error:
+                raise self._at_fault(feed, number, error) from error
+            yield images, feed.done(number)
 
-    def _at_fault(self, ids: NDArray[np.int64], error: RuntimeError) -> DataError:
+    def _pixels(self, draw: Draw, views: list[memoryview]) -> list[Any]:
+        """Raw images, or of raw training images the rows of their windows, for DALI."""
+        widths = self.split.width[draw.ids].tolist()
+        return [
+            TensorCPU(np.frombuffer(view, np.uint8).reshape(-1, width, 3), "HWC")
+            for view, width in zip(views, widths, strict=True)
+        ]
+
+    def _labels(self, draw: Draw) -> Tensor:
+        labels = torch.from_numpy(self.split.label[draw.ids].astype(np.int64))
+        return labels.to(self.place.device, non_blocking=True)
+
+    def _at_fault(self, feed: Feed, number: int, error: RuntimeError) -> DataError:
         """DALI rarely names the sample it could not decode, so the checksums are asked."""
+        draw, views = feed(number)
         damaged = [
             self.split.describe(int(sample))
-            for sample, data in zip(ids, self.bytes[ids], strict=True)
-            if zlib.crc32(data.tobytes()) != self.split.crc32[sample]
+            for sample, data in zip(draw.ids, views, strict=True)
+            if self.split.store == "jpeg" and zlib.crc32(data) != self.split.crc32[sample]
         ]
         if damaged:
             listed = "\n  ".join(damaged)
@@ -262,6 +360,7 @@ def train_batches(
     rank: int,
     place: Placement,
     first_step: int,
+    stages: Stages | None = None,
 ) -> Iterator[Batch]:
     """The training micro-batches of process `rank`, from update `first_step` to the run's end."""
 
@@ -269,12 +368,42 @@ def train_batches(
         done, micro = divmod(number, plan.accumulation)
         step = first_step + done
         if micro == 0 and step % plan.steps_per_epoch == 0:  # the next epoch's order, ahead of time
-            upcoming = (plan.seed, plan.epoch_of(step) + 1, plan.num_samples)
+            upcoming = (plan.seed, plan.epoch_of(step) + 1, split, sampling.block_size(data))
             threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
         return sampling.train_draw(split, data, plan, step, rank, micro)
 
+    def pieces_of(number: int) -> Sequence[Piece]:
+        done, micro = divmod(number, plan.accumulation)
+        if micro:
+            return ()
+        return sampling.pieces_ahead(split, data, plan, first_step + done, rank, number == 0)
+
     num_batches = (plan.total_steps - first_step) * plan.accumulation
-    return iter(Loader(split, data, place, True, draw_of, num_batches, plan.micro_batch_size))
+    return iter(
+        Loader(
+            split, data, place, True, draw_of, num_batches, plan.micro_batch_size,
+            pieces_of if data.shuffle == "blocks" else None, stages,
+        )
+    )  # fmt: skip
+
+
+def measure(
+    split: Split, data: config.Data, plan: Plan, rank: int, place: Placement, seconds: float
+) -> float:
+    """Images/s of this process's training input with nothing else to do, over `seconds`."""
+    micro = plan.micro_batch_size if place.device.type == "cuda" else min(plan.micro_batch_size, 32)
+    small = replace(plan, micro_batch_size=micro, accumulation=1, total_steps=plan.schedule_steps)
+    batches = train_batches(split, data, small, rank, place, 0)
+    images, begun = 0, (start := time.perf_counter())
+    for number, batch in enumerate(batches):
+        if number == 1:  # with the first came threads, buffers and the pipeline
+            images, begun = 0, start
+        images += len(batch.labels)
+        start = time.perf_counter()
+        if number and start - begun >= seconds:
+            break
+    batches.close()  # type: ignore[attr-defined]
+    return images / (start - begun)
 
 
 def eval_loader(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fasttrain import checkpoint, config, runtime, schedule
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
+from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
 from fasttrain.optim import BatchNormAverage, Learner
 from fasttrain.rng import Stream
@@ -41,6 +42,7 @@ class Outputs:
     display: TrainDisplay
     metrics: JsonLines | None = None
     samples: JsonLines | None = None
+    forecast: Forecast | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         if self.metrics:
@@ -78,7 +80,7 @@ def fit(
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     if accelerator.is_main_process:
         loss_sum += state.loss_sum
-    clock = Clock()
+    clock = Clock(accelerator.device)
     begun, first_step = time.perf_counter(), state.step
 
     def evaluate_if_due() -> None:
@@ -101,6 +103,8 @@ def fit(
             left_s = (plan.total_steps - state.step) / (state.step - first_step)
             left_s *= time.perf_counter() - begun
             _log_train(accelerator, learner, plan, outputs, clock, loss_sum, lr, left_s)
+        if outputs.forecast and (state.step % plan.steps_per_epoch == 0 or at_end):
+            _log_limit(outputs, clock, plan, state.step)
         stopped = stop_requested()
         evaluate_if_due()
         if state.step % outputs.save_every_steps == 0 or at_end or stopped:
@@ -115,7 +119,7 @@ def fit(
         **state.last_eval,
         "event": "done",
         "schedule_steps": plan.schedule_steps,
-        "images_per_s": round(clock.total_images / clock.total_s, 1) if clock.total_s else None,
+        "images_per_s": round(clock.lap("run")[0], 1),
         "seconds": round(time.perf_counter() - begun, 2),
     }
     outputs.write(done)
@@ -238,7 +242,7 @@ def _log_train(
     loss = _total(accelerator, loss_sum) / state.loss_images  # here the host waits for the device
     loss_sum.zero_()
     state.loss_images = 0
-    images_per_s, data_wait = clock.lap()
+    images_per_s, data_wait = clock.lap("log")
     step = state.step - 1
     if not math.isfinite(loss):
         raise NonFiniteLoss(
@@ -256,11 +260,21 @@ def _log_train(
     }
     outputs.write(record)
     outputs.display.train_line(record, left_s)
+    if outputs.forecast:
+        outputs.forecast.lap(images_per_s, data_wait)
+
+
+def _log_limit(outputs: Outputs, clock: Clock, plan: Plan, num_done: int) -> None:
+    """At the end of an epoch: what limited it."""
+    assert outputs.forecast
+    epoch = plan.epoch_of(num_done - 1)
+    found = outputs.forecast.epoch(epoch, *clock.lap("epoch"))
+    outputs.write({"event": "limit", "step": num_done - 1, "epoch": epoch, **found})
 
 
 def _sample_record(draws: Sequence[Draw | None], step: int) -> dict[str, Any]:
     """What this process was fed in an update, its micro-batches one after the other."""
-    columns = zip(*(draw for draw in draws if draw), strict=True)
+    columns = zip(*(draw[:3] for draw in draws if draw), strict=True)
     ids, windows, flips = (np.concatenate(column).tolist() for column in columns)
     return {"event": "samples", "step": step, "ids": ids, "windows": windows, "flips": flips}
 

@@ -42,26 +42,31 @@ class EvalSums:
 
 
 class Clock:
-    """Images/s and the share of time that the training thread waited for data, between `lap`s.
+    """Images/s, and the share of time that the device waited for data, between `lap`s.
 
     The first step of a process (allocation, warm-up of kernels) and whatever runs inside `paused`
-    are not counted.
+    are not counted. On a CPU the training thread's wait is the device's. On a GPU it is not, while
+    earlier steps still run there: two events around each wait tell how long the GPU stood still.
     """
 
-    def __init__(self) -> None:
-        self.started = False
-        self.total_images, self.total_s = 0, 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        self.events: list[tuple[Any, Any, float]] = []  # before, after, seconds of the host's wait
+        self.start: float | None = None
         self.images, self.wait_s, self.pause_s = 0, 0.0, 0.0
+        self.marks: dict[str, tuple[int, float, float]] = {}  # of the last lap of each name
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
+        before, start = self._event(), time.perf_counter()
         yield
-        self.wait_s += time.perf_counter() - start
+        waited_s = time.perf_counter() - start
+        if self.start is None:
+            return
+        if self.gpu:
+            self.events.append((before, self._event(), waited_s))
+        else:
+            self.wait_s += waited_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -71,17 +76,32 @@ class Clock:
 
     def step(self, images: int) -> None:
         """An update on `images` images was issued."""
-        if self.started:
-            self.images += images
+        if self.start is None:
+            self.start, self.pause_s = time.perf_counter(), 0.0
         else:
-            self.started = True
-            self._reset()
+            self.images += images
 
-    def lap(self) -> tuple[float, float]:
-        """Images/s and share of waiting since the last lap; call it once the device is done."""
-        elapsed = max(time.perf_counter() - self.start - self.pause_s, 1e-9)
-        rate, wait = self.images / elapsed, self.wait_s / elapsed
-        self.total_images += self.images
-        self.total_s += elapsed
-        self._reset()
-        return rate, min(wait, 1.0)
+    def lap(self, name: str) -> tuple[float, float]:
+        """Images/s and share of waiting since the last lap of this name, or since the start.
+
+        Call it once the device is done.
+        """
+        for before, after, waited_s in self.events:
+            # From the end of all earlier work to the arrival of the batch, as the GPU saw it; the
+            # host's own slowness in queueing work is not the input's.
+            self.wait_s += min(before.elapsed_time(after) / 1000, waited_s)
+        self.events.clear()
+        elapsed_s = time.perf_counter() - self.start - self.pause_s if self.start else 0.0
+        now = self.images, elapsed_s, self.wait_s
+        last = self.marks.get(name, (0, 0.0, 0.0))
+        self.marks[name] = now
+        images, seconds, wait_s = (a - b for a, b in zip(now, last, strict=True))
+        seconds = max(seconds, 1e-9)
+        return images / seconds, min(wait_s / seconds, 1.0)
+
+    def _event(self) -> Any:
+        if not self.gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

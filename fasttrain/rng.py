@@ -30,6 +30,7 @@ class Stream(IntEnum):
     FLIP = 7
     TORCH = 8  # seed of torch's generator before each micro-batch (dropout)
     INIT = 9  # seed of torch's generator before the network is initialised
+    BLOCKS = 20  # order of the tars within an epoch, where order is shuffled in blocks
 
 
 def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

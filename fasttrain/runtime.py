@@ -56,8 +56,7 @@ def start(
     _follow_launcher(environ)
     _raise_file_limit()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
-    cpus = len(os.sched_getaffinity(0))
-    share = max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = cpu_share(environ)
     cpu_threads = train.cpu_threads or share
     torch.set_num_threads(cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -74,6 +73,22 @@ def start(
         data_threads=data.threads or share,
         cpu_threads=cpu_threads,
     )
+
+
+def cpu_share(environ: Mapping[str, str]) -> int:
+    """CPUs for this process: those that the launcher or SLURM bound it to and the container's quota
+    allows, shared with the other processes here."""
+    cpus = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, int(quota) // int(period))
+    return max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def has_gpu(environ: Mapping[str, str]) -> bool:
+    """Whether Accelerate will find a GPU; asks without touching one."""
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return not on_cpu and torch.cuda.device_count() > 0
 
 
 def check_precision(train: config.Train) -> None:

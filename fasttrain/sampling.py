@@ -2,20 +2,22 @@
 
     global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
     micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * W + r
+    order(seed, e)                    = a permutation of all samples; shuffled in blocks, of those
+                                        of a few tars at a time, the tars themselves in random order
 
 So any number W of processes sees the same global batches, and with equal `micro_batch_size` b the
 same groups of images in BatchNorm.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain import config, rng
 from fasttrain.rng import Stream, uniform
-from fasttrain.schedule import Plan
+from fasttrain.schedule import Plan, crop_px_at
 from fasttrain.shards import Split
 
 CROP_TRIES = 10  # torchvision's number
@@ -31,14 +33,91 @@ class Draw(NamedTuple):
     ids: NDArray[np.int64]  # (B,)
     windows: NDArray[np.int32] | NDArray[np.float32]  # (B, 4)
     flips: NDArray[np.bool_]  # (B,)
+    out_px: int  # side of the images that come out
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int32]:
-    """The order of all samples in an epoch. Takes 0.1 s for ImageNet: ask for the next ahead."""
-    order = rng.permutation(seed, Stream.ORDER, epoch, num_samples)
+def epoch_order(seed: int, epoch: int, split: Split, block: int) -> NDArray[np.int32]:
+    """The order of all samples in an epoch, int32: over everything, or over `block` tars at a time.
+
+    Takes 0.1 s for ImageNet: ask for the next epoch's ahead of time.
+    """
+    if block:
+        blocks = np.empty(len(split.shard_paths), np.int64)  # of each tar
+        blocks[_shard_order(seed, epoch, split)] = np.arange(len(blocks)) // block
+        keys = rng.hash64(seed, Stream.ORDER, epoch, np.arange(split.num_samples))
+        order = np.lexsort([keys, np.repeat(blocks, split.shard_samples)]).astype(np.int32)
+    else:
+        order = rng.permutation(seed, Stream.ORDER, epoch, split.num_samples)
     order.setflags(write=False)
     return order
+
+
+def _shard_order(seed: int, epoch: int, split: Split) -> NDArray[np.int32]:
+    return rng.permutation(seed, Stream.BLOCKS, epoch, len(split.shard_paths))
+
+
+def block_size(data: config.Data) -> int:
+    """Tars that are shuffled together; 0 where all are."""
+    return data.shuffle_shards if data.shuffle == "blocks" else 0
+
+
+class Piece(NamedTuple):
+    """A range of bytes of a shard that will be read soon."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def pieces_ahead(
+    split: Split, data: config.Data, plan: Plan, step: int, rank: int, first: bool
+) -> list[Piece]:
+    """What process `rank` announces to the kernel before update `step`, shuffled in blocks.
+
+    While a block is trained on, the tars of the next one are announced in step with it, a process
+    taking its share of each piece: together they read every tar once, from its start to its end.
+    The `first` update of a process announces the rest of its own block as well.
+    """
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    size = block_size(data)
+    begin, end = (n * plan.global_batch_size for n in (place, place + 1))
+    blocks = _blocks(plan.seed, epoch, split, size)
+    rows = np.cumsum([0, *(sum(split.shard_samples[s] for s in block) for block in blocks)])
+    following = [*blocks, _blocks(plan.seed, epoch + 1, split, size)[0]]
+    pieces = []
+    for number, block in enumerate(blocks):
+        low, high = max(begin, int(rows[number])), min(end, int(rows[number + 1]))
+        if low >= high:
+            continue
+        length = int(rows[number + 1] - rows[number])
+        since, until = ((row - int(rows[number])) / length for row in (low, high))
+        if first:
+            pieces += _pieces(split, block, since, 1.0, rank, plan.world_size)
+        pieces += _pieces(split, following[number + 1], since, until, rank, plan.world_size)
+    return pieces
+
+
+@lru_cache(maxsize=4)
+def _blocks(seed: int, epoch: int, split: Split, size: int) -> list[list[int]]:
+    order = _shard_order(seed, epoch, split).tolist()
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _pieces(
+    split: Split, block: list[int], low: float, high: float, rank: int, world_size: int
+) -> list[Piece]:
+    """Share `rank` of the part [low, high) of a block's bytes, its tars one after another."""
+    total = sum(split.shard_bytes[shard] for shard in block)
+    share = (high - low) / world_size
+    first, last = (int(total * (low + share * n)) for n in (rank, rank + 1))
+    pieces, start = [], 0
+    for shard in block:
+        stop = start + split.shard_bytes[shard]
+        if first < stop and start < last:
+            pieces.append(Piece(shard, max(first, start) - start, min(last, stop) - start))
+        start = stop
+    return pieces
 
 
 def train_draw(
@@ -50,7 +129,7 @@ def train_draw(
     global batch first, then rows 6 and 7.
     """
     epoch, place = divmod(step, plan.steps_per_epoch)
-    order = epoch_order(plan.seed, epoch, plan.num_samples)
+    order = epoch_order(plan.seed, epoch, split, block_size(data))
     group = micro * plan.world_size + rank
     first = place * plan.global_batch_size + group * plan.micro_batch_size
     ids = order[first : first + plan.micro_batch_size].astype(np.int64)
@@ -60,7 +139,7 @@ def train_draw(
     flips = np.zeros(len(ids), bool)
     if data.flip:
         flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
-    return Draw(ids, windows, flips)
+    return Draw(ids, windows, flips, crop_px_at(epoch, data.crop_px))
 
 
 def crop_windows(
@@ -79,21 +158,32 @@ def crop_windows(
 
     Source: torchvision.transforms.RandomResizedCrop; Going deeper, arXiv:1409.4842, section 6.
     """
-    tries = np.arange(CROP_TRIES)
-    key = (epoch, ids[:, None], tries)
-    full_w, full_h = width.astype(np.int64)[:, None], height.astype(np.int64)[:, None]  # (B, 1)
-    target = full_w * full_h * _between(uniform(seed, Stream.CROP_AREA, *key), *area)  # (B, tries)
-    aspect = np.exp(_between(uniform(seed, Stream.CROP_RATIO, *key), *np.log(ratio)))
-    w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-    h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-    fits = (w > 0) & (h > 0) & (w <= full_w) & (h <= full_h)
-    first = fits.argmax(1)[:, None]  # the first that fits, or 0 where none does
-    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    x = (uniform(seed, Stream.CROP_X, epoch, ids)[:, None] * (full_w - w + 1)).astype(np.int64)
-    y = (uniform(seed, Stream.CROP_Y, epoch, ids)[:, None] * (full_h - h + 1)).astype(np.int64)
-    drawn = np.concatenate([x, y, w, h], 1)  # (B, 4)
-    centred = _centred_windows(full_w, full_h, ratio)
-    return np.where(fits.any(1, keepdims=True), drawn, centred).astype(np.int32)
+    full_w, full_h = width.astype(np.int64), height.astype(np.int64)
+
+    def draw_sizes(rows: NDArray[np.int64], tries: NDArray[np.int64]) -> tuple[Any, ...]:
+        """Width and height of those tries for those rows, and whether they fit: (rows, tries)."""
+        key = (epoch, ids[rows, None], tries)
+        full = full_w[rows, None], full_h[rows, None]
+        target = full[0] * full[1] * _between(uniform(seed, Stream.CROP_AREA, *key), *area)
+        aspect = np.exp(_between(uniform(seed, Stream.CROP_RATIO, *key), *np.log(ratio)))
+        w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+        h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+        return w, h, (w > 0) & (h > 0) & (w <= full[0]) & (h <= full[1])
+
+    w, h, fits = (found[:, 0] for found in draw_sizes(np.arange(len(ids)), np.arange(1)))
+    again = np.flatnonzero(~fits)  # few: the other tries are drawn for them alone
+    if len(again):
+        more_w, more_h, more_fit = draw_sizes(again, np.arange(1, CROP_TRIES))
+        first = more_fit.argmax(1)[:, None]  # the first that fits, or any where none does
+        w[again] = np.take_along_axis(more_w, first, 1)[:, 0]
+        h[again] = np.take_along_axis(more_h, first, 1)[:, 0]
+        fits[again] = more_fit.any(1)
+    x = (uniform(seed, Stream.CROP_X, epoch, ids) * (full_w - w + 1)).astype(np.int64)
+    y = (uniform(seed, Stream.CROP_Y, epoch, ids) * (full_h - h + 1)).astype(np.int64)
+    drawn = np.stack([x, y, w, h], 1)  # (B, 4)
+    if not fits.all():
+        drawn = np.where(fits[:, None], drawn, _centred_windows(full_w, full_h, ratio))
+    return drawn.astype(np.int32)
 
 
 def _between(u: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
@@ -106,7 +196,7 @@ def _centred_windows(
     h = np.where(width < ratio[0] * height, np.rint(width / ratio[0]).astype(np.int64), height)
     w = np.where(width > ratio[1] * height, np.rint(height * ratio[1]).astype(np.int64), width)
     w, h = np.clip(w, 1, width), np.clip(h, 1, height)
-    return np.concatenate([(width - w) // 2, (height - h) // 2, w, h], 1)
+    return np.stack([(width - w) // 2, (height - h) // 2, w, h], 1)
 
 
 def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:
@@ -127,7 +217,7 @@ def eval_draw(
     windows = center_windows(
         split.width[ids], split.height[ids], data.eval_resize_px, data.eval_crop_px
     )
-    return Draw(ids, windows, np.zeros(len(ids), bool))
+    return Draw(ids, windows, np.zeros(len(ids), bool), data.eval_crop_px)
 
 
 def center_windows(

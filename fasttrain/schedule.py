@@ -95,6 +95,13 @@ def _near_divisors(number: int, wanted: int) -> str:
     return " or ".join(str(d) for d in below + above)
 
 
+def crop_px_at(epoch: int, crop_px: int | tuple[tuple[int, int], ...]) -> int:
+    """Side of the training crops in 0-based `epoch`, for a recipe's `data.crop_px`."""
+    if isinstance(crop_px, int):
+        return crop_px
+    return next(px for start, px in reversed(crop_px) if start <= epoch)
+
+
 def lr_at(step: int, plan: Plan) -> float:
     """Learning rate of update `step`: linear warm-up, then cosine to `final_lr`.
 

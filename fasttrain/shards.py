@@ -19,6 +19,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,7 +54,7 @@ class ShardError(config.Fault, ValueError):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One split of a data set, opened: nothing but the manifest is read until it is used.
 
@@ -79,6 +80,11 @@ class Split:
     @property
     def num_samples(self) -> int:
         return len(self.offset)
+
+    @cached_property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Number of samples in each shard; their ids follow one another, shard by shard."""
+        return tuple(np.bincount(self.shard, minlength=len(self.shard_paths)).tolist())
 
     def describe(self, sample: int) -> str:
         """`train-000003.tar, key 000003017 at byte 1536`: where a person finds the sample."""

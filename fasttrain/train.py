@@ -9,14 +9,18 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from fasttrain import config, run_folder, schedule, shards
+from fasttrain import config, forecast, run_folder, schedule, shards
 from fasttrain.config import Recipe
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
+
+if TYPE_CHECKING:
+    from fasttrain import data, runtime
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,17 +63,24 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     # Seconds of imports, so only once the recipe is known to be right.
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, gather_object
 
-    from fasttrain import checkpoint, data, display, loop, runtime
+    from fasttrain import checkpoint, data, decoding, display, loop, runtime
     from fasttrain.model import build_model
     from fasttrain.optim import Learner, WeightAverage, build_optimizer
 
     runtime.check_precision(recipe.train)
+    # Before anything touches the GPU, as it tries decoders that may crash.
+    threads = recipe.data.threads or runtime.cpu_share(os.environ)
+    decode, why_decode = decoding.choose(
+        train_set, recipe.data, runtime.has_gpu(os.environ), threads, os.environ
+    )
     # BatchNorm's statistics are averaged (optim.BatchNormAverage), not handed round.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=recipe.train.precision, kwargs_handlers=[ddp])
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
+    decode = decoding.agree(decode, gather_object([decode]))
+    input_settings = recipe.data.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
     if accelerator.is_main_process:
         run_folder.begin(recipe, runtime.environment(process))
@@ -86,9 +97,12 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     # ---- what it is trained on
     half = process.device.type == "cuda" and recipe.train.precision != "no"
     place = data.Placement(process.device, half, process.data_threads)
-    train_batches = partial(data.train_batches, train_set, recipe.data, plan, process.rank, place)
+    stages = forecast.Stages()
+    train_batches = partial(
+        data.train_batches, train_set, input_settings, plan, process.rank, place, stages=stages
+    )
     eval_batches = data.eval_loader(
-        val_set, recipe.data, plan.micro_batch_size, process.rank, process.world_size, place
+        val_set, input_settings, plan.micro_batch_size, process.rank, process.world_size, place
     )
 
     # ---- where it stopped, if it ran before
@@ -101,6 +115,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
         f"{plan.total_steps:,} in all\nrun folder: {folder}"
     )
+    view.say(why_decode)
+    outlook = _forecast(recipe, input_settings, train_set, plan, process, place, stages, view.say)
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "classes": train_set.classes,
@@ -129,6 +145,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         display=view,
         metrics=JsonLines(folder / run_folder.METRICS) if accelerator.is_main_process else None,
         samples=JsonLines(samples) if recipe.log.samples else None,
+        forecast=outlook,
     )
     stop = runtime.StopRequest(process.world_size)
     with view:
@@ -146,6 +163,44 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     accelerator.end_training()
     if not done:
         raise SystemExit(128 + stop.decision)
+
+
+def _forecast(
+    recipe: Recipe,
+    settings: config.Data,
+    train_set: Split,
+    plan: Plan,
+    process: "runtime.Process",
+    place: "data.Placement",
+    stages: forecast.Stages,
+    say: Callable[[str], None],
+) -> forecast.Forecast:
+    """Measures what the input delivers, or remembers it, and says so."""
+    from accelerate.utils import gather_object
+
+    from fasttrain import data
+
+    machine = (process.world_size, str(process.device), process.data_threads, process.cpu_threads)
+    key = forecast.input_key(train_set, settings, *machine)
+    rate = forecast.recall(key)
+    if rate is None:
+        rate = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
+        forecast.remember(key, rate)
+    step_key = forecast.key_of(
+        "step", recipe.model, recipe.train.precision, settings.crop_px, plan.micro_batch_size,
+        os.uname().nodename, *machine,
+    )  # fmt: skip
+    decode = data.decode_of(train_set, settings, place)
+    outlook = forecast.Forecast(
+        delivers=sum(gather_object([rate])),
+        asked=forecast.recall(step_key),
+        stages=stages,
+        advice=forecast.advice_for(train_set, decode, process.data_threads),
+        say=say,
+        remember=partial(forecast.remember, step_key),
+    )
+    outlook.start(forecast.describe(train_set, decode, process.data_threads, process.world_size))
+    return outlook
 
 
 if __name__ == "__main__":

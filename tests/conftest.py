@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from PIL import Image
 
 # Tests that run in this process use the CPU, and one thread each, as these are tiny networks.
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+# What is measured and remembered stays out of the user's cache.
+os.environ |= {"XDG_CACHE_HOME": tempfile.mkdtemp()}
 
 from fasttrain import config, sharding, sources
 
@@ -29,6 +33,12 @@ TINY = {
     "checkpoint": {"every_steps": 4},
     "log": {"every_steps": 3},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:

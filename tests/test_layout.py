@@ -12,10 +12,11 @@ MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
 ROWS = (
     {"train"},
-    {"loop"},
+    {"loop", "decoding"},
     {"checkpoint"},
     {"data", "display", "metrics", "optim", "runtime", "model"},
-    {"digits", "depthwise", "sampling", "run_folder"},
+    {"reading", "resize"},
+    {"digits", "depthwise", "sampling", "run_folder", "forecast"},
     {"sharding"},
     {"sources"},
     {"shards", "schedule"},
@@ -23,7 +24,7 @@ ROWS = (
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
-TORCH_FREE |= {"sharding", "sources"}
+TORCH_FREE |= {"sharding", "sources", "reading", "forecast", "decoding"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -34,8 +34,9 @@ def test_fewer_than_five_classes() -> None:
 
 
 def test_clock_leaves_out_the_first_step_and_pauses() -> None:
-    clock = Clock()
-    time.sleep(0.2)
+    clock = Clock(torch.device("cpu"))
+    with clock.waiting():
+        time.sleep(0.2)
     clock.step(10)  # the first step: not counted
     with clock.waiting():
         time.sleep(0.1)
@@ -43,9 +44,41 @@ def test_clock_leaves_out_the_first_step_and_pauses() -> None:
     clock.step(10)
     with clock.paused():
         time.sleep(0.3)
-    rate, wait = clock.lap()
+    rate, wait = clock.lap("log")
     assert 10 / 0.3 < rate <= 10 / 0.2
     assert 0.3 < wait < 0.6
-    assert clock.total_images == 10
+    time.sleep(0.1)
     clock.step(5)
-    assert clock.images == 5
+    assert 5 / 0.2 < clock.lap("log")[0] <= 5 / 0.1
+    rate, wait = clock.lap("epoch")  # of its own: since the start
+    assert 15 / 0.5 < rate <= 15 / 0.3 and 0.2 < wait < 0.4
+
+
+class Event:
+    """A CUDA event of a GPU that is busy for `busy_s` with what was queued before it."""
+
+    busy_until = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = max(time.perf_counter(), Event.busy_until)
+
+    def elapsed_time(self, after: "Event") -> float:
+        return 1000 * (after.at - self.at)
+
+
+@pytest.mark.parametrize(("busy_s", "expected"), [(0.0, 0.2), (0.1, 0.1), (0.5, 0.0)])
+def test_a_gpu_that_still_works_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, busy_s: float, expected: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(torch.device("cuda", 0))
+    clock.step(10)
+    Event.busy_until = time.perf_counter() + busy_s
+    with clock.waiting():  # of the host
+        time.sleep(0.2)
+    clock.step(10)
+    clock.lap("log")
+    assert clock.wait_s == pytest.approx(expected, abs=0.05)

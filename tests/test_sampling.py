@@ -58,8 +58,8 @@ def test_an_epoch_holds_each_sample_at_most_once_and_epochs_differ(split: Split)
     assert set().union(*epochs) == set(range(45))  # others are dropped in each epoch
 
 
-def test_golden_draws() -> None:
-    ids = sampling.epoch_order(0, 1, 45)[:4].astype(np.int64)
+def test_golden_draws(split: Split) -> None:
+    ids = sampling.epoch_order(0, 1, split, 0)[:4].astype(np.int64)
     sizes = np.array([500, 375, 64, 48], np.uint16), np.array([375, 500, 311, 48], np.uint16)
     windows = sampling.crop_windows(0, 1, ids, *sizes, (0.08, 1.0), (3 / 4, 4 / 3))
     assert ids.tolist() == GOLDEN_IDS

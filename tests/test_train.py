@@ -27,7 +27,7 @@ ALL = {
     "train": {"micro_batch_size": 4, "cpu_threads": 1, "label_smoothing": 0.1},
     "log": {"samples": True},
 }
-MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds")
+MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader")
 
 
 class StopAfter:

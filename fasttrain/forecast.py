@@ -1,0 +1,199 @@
+"""What the input can deliver, what limits a run, and what would raise it. Needs no torch."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fasttrain import config
+from fasttrain.shards import Split
+
+STALLED = 0.03  # share of time waited for data from which on the input is called the limit
+HEADROOM = 1.2  # the input should be faster than the step by this much, as both vary
+
+
+@dataclass(slots=True)
+class Stages:
+    """Where the time of a loader's thread went, in seconds, and how many images it made."""
+
+    storage_s: float = 0.0  # waiting for bytes
+    decode_s: float = 0.0  # waiting for pixels
+    full_s: float = 0.0  # waiting for somebody to take a batch
+    thread_s: float = 0.0  # on a CPU itself, some of it under the interpreter's lock
+    images: int = 0
+
+    def since(self, before: "Stages") -> "Stages":
+        return Stages(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
+
+
+class Forecast:
+    """Says what the input gives and the step asks for: at the start, as soon as the step's speed is
+    known, and at the end of each epoch.
+
+    Args:
+        delivers: images/s of the input of all processes, with nothing else to do.
+        asked: images/s of the step without waiting, from an earlier run; None if not known.
+        advice: what would raise the input's rate, by its slowest stage.
+        remember: keeps the step's images/s for later runs.
+    """
+
+    def __init__(
+        self,
+        delivers: float,
+        asked: float | None,
+        stages: Stages,
+        advice: Mapping[str, str],
+        say: Callable[[str], None],
+        remember: Callable[[float], None],
+    ) -> None:
+        self.delivers = delivers
+        self.asked = asked
+        self.stages = stages
+        self.advice = advice
+        self.say = say
+        self.remember = remember
+        self.known = False  # whether this run has measured the step
+        self.before = Stages()  # at the end of the last epoch
+
+    def start(self, about: str) -> None:
+        self.say(f"input: {self.delivers:,.0f} images/s from {about}")
+        if self.asked is None:
+            self.say("what the step asks for is said after its first updates")
+        else:
+            self._compare(self.asked, "as measured in an earlier run")
+
+    def lap(self, images_per_s: float, data_wait: float) -> None:
+        """The speed of the first updates, and the share of time that they waited for data."""
+        if self.known or images_per_s == 0:
+            return
+        self.known = True
+        asked = images_per_s / (1 - min(data_wait, 0.99))
+        self.remember(asked)
+        if self.asked is None:
+            self._compare(asked, "as measured now")
+
+    def _compare(self, asked: float, when: str) -> None:
+        if self.delivers >= HEADROOM * asked:
+            verdict = f"the input is {self.delivers / asked:.1f} times faster"
+        else:
+            verdict = f"the input is or comes near the limit; {self.advice['decode']}"
+        self.say(f"step: {asked:,.0f} images/s, {when}: {verdict}")
+
+    def epoch(self, epoch: int, images_per_s: float, data_wait: float) -> dict[str, Any]:
+        """Says which stage was the limit of 0-based `epoch`; returns it as a record."""
+        spent = self.stages.since(self.before)
+        self.before = replace(self.stages)
+        total = max(spent.storage_s + spent.decode_s + spent.full_s, 1e-9)
+        limit = "compute"
+        if data_wait >= STALLED:
+            limit = "storage" if spent.storage_s > spent.decode_s else "decode"
+        waited = f"{data_wait:.0%} of the time was waited for data"
+        remedy = f"; {self.advice[limit]}" if limit in self.advice else ""
+        self.say(f"epoch {epoch + 1}: {limit} was the limit at {images_per_s:,.0f} images/s, "
+                 f"{waited}{remedy}")  # fmt: skip
+        return {
+            "limit": limit,
+            "images_per_s": round(images_per_s, 1),
+            "data_wait": round(data_wait, 4),
+            "loader": {
+                "storage": round(spent.storage_s / total, 4),
+                "decode": round(spent.decode_s / total, 4),
+                "idle": round(spent.full_s / total, 4),
+                "thread_us_per_image": round(1e6 * spent.thread_s / max(spent.images, 1), 1),
+            },
+        }
+
+
+def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
+    """`these shards (JPEG, 111 KB and 0.20 Mpx an image), decoded on ...`, and the memory."""
+    num_bytes = sum(split.shard_bytes)
+    per_image = num_bytes / split.num_samples
+    some = slice(None, None, max(1, split.num_samples // 10_000))  # a look at 10,000 suffices
+    pixels = (split.width[some].astype(float) * split.height[some]).mean() / 1e6
+    kind = "pixels" if split.store == "raw" else "JPEG"
+    where = {"cpu": "decoded on the CPU", "raw": "nothing to decode"}.get(decode, f"by {decode}")
+    fits = num_bytes < 0.8 * available_bytes()
+    memory = "stays in memory once read" if fits else "is larger than the memory that is free"
+    return (
+        f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:.2f} Mpx an image), {where}, "
+        f"{world_size} x {threads} CPU threads; the data set of {num_bytes / 1e9:,.1f} GB {memory}"
+    )
+
+
+def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
+    """What would raise the input's rate, by the stage that limits it."""
+    remedies = []
+    if split.store == "jpeg":
+        short = float((split.width[:10_000].clip(max=split.height[:10_000])).mean())
+        if short > 300:
+            remedies.append(
+                "make_shards.py --short-side 256 (doubled it where we measured; it changes what is "
+                "trained on), or with --store raw (4 times)"
+            )
+        else:
+            remedies.append("make_shards.py --store raw (doubled it where we measured)")
+    if not decode.startswith("gpu"):
+        remedies.append(f"more CPU cores a process than {threads}")
+    elif split.store == "jpeg":
+        remedies.append("a GPU's JPEG decoders give several thousand images/s, not more")
+    return {
+        "decode": f"what would raise it: {'; '.join(remedies)}",
+        "storage": "what would raise it: a copy of the shards on a local disk or in /dev/shm, more "
+        'data.read_threads and data.read_ahead, or data.shuffle = "blocks"',
+    }
+
+
+def available_bytes() -> int:
+    """Memory that this machine can still use, the page cache included."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# What earlier runs measured
+# --------------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept: `$XDG_CACHE_HOME/fasttrain`, else `~/.cache/fasttrain`."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "fasttrain"
+
+
+def key_of(*parts: Any) -> str:
+    """A short name for everything that a measurement depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def recall(key: str) -> Any:
+    """What was remembered under `key`, or None."""
+    try:
+        return json.loads((cache_dir() / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remember(key: str, value: Any) -> None:
+    """Keeps a measurement. Where nothing can be written, the next run measures again."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_dir(), delete=False) as file:
+            json.dump(value, file)
+        Path(file.name).replace(cache_dir() / f"{key}.json")
+    except OSError:
+        pass
+
+
+def input_key(split: Split, data: config.Data, *more: Any) -> str:
+    """Of the input's speed: shards, settings, machine."""
+    settings = data.model_dump(mode="json", exclude={"root", "prepare"})
+    return key_of("input", split.digest, settings, os.uname().nodename, *more)

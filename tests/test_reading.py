@@ -1,0 +1,156 @@
+"""Bytes of the shards: equal by every way of reading, guarded, and faults that name the place."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import shard
+
+from fasttrain import config, data, reading, sampling, shards
+from fasttrain.config import Optim, Train
+from fasttrain.data import Placement
+from fasttrain.reading import DataError, Feed, Ring, ShardReader, places_of
+from fasttrain.schedule import make_plan
+from fasttrain.shards import Split
+
+CPU = Placement(torch.device("cpu"), half=False, threads=1)
+
+
+@pytest.fixture(scope="module")
+def split(dataset: Path) -> Split:
+    return shards.open_split(dataset, "train")
+
+
+def feed_for(split: Split, num_batches: int, **settings: object) -> Feed:
+    chosen = config.Data.model_validate({"root": split.root, **settings})
+    plan = make_plan(Train(global_batch_size=8), Optim(), split.num_samples, 1)
+    return Feed(
+        split, chosen, lambda n: sampling.train_draw(split, chosen, plan, n, 0, 0), num_batches
+    )
+
+
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+@pytest.mark.parametrize("ahead", [0, 1, 5, 50])
+def test_bytes_are_those_of_the_tars(split: Split, read: str, ahead: int) -> None:
+    tars = [path.read_bytes() for path in split.shard_paths]
+    feed = feed_for(split, 12, read=read, read_ahead=ahead)
+    for number in range(12):
+        draw, views = feed(number)
+        for sample, view in zip(draw.ids, views, strict=True):
+            start = int(split.offset[sample])
+            assert view == tars[split.shard[sample]][start : start + int(split.size[sample])]
+        assert len(feed.draws) == min(ahead + 1, 12 - number)
+        assert feed.done(number) is draw
+    feed.close()
+
+
+def test_a_buffer_is_never_lent_twice() -> None:
+    ring = Ring(2)
+    first, second = ring.lend(0, 10), ring.lend(1, 20)
+    assert len(first) >= 10 and len(second) >= 20 and not np.shares_memory(first, second)
+    with pytest.raises(RuntimeError, match=r"no read buffer is free for batch 2: batches \[0, 1\]"):
+        ring.lend(2, 5)
+    ring.give_back(0)
+    assert np.shares_memory(ring.lend(2, 5), first)
+
+
+@pytest.mark.parametrize("too_few", [1, 2, 3])
+def test_a_ring_that_is_too_small_is_an_error_and_not_a_corrupted_batch(
+    split: Split, monkeypatch: pytest.MonkeyPatch, too_few: int
+) -> None:
+    settings = config.Data(root=split.root, read="pread", read_ahead=0, queue_depth=4, crop_px=32)
+    plan = make_plan(Train(global_batch_size=8), Optim(), split.num_samples, 1)
+    monkeypatch.setattr(reading, "Ring", lambda size: Ring(too_few))
+    with pytest.raises(RuntimeError, match="the ring is too small"):
+        list(data.train_batches(split, settings, plan, 0, CPU, 0))
+
+
+def test_mapped_and_copied_bytes_give_the_same_pixels(split: Split) -> None:
+    plan = make_plan(Train(global_batch_size=8, epochs=6), Optim(), split.num_samples, 1)
+    found = [
+        list(data.train_batches(split, settings, plan, 0, CPU, 0))
+        for settings in (
+            config.Data(root=split.root, read="mmap", crop_px=32),
+            config.Data(root=split.root, read="pread", crop_px=32, queue_depth=1, read_ahead=0),
+            config.Data(root=split.root, read="pread", crop_px=32, queue_depth=3, read_ahead=9),
+        )
+    ]
+    for batches in zip(*found, strict=True):
+        assert all(torch.equal(batch.images, batches[0].images) for batch in batches)
+
+
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+def test_a_shard_that_shrinks_in_use_is_named(dataset: Path, tmp_path: Path, read: str) -> None:
+    root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
+    split = shards.open_split(root, "train")
+    reader = ShardReader(split, config.Data(root=root, read=read), num_buffers=4)
+    places = places_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
+    reader.start(0, places)
+    reader.take(0)
+    path = split.shard_paths[0]
+    path.write_bytes(path.read_bytes()[:4096])
+    reader.start(1, places)
+    with pytest.raises(DataError, match=r"train-000000.tar changed its size while in use"):
+        reader.take(1)  # and not SIGBUS
+    reader.close()
+
+
+def test_a_kernel_without_populate_reads_ahead(split: Split) -> None:
+    feed = feed_for(split, 3)
+    real = feed.reader.madvise
+    feed.reader.madvise = lambda start, length, advice: real(start, length, -1)  # EINVAL
+    draw, views = feed(0)
+    assert [len(view) for view in views] == split.size[draw.ids].tolist()
+    feed.close()
+
+
+@pytest.fixture(scope="module")
+def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    from fasttrain.sharding import Policy
+
+    root = tmp_path_factory.mktemp("raw") / "shards"
+    shard(folder, root, Policy(store="raw"))
+    return shards.open_split(root, "train")
+
+
+def test_of_raw_images_only_the_rows_of_the_windows_are_read(raw: Split) -> None:
+    plan = make_plan(Train(global_batch_size=8), Optim(), raw.num_samples, 1)
+    draw = sampling.train_draw(raw, config.Data(), plan, 0, 0, 0)
+    tars = [path.read_bytes() for path in raw.shard_paths]
+    whole, rows = (places_of(raw, draw, windows_only) for windows_only in (False, True))
+    for number, sample in enumerate(draw.ids):
+        _, y, _, h = draw.windows[number].tolist()
+        width = int(raw.width[sample])
+        pixels = 3 * width * int(raw.height[sample])
+        assert whole.sizes[number] == pixels
+        assert rows.sizes[number] == 3 * width * h
+        assert rows.offsets[number] == whole.offsets[number] + 3 * width * y
+        end = whole.offsets[number] + pixels
+        assert end == int(raw.offset[sample]) + int(raw.size[sample])
+        assert end <= len(tars[raw.shard[sample]])
+
+
+def test_raw_and_jpeg_shards_give_the_same_training_images(raw: Split, split: Split) -> None:
+    plan = make_plan(Train(global_batch_size=9, epochs=6), Optim(), raw.num_samples, 1)
+    settings = config.Data(crop_px=48)
+    for read in ("mmap", "pread"):
+        chosen = settings.model_copy(update={"read": read})
+        pairs = zip(
+            data.train_batches(raw, chosen, plan, 0, CPU, 0),
+            data.train_batches(split, settings, plan, 0, CPU, 0),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Split, dataset: Path) -> None:
+    settings = config.Data(eval_resize_px=40, eval_crop_px=32)
+    found = [
+        torch.cat([b.images for b in data.eval_loader(s, settings, 4, 0, 1, CPU)])
+        for s in (shards.open_split(raw.root, "val"), shards.open_split(dataset, "val"))
+    ]
+    assert torch.equal(*found)
