@@ -1,26 +1,40 @@
 """Measures fasttrain beside what else there is, on one machine, in one run.
 
     python tools/benchmark.py shards SOURCE [--repeats 5]
+    python tools/benchmark.py input SHARDS [--folder IMAGEFOLDER] [--repeats 3]
 
 shards: making shards of an ImageFolder, without and with decoding every image, beside copying the
 files (cp -r --reflink=never), webdataset.ShardWriter, and decoding alone with libjpeg-turbo by way
 of Pillow. SOURCE is read once beforehand, so that all find it in the page cache.
+
+input: making batches to train on, beside torchvision's ImageFolder (of --folder, which the shards
+were made of), webdataset, DALI's own reader, and decoding alone with libjpeg-turbo. Each is
+measured in a fresh process; memory is that of it and its workers, foreign_cpu the share of the
+machine's CPUs that others took meanwhile. --threads, --batch and --queue-depth may be lists: 1,2,4.
 
 The contestants take turns; each prints one JSON line with the median and spread of its repeats, and
 its ratio to the reference it is held against.
 """
 
 import argparse
+import contextlib
+import ctypes
+import importlib.util
+import itertools
 import json
+import mmap
 import os
 import platform
+import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -28,8 +42,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain import sharding, sources
+import numpy as np
+import psutil
+import rivals
+from rivals import Job
+
+from fasttrain import config, sharding, shards, sources
 from fasttrain.sharding import Policy
+from fasttrain.shards import Split
 from fasttrain.sources import Source
 
 
@@ -81,13 +101,34 @@ def report(
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    packages = ("pillow", "webdataset", "numpy")
+    packages = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "numpy", "psutil")
+    versions = {
+        distribution.name: distribution.version
+        for distribution in metadata.distributions()
+        if distribution.name.startswith("nvidia-dali-cuda") or distribution.name in packages
+    }
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
+        **dict(sorted(versions.items())),
+        "commit": commit(),
     }
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this file lies in, with `+` if it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    done = subprocess.run([*git, "--dirty=+"], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,18 +191,429 @@ def decode_some(files: Sequence[Path]) -> None:
             image.load()
 
 
-def main() -> None:
+# --------------------------------------------------------------------------------------------------
+# input: the parent
+# --------------------------------------------------------------------------------------------------
+
+DISTURBED = 0.1  # of the CPUs taken by others
+LIMIT_S = 1800  # of one measurement: decoding on a GPU may hang
+SAMPLE_S = 0.25  # between two looks at the memory
+WARM_UP = 4  # batches
+FIGURES = ("images_per_s", "cpu_ms_per_image", "first_batch_s", "peak_rss_gib", "peak_pss_gib")
+
+
+class Stored(NamedTuple):
+    """A data set as it lies on disk."""
+
+    files: list[Path]
+    bytes_per_image: int
+    mean_pixels: int
+
+
+def benchmark_input(arguments: argparse.Namespace) -> None:
+    split = shards.open_split(arguments.shards, "train")
+    check_input(arguments, split)
+    stored = {"shards": stored_shards(split)}
+    if arguments.folder:
+        stored["folder"] = stored_folder(arguments.folder, split)
+    write(machine())
+    jobs, skipped = [], {}
+    for job in all_jobs(arguments):
+        if reason := why_not(job, split):
+            skipped[job.name] = reason
+        else:
+            jobs.append(job)
+    for name, reason in skipped.items():
+        write({"name": name, "skipped": reason})
+    if not arguments.cold:
+        for path in itertools.chain.from_iterable(data.files for data in stored.values()):
+            path.read_bytes()  # and so into the page cache
+    turns: dict[Job, list[dict[str, Any]]] = {job: [] for job in jobs}
+    for repeat, job in itertools.product(range(arguments.repeats), jobs):
+        cached = drop_from_cache(data_of(job, stored).files) if arguments.cold else {}
+        turns[job].append(measure_apart(job) | cached)
+        sys.stderr.write(f"{repeat + 1}/{arguments.repeats} {job.name}\n")
+    for job in jobs:
+        report_input(job, data_of(job, stored), turns)
+    done = [turn for job in jobs for turn in turns[job]]
+    failed = sum("failed" in turn for turn in done)
+    disturbed = sum(turn.get("foreign_cpu", 0) > DISTURBED for turn in done)
+    counted = {"measurements": len(done), "failed": failed}
+    write(counted | {"disturbed": disturbed, "foreign_cpu_above": DISTURBED})
+    if failed:
+        raise SystemExit(1)
+
+
+def check_input(arguments: argparse.Namespace, split: Split) -> None:
+    """Raises what is wrong with the options, before anything is measured."""
+    largest, train_set = max(arguments.batch), f"the {split.num_samples:,} training images"
+    if largest > split.num_samples:
+        raise config.ConfigError(f"--batch {largest}: more than {train_set}; lower it")
+    if arguments.folder and (arguments.raw or arguments.device == "gpu"):
+        raise config.ConfigError(
+            "--folder: its images are read by torchvision, which has no part in --raw and "
+            "--device gpu; leave out the one or the other"
+        )
+    if arguments.raw and arguments.device == "gpu":
+        raise config.ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
+    if arguments.device == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+    for job in all_jobs(arguments) if arguments.cold else ():
+        needed = job.batch * sum(num_batches(job)) + rivals.SHUFFLED
+        if needed > split.num_samples:
+            raise config.ConfigError(
+                f"--cold: {needed:,} images at {job.threads} threads and batches of {job.batch}, "
+                f"with those to warm up and shuffle, are more than {train_set}, and the rest would "
+                "come from the page cache; lower --images, --batch or --threads"
+            )
+
+
+def stored_shards(split: Split) -> Stored:
+    pixels = np.multiply(split.width, split.height, dtype=np.int64).mean()
+    num_bytes = sum(split.shard_bytes)
+    return Stored(list(split.shard_paths), num_bytes // split.num_samples, round(pixels))
+
+
+def stored_folder(folder: Path, split: Split) -> Stored:
+    """The training images of an ImageFolder, which must be those of the shards."""
+    from PIL import Image
+
+    root = folder / "train"
+    files = sorted(path for path in root.glob("*/*") if path.is_file())
+    if not files:
+        raise config.ConfigError(
+            f"--folder {folder}: no images in {root}/<class>/; name the ImageFolder that the "
+            "shards were made of"
+        )
+    manifest = shards.read_manifest(split.root)["splits"]["train"]
+    if len(files) != split.num_samples + len(manifest["rejected"]):
+        raise config.ConfigError(
+            f"--folder {folder}: {len(files):,} training images, {split.num_samples:,} in the "
+            "shards; name the ImageFolder that the shards were made of"
+        )
+    pixels = []
+    for path in files[:: -(-len(files) // 5000)]:  # enough for a mean
+        with Image.open(path) as image:
+            pixels.append(image.width * image.height)
+    num_bytes = sum(path.stat().st_size for path in files)
+    return Stored(files, num_bytes // len(files), round(statistics.mean(pixels)))
+
+
+def data_of(job: Job, stored: dict[str, Stored]) -> Stored:
+    return stored["folder" if job.name.startswith("torchvision") else "shards"]
+
+
+def all_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """fasttrain in every combination of the settings, its rivals once per threads and batch."""
+    strategies = ["auto"]
+    names = [*(rivals.READERS if arguments.raw else rivals.PIPELINES)]
+    if arguments.device == "gpu":
+        names = ["fasttrain", "DALI reader"]  # the others have no such decoder
+        known = typing.get_args(config.Data.model_fields["decode"].annotation)
+        strategies = [name for name in known if name != "auto"]
+    for threads, batch in itertools.product(arguments.threads, arguments.batch):
+        for name in names:
+            job = Job(
+                name=name,
+                shards=arguments.shards,
+                folder=arguments.folder,
+                threads=threads,
+                batch=batch,
+                crop_px=arguments.crop_px,
+                images=arguments.images or (65_536 if arguments.raw else 4096),
+                raw=arguments.raw,
+                device="cuda:0" if arguments.device == "gpu" else "cpu",
+            )
+            if name == "fasttrain":
+                for depth, decode in itertools.product(arguments.queue_depth, strategies):
+                    yield job.model_copy(update={"queue_depth": depth, "decode": decode})
+            else:
+                yield job
+
+
+def why_not(job: Job, split: Split) -> str | None:
+    """Why a contestant cannot take part."""
+    if job.name.startswith("torchvision") and not job.folder:
+        return "reads an ImageFolder: name one with --folder"
+    if job.name == "decode alone" and split.store == "raw":
+        return "nothing is left to decode in raw shards"
+    if job.name == "webdataset" and not importlib.util.find_spec("webdataset"):
+        return "not installed: pip install webdataset"
+    return None
+
+
+def measure_apart(job: Job) -> dict[str, Any]:
+    """Measures in a fresh process, and watches the memory of it and its children meanwhile."""
+    command = [sys.executable, __file__, "measure", job.model_dump_json()]
+    # In a process group of its own, so that workers that outlive it can be ended with it.
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    rss = pss = 0
+    try:
+        for look in range(round(LIMIT_S / SAMPLE_S)):
+            try:
+                out, err = child.communicate(timeout=SAMPLE_S)
+                break
+            except subprocess.TimeoutExpired:
+                # The kernel walks all pages for the PSS, so that is asked more rarely.
+                now_rss, now_pss = memory_of(child.pid, with_pss=look % 8 == 4)
+                rss, pss = max(rss, now_rss), max(pss, now_pss)
+        else:
+            return {"failed": f"no result within {LIMIT_S} s"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if child.returncode:
+        sys.stderr.write(err)
+        code = child.returncode
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return {"failed": reason, "error": "".join(err.strip().splitlines()[-1:])}
+    peaks = {"peak_rss_gib": rss / 2**30, "peak_pss_gib": pss / 2**30 or None}
+    return json.loads(out.splitlines()[-1]) | peaks
+
+
+def memory_of(pid: int, with_pss: bool) -> tuple[int, int]:
+    """Bytes of a process and all below it; in the first sum, what they share counts for each."""
+    rss = pss = 0
+    for process in family(pid):
+        with contextlib.suppress(psutil.Error):
+            rss += process.memory_info().rss
+            pss += process.memory_full_info().pss if with_pss else 0
+    return rss, pss
+
+
+def family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def report_input(job: Job, stored: Stored, turns: dict[Job, list[dict[str, Any]]]) -> None:
+    """Prints the JSON line of a contestant: medians of its turns.
+
+    fasttrain's has its speed over each rival, as the median of the paired ratios of the turns.
+    """
+    fields = {"threads", "batch", "crop_px", "device"}
+    if job.name == "fasttrain":
+        fields |= {"queue_depth", "decode"}
+    line = {"name": job.name, **job.model_dump(include=fields)}
+    failures = [turn for turn in turns[job] if "failed" in turn]
+    if failures:
+        line["failed"] = failures
+    good = [turn for turn in turns[job] if "failed" not in turn]
+    if good:
+        line["images"] = good[0]["images"]
+        for key in (*FIGURES, *(["loader_us_per_image"] if job.raw else [])):
+            values = [turn[key] for turn in good if turn[key] is not None]
+            line[key] = float(f"{statistics.median(values):.4g}") if values else None
+        seconds = sorted(turn["seconds"] for turn in good)
+        middle = statistics.median(seconds)
+        line["seconds"] = [round(value, 2) for value in (seconds[0], middle, seconds[-1])]
+        line["foreign_cpu"] = [round(turn["foreign_cpu"], 3) for turn in good]
+        line["disturbed"] = sum(turn["foreign_cpu"] > DISTURBED for turn in good)
+        if "cached" in good[0]:
+            line["cached"] = max(turn["cached"] for turn in good)
+    line |= {"bytes_per_image": stored.bytes_per_image, "mean_pixels": stored.mean_pixels}
+    ratios = {}
+    for other in turns if job.name == "fasttrain" else ():
+        if other.name != job.name and (other.threads, other.batch) == (job.threads, job.batch):
+            pairs = [
+                ours["images_per_s"] / theirs["images_per_s"]
+                for ours, theirs in zip(turns[job], turns[other], strict=True)
+                if "failed" not in ours and "failed" not in theirs
+            ]
+            if pairs:
+                ratios[other.name] = round(statistics.median(pairs), 3)
+    if ratios:
+        line["speed_over"] = ratios
+    write(line)
+
+
+def write(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def drop_from_cache(files: Sequence[Path]) -> dict[str, float]:
+    """Drops files from the page cache, and says which share of them is in it still."""
+    os.sync()  # what is not yet on the disk cannot be dropped
+    kept = total = 0
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        kept += num_cached(path)
+        total += path.stat().st_size
+    share = round(kept / total, 4)
+    if share:
+        sys.stderr.write(f"{share:.2%} of the files could not be dropped from the page cache\n")
+    return {"cached": share}
+
+
+def num_cached(path: Path) -> int:
+    """Bytes of a file in the page cache; for files of others the kernel says that all are."""
+    data = np.memmap(path, np.uint8, "r")
+    pages = np.zeros(-(-len(data) // mmap.PAGESIZE), np.uint8)
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    if mincore(data.ctypes.data, len(data), pages.ctypes.data):
+        raise OSError(ctypes.get_errno(), "mincore", str(path))
+    return min(len(data), int((pages & 1).sum()) * mmap.PAGESIZE)
+
+
+# --------------------------------------------------------------------------------------------------
+# input: the process that is measured
+# --------------------------------------------------------------------------------------------------
+
+
+def measure_input(job: Job) -> dict[str, Any]:
+    """Seconds and CPU time of some batches, once the first ones are through."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # for ImageNet has over 1,000 tars
+    import torch
+
+    start = time.perf_counter()
+    batches = job.batches()
+    images, labels = next(batches)
+    wait_for(job)
+    first_batch_s = time.perf_counter() - start
+    if not job.raw and images is not None:
+        shape = (job.batch, 3, job.crop_px, job.crop_px)
+        assert images.shape == shape and images.dtype == torch.float32, (images.shape, images.dtype)
+        assert labels.shape == shape[:1] and labels.dtype == torch.int64, labels.dtype
+        assert images.device == labels.device == torch.device(job.device)
+    del images, labels  # or their memory would be missing from what is filled in turn
+    warm_up, timed = num_batches(job)
+    for _ in range(warm_up - 1):
+        next(batches)
+    wait_for(job)
+    before = spent()
+    for _ in range(timed):
+        next(batches)
+    wait_for(job)
+    after = spent()
+    batches.close()
+    seconds, own, thread, foreign = (
+        late - early for early, late in zip(before, after, strict=True)
+    )
+    num_images = timed * job.batch
+    return {
+        "images": num_images,
+        "seconds": seconds,
+        "images_per_s": num_images / seconds,
+        "cpu_ms_per_image": 1e3 * own / num_images,
+        "first_batch_s": first_batch_s,
+        "loader_us_per_image": 1e6 * thread / num_images,
+        "foreign_cpu": max(0.0, foreign) / (seconds * (os.cpu_count() or 1)),
+    }
+
+
+def num_batches(job: Job) -> tuple[int, int]:
+    """How many batches warm up, and how many are timed.
+
+    Each worker of a DataLoader makes a whole batch, so they come `threads` at a time: with fewer
+    than some such waves, what was made before the start would count.
+    """
+    return max(WARM_UP, job.threads), max(-(-job.images // job.batch), 4 * job.threads)
+
+
+def wait_for(job: Job) -> None:
+    """Batches on a GPU are handed over before they are done."""
+    if job.gpu:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def spent() -> tuple[float, float, float, float]:
+    """Seconds: of the clock; of CPU in this process and its children, in this thread, in others.
+
+    "Others" is what the machine, and whoever else runs on its host, took beyond ourselves and the
+    parent, which watches us.
+    """
+    machine = psutil.cpu_times()
+    busy = sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
+    own = time.process_time()  # finer than the kernel's ticks
+    for process in family(os.getpid())[1:]:
+        with contextlib.suppress(psutil.Error):
+            own += sum(process.cpu_times()[:2])
+    parent = sum(psutil.Process(os.getppid()).cpu_times()[:2])
+    return time.perf_counter(), own, time.thread_time(), busy - own - parent
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="part", required=True)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="{shards,input}")
     part = parts.add_parser("shards", help="making shards")
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
-    arguments = parser.parse_args()
-    sys.stdout.write(json.dumps(machine()) + "\n")
-    benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
+    add_input(parts.add_parser("input", help="batches for training"))
+    parts.add_parser("measure").add_argument("job")  # one contestant of `input`, in its process
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.part == "measure":
+            write(measure_input(Job.model_validate_json(arguments.job)))
+            return
+        if arguments.part == "shards":
+            write(machine())
+            benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
+        else:
+            benchmark_input(arguments)
+    except config.Fault as fault:
+        config.stop(str(fault))
+
+
+def add_input(part: argparse.ArgumentParser) -> None:
+    cpus = str(len(os.sched_getaffinity(0)))
+    part.add_argument("shards", type=Path, metavar="SHARDS", help="as make_shards.py writes them")
+    part.add_argument(
+        "--folder", type=Path, metavar="DIR", help="what they were made of, for torchvision"
+    )
+    lists = (
+        ("--threads", cpus, "workers of everybody (default: the CPUs here, %(default)s)"),
+        ("--batch", "256", "images of a batch (default: %(default)s)"),
+        ("--queue-depth", "2", "of fasttrain: batches kept ready (default: %(default)s)"),
+    )
+    for name, default, text in lists:
+        part.add_argument(name, type=counts, default=default, metavar="N,...", help=text)
+    numbers: tuple[tuple[str, int | None, str], ...] = (
+        ("--crop-px", 224, "(default: %(default)s)"),
+        ("--images", None, "timed, at least 4 batches a thread (default: 4096, --raw: 65536)"),
+        ("--repeats", 3, "(default: %(default)s)"),
+    )
+    for name, number, text in numbers:
+        part.add_argument(name, type=count, default=number, metavar="N", help=text)
+    part.add_argument("--raw", action="store_true", help="reading alone, without decoding")
+    part.add_argument("--cold", action="store_true", help="not from the page cache")
+    part.add_argument(
+        "--device",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="where images are made; gpu: every way to decode of fasttrain, and DALI's reader",
+    )
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    return [count(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

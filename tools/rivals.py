@@ -1,0 +1,361 @@
+"""The pipelines that `benchmark.py input` measures: fasttrain's own, and its rivals'.
+
+Each is a generator of (images, labels), without end and in random order. All do the same work:
+read, decode, cut a random resized crop, flip, normalise; float32 `(B, 3, S, S)` and int64 `(B,)`.
+Where a library offers several ways, it is set up the fastest. Libraries are imported within, as
+that is part of the time to the first batch.
+"""
+
+import itertools
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from fasttrain import config, sampling, schedule, shards
+from fasttrain.schedule import Plan
+from fasttrain.shards import Split
+
+Batches = Generator[tuple[Any, Any], None, None]  # torch's tensors
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+SHUFFLED = 2048  # images in the buffer of DALI's reader; webdataset's has 1000 per worker
+CACHE_LINE = 64  # bytes
+
+
+class Job(BaseModel, frozen=True):
+    """What is measured: a pipeline, its data, its settings."""
+
+    name: str
+    shards: Path
+    folder: Path | None
+    threads: int
+    batch: int
+    crop_px: int
+    images: int
+    raw: bool = False  # reading alone
+    device: str = "cpu"
+    queue_depth: int = 2  # of fasttrain; the rivals' own default is 2 as well
+    decode: str = "auto"  # of fasttrain
+
+    @property
+    def gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def batches(self) -> Batches:
+        return (READERS if self.raw else PIPELINES)[self.name](self)
+
+
+# --------------------------------------------------------------------------------------------------
+# fasttrain
+# --------------------------------------------------------------------------------------------------
+
+
+def fasttrain(job: Job) -> Batches:
+    import torch
+
+    from fasttrain import data
+
+    split = shards.open_split(job.shards, "train")
+    place = data.Placement(torch.device(job.device), half=False, threads=job.threads)
+    for batch in data.train_batches(split, settings(job), endless(job, split), 0, place, 0):
+        yield batch.images, batch.labels
+
+
+def settings(job: Job) -> config.Data:
+    chosen = job.model_dump(include={"crop_px", "threads", "queue_depth", "decode"})
+    return config.Data(root=job.shards, **chosen)
+
+
+def endless(job: Job, split: Split) -> Plan:
+    """The plan of a run that outlasts any measurement."""
+    train = config.Train(epochs=1_000_000, global_batch_size=job.batch)
+    return schedule.make_plan(train, config.Optim(), split.num_samples, world_size=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# torchvision and webdataset
+# --------------------------------------------------------------------------------------------------
+
+
+def torchvision_v1(job: Job) -> Batches:
+    """Transforms v1 on PIL's images."""
+    from torchvision import transforms
+    from torchvision.datasets import folder
+
+    steps = [
+        transforms.RandomResizedCrop(job.crop_px),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+    return image_folder(job, transforms.Compose(steps), folder.default_loader)
+
+
+def torchvision_v2(job: Job) -> Batches:
+    """Transforms v2 on tensors, decoded by torchvision."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    return image_folder(job, transforms_v2(job), lambda path: decode_image(path, ImageReadMode.RGB))
+
+
+def image_folder(job: Job, transform: Callable[..., Any], load: Callable[[str], Any]) -> Batches:
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision.datasets import ImageFolder
+
+    assert job.folder
+    dataset = ImageFolder(str(job.folder / "train"), transform, loader=load)
+    # Many permutations in a row, as a DataLoader starts anew at the end of an epoch.
+    sampler = RandomSampler(dataset, num_samples=1000 * max(len(dataset), job.images))
+    loader = DataLoader(
+        dataset, job.batch, sampler=sampler, num_workers=job.threads, multiprocessing_context="fork"
+    )
+    yield from loader
+
+
+def transforms_v2(job: Job) -> Callable[..., Any]:
+    import torch
+    from torchvision.transforms import v2
+
+    steps = [
+        v2.RandomResizedCrop(job.crop_px, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ]
+    return v2.Compose(steps)
+
+
+def webdataset(job: Job) -> Batches:
+    """Shards drawn with replacement, torchvision's decoder, transforms v2."""
+    import torch
+    import webdataset as wds
+    from torchvision.io import ImageReadMode, decode_image
+
+    split = shards.open_split(job.shards, "train")
+    transform = transforms_v2(job)
+
+    def decode(stored: bytes) -> Any:
+        data = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+        if split.store == "jpeg":
+            return decode_image(data, ImageReadMode.RGB)
+        width, height = (int(word) for word in stored[:32].split(maxsplit=3)[1:3])
+        return data[-3 * width * height :].view(height, width, 3).permute(2, 0, 1)
+
+    def load(sample: tuple[bytes, bytes]) -> tuple[Any, int]:
+        return transform(decode(sample[0])), int(sample[1])
+
+    dataset = wds.WebDataset(
+        [str(path) for path in split.shard_paths], resampled=True, shardshuffle=False
+    )
+    dataset = dataset.shuffle(1000).to_tuple(images_of(split), "cls").map(load)
+    # Batches by the DataLoader and not by `.batched`, which copies them once more.
+    yield from wds.WebLoader(
+        dataset, batch_size=job.batch, num_workers=job.threads, multiprocessing_context="fork"
+    )
+
+
+def images_of(split: Split) -> str:
+    """How the members that are images end, in the notation of webdataset and DALI."""
+    return "ppm" if split.store == "raw" else "jpg;jpeg;JPEG;png"
+
+
+# --------------------------------------------------------------------------------------------------
+# DALI
+# --------------------------------------------------------------------------------------------------
+
+
+def dali_reader(job: Job) -> Batches:
+    """DALI's reader of WebDataset tars and its fused decoding of a random crop."""
+    from nvidia.dali import fn, types
+
+    def graph() -> tuple[Any, Any]:
+        encoded, text = read_tars(job)
+        images = fn.decoders.image_random_crop(
+            encoded,
+            device="mixed" if job.gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            random_area=[0.08, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+        )
+        images = fn.resize(
+            images,
+            size=[job.crop_px, job.crop_px],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in MEAN],
+            std=[255 * value for value in STD],
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+        return images, text
+
+    import torch
+
+    for images, text in run(job, graph):
+        labels = numbers(text).to(job.device)
+        yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), labels
+
+
+def read_tars(job: Job, dont_use_mmap: bool = False) -> tuple[Any, Any]:
+    from nvidia.dali import fn
+
+    split = shards.open_split(job.shards, "train")
+    reader: Any = fn.readers.webdataset
+    encoded, text = reader(
+        paths=[str(path) for path in split.shard_paths],
+        index_paths=[str(path.with_suffix(".idx")) for path in split.shard_paths],
+        ext=[images_of(split), "cls"],
+        missing_component_behavior="error",
+        random_shuffle=True,
+        initial_fill=SHUFFLED,
+        dont_use_mmap=dont_use_mmap,
+    )
+    return encoded, text
+
+
+def run(job: Job, graph: Callable[[], tuple[Any, Any]]) -> Batches:
+    from nvidia.dali import pipeline_def
+
+    pipeline = pipeline_def(graph)(
+        batch_size=job.batch,
+        num_threads=job.threads,
+        device_id=0 if job.gpu else None,
+        prefetch_queue_depth=job.queue_depth,
+        seed=0,
+    )
+    pipeline.build()
+    while True:
+        yield pipeline.run()
+
+
+def numbers(text: Any) -> Any:
+    """Labels from the text of the .cls members."""
+    import torch
+
+    if text.is_dense_tensor():  # all of one width, as in fasttrain's tars: a tenth of the time
+        digits = np.asarray(text.as_array(), np.int64) - ord("0")  # (B, width)
+        return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
+    return torch.tensor([int(bytes(text.at(sample))) for sample in range(len(text))])
+
+
+# --------------------------------------------------------------------------------------------------
+# Limits
+# --------------------------------------------------------------------------------------------------
+
+
+def decode_alone(job: Job) -> Batches:
+    """Reads and decodes whole images with libjpeg-turbo, in threads, and keeps nothing."""
+    import torch
+
+    decode = jpeg_decoder()
+    split = shards.open_split(job.shards, "train")
+
+    def work(sample: int) -> None:
+        path, offset = split.shard_paths[split.shard[sample]], int(split.offset[sample])
+        decode(np.fromfile(path, np.uint8, int(split.size[sample]), offset=offset))
+
+    plan = endless(job, split)
+    with ThreadPoolExecutor(job.threads) as pool:
+
+        def submit(step: int) -> tuple[Any, Any]:
+            ids = sampling.train_draw(split, settings(job), plan, step, 0, 0).ids
+            return pool.map(work, ids.tolist()), torch.from_numpy(split.label[ids].astype(np.int64))
+
+        ahead = [submit(0)]
+        for step in itertools.count(1):
+            ahead.append(submit(step))
+            results, labels = ahead.pop(0)
+            list(results)
+            yield None, labels
+
+
+def jpeg_decoder() -> Callable[[Any], object]:
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        import torch
+        from torchvision.io import ImageReadMode, decode_image
+
+        return lambda data: decode_image(torch.from_numpy(data), ImageReadMode.RGB)
+    return lambda data: decode_jpeg(data)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading alone
+# --------------------------------------------------------------------------------------------------
+
+
+def touch(encoded: Any) -> Any:
+    """One byte of every cache line, by DALI's threads.
+
+    So everybody's bytes are fetched from memory once, as a decoder would, and pages that are only
+    mapped are faulted in. A reduction over all bytes would do the same, but takes several times as
+    long as the reading that it is to show: images of 110 KB, two cores of an AMD EPYC that others
+    used as well, reductions.max 53 us an image, this 16, and 12 without touching (2026-11-24).
+    """
+    return encoded[::CACHE_LINE]
+
+
+def read_fasttrain(job: Job) -> Batches:
+    """fasttrain's draws and reading, into DALI as `data` hands them over."""
+    from nvidia.dali import fn, types
+
+    from fasttrain import data
+
+    split = shards.open_split(job.shards, "train")
+    chosen, plan = settings(job), endless(job, split)
+    stored = data._ShardBytes(split)
+
+    def source(number: int) -> tuple[Any, Any]:
+        draw = sampling.train_draw(split, chosen, plan, number, 0, 0)
+        return stored[draw.ids], split.label[draw.ids].astype(np.int64)
+
+    def graph() -> tuple[Any, Any]:
+        encoded, labels = fn.external_source(
+            source,
+            num_outputs=2,
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8, types.INT64],
+            ndim=[1, 0],
+        )
+        return touch(encoded), labels
+
+    return run(job, graph)
+
+
+def read_dali(job: Job, dont_use_mmap: bool = False) -> Batches:
+    def graph() -> tuple[Any, Any]:
+        encoded, text = read_tars(job, dont_use_mmap)
+        return touch(encoded), text
+
+    return run(job, graph)
+
+
+def read_dali_copied(job: Job) -> Batches:
+    return read_dali(job, dont_use_mmap=True)
+
+
+PIPELINES: dict[str, Callable[[Job], Batches]] = {
+    "fasttrain": fasttrain,
+    "torchvision v1": torchvision_v1,
+    "torchvision v2": torchvision_v2,
+    "webdataset": webdataset,
+    "DALI reader": dali_reader,
+    "decode alone": decode_alone,
+}
+READERS: dict[str, Callable[[Job], Batches]] = {
+    "fasttrain": read_fasttrain,
+    "DALI reader": read_dali,
+    "DALI reader dont_use_mmap": read_dali_copied,
+}
