@@ -1,8 +1,8 @@
-"""Bytes from the tars, DALI pipelines, and the loaders around them. Alone imports DALI.
+"""Bytes from the tars, DALI pipelines, and the loaders around them.
 
-    draw (ids, windows, flips)          from `sampling`, a pure function of the batch's number
+    draw (ids, windows, flips, ...)     from `sampling`, a pure function of the batch's number
       -> views of the mapped tars       uncopied; page faults are taken by DALI's threads
-      -> DALI: decode, cut, resize, mirror, normalise    on the GPU where there is one
+      -> DALI: decode, cut, resize, augment, mirror, normalise    on the GPU where there is one
       -> Batch(images, labels, draw)    on the device, channels-last
 
 One thread per loader drives DALI and keeps a queue of finished batches; the training thread only
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from fasttrain import config, sampling
-from fasttrain.sampling import Draw
+from fasttrain import augment, config, sampling
+from fasttrain.sampling import Augment, Draw
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -58,18 +58,32 @@ class Placement(NamedTuple):
 
 @pipeline_def
 def _pipeline(
-    source: Callable[[int], Any], training: bool, out_px: int, decode: str, gpu: bool, half: bool
+    source: Callable[[int], Any],
+    training: bool,
+    settings: config.Data,
+    out_px: int,
+    decode: str,
+    gpu: bool,
+    half: bool,
 ) -> tuple[Any, Any]:
     """Images `(B, S, S, 3)` and labels `(B,)` from what `source` gives for a batch's number.
 
-    `source` returns encoded bytes, labels, corners (y, x) and sizes (h, w) of the windows, and
-    flips. Both kinds of windows reach PIL's pixels (at most 1/255 off): whole-pixel windows are cut
-    first and then resized, fractional ones are resized out of the whole image.
+    `source` returns encoded bytes, labels, corners (y, x) and sizes (h, w) of the windows, flips,
+    and what `augment.inputs` names. Both kinds of windows reach PIL's pixels (at most 1/255 off):
+    whole-pixel windows are cut first and then resized, fractional ones are resized out of the whole
+    image.
     """
     kinds = [types.UINT8, types.INT64, *[types.INT32 if training else types.FLOAT] * 2, types.INT32]
-    encoded, labels, corner, size, flip = fn.external_source(
-        source, num_outputs=5, batch=True, no_copy=True, dtype=kinds, ndim=[1, 0, 1, 1, 0]
+    extra = augment.inputs(settings) if training else {}
+    encoded, labels, corner, size, flip, *given = fn.external_source(
+        source,
+        num_outputs=5 + len(extra),
+        batch=True,
+        no_copy=True,
+        dtype=kinds + [kind for kind, _ in extra.values()],
+        ndim=[1, 0, 1, 1, 0] + [dimensions for _, dimensions in extra.values()],
     )
+    changes = Augment(**{name: given[place] for place, name in enumerate(extra)})
     rgb = {
         "device": "cpu" if decode == "cpu" else "mixed",
         "output_type": types.RGB,
@@ -86,6 +100,7 @@ def _pipeline(
     if gpu:
         images, labels = images.gpu(), labels.gpu()
     images = fn.resize(images, antialias=True, **resize)
+    images = augment.augment(images, changes, settings)
     images = fn.crop_mirror_normalize(
         images,
         mirror=flip,
@@ -94,7 +109,7 @@ def _pipeline(
         dtype=types.FLOAT16 if half else types.FLOAT,
         output_layout="HWC",
     )
-    return images, labels
+    return augment.erase(images, changes), labels
 
 
 def _build_pipeline(
@@ -113,6 +128,7 @@ def _build_pipeline(
     pipeline = _pipeline(
         source=source,
         training=training,
+        settings=data,
         out_px=data.crop_px if training else data.eval_crop_px,
         decode=decode,
         gpu=gpu,
@@ -121,6 +137,7 @@ def _build_pipeline(
         num_threads=place.threads,
         device_id=place.device.index if gpu else None,
         prefetch_queue_depth=data.queue_depth,
+        enable_conditionals=training and data.augment != "none",
     )
     pipeline.build()
     return pipeline
@@ -222,7 +239,8 @@ class Loader:
             labels = self.split.label[draw.ids].astype(np.int64)
             x, y, w, h = draw.windows.T
             corners, sizes = np.stack([y, x], 1), np.stack([h, w], 1)
-            return self.bytes[draw.ids], labels, corners, sizes, draw.flips.astype(np.int32)
+            extra = [column for column in draw.augment if column is not None]
+            return self.bytes[draw.ids], labels, corners, sizes, draw.flips.astype(np.int32), *extra
 
         try:
             if self.device.type == "cuda":

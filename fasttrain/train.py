@@ -62,6 +62,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from accelerate.utils import broadcast_object_list
 
     from fasttrain import checkpoint, data, display, loop, runtime
+    from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
     from fasttrain.optim import Learner, WeightAverage, build_optimizer
 
@@ -134,7 +135,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     with view:
         done = loop.fit(
             accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
-            stop.agreed, recipe.train.label_smoothing,
+            stop.agreed, recipe.train.label_smoothing, build_mix(recipe.train, num_classes),
         )  # fmt: skip
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
