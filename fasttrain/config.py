@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Strength = Annotated[float, Field(ge=0.0)]
 # `~` and environment variables are for clusters: root = "$SLURM_TMPDIR/imagenet".
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
@@ -78,6 +79,17 @@ class Data(Section):
     """How images are resized, always with antialiasing."""
     flip: bool = True
     """Mirror a random half of the training images."""
+    augment: Literal["none", "rand", "trivial"] = "none"
+    """RandAugment, or TrivialAugment Wide: one operation of any strength per image."""
+    augment_ops: Positive = 2
+    """Operations of RandAugment per image, one after the other."""
+    augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of RandAugment's operations, from 0 to 30."""
+    color_jitter: tuple[Strength, Strength, Strength, Strength] = (0.0, 0.0, 0.0, 0.0)
+    """Largest changes of brightness, contrast and saturation (factors of 1 - s to 1 + s) and of hue
+    (turns of the colour wheel, at most 0.5)."""
+    erase: Fraction = 0.0
+    """Part of the training images in which a random rectangle is erased."""
     eval_resize_px: Annotated[int, Field(ge=32)] = 256
     """Shorter side of a validation image after resizing, in pixels."""
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
@@ -113,6 +125,14 @@ class Data(Section):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: must rise from above 0")
+        for key in ("augment_ops", "augment_magnitude"):
+            value = getattr(self, key)
+            if self.augment != "rand" and value != type(self).model_fields[key].default:
+                raise ValueError(f'{key} = {value}: only RandAugment has it; set augment = "rand"')
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(
+                f"color_jitter[3] = {self.color_jitter[3]:g}: the hue turns by at most 0.5"
+            )
         if self.eval_crop_px > self.eval_resize_px:
             raise ValueError(
                 f"eval_crop_px = {self.eval_crop_px}: larger than the resized image "
@@ -171,11 +191,15 @@ class Train(Section):
     micro_batch_size: Positive | None = None
     """Images per forward pass and process; unset: `global_batch_size` over the processes."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of everything drawn: initial weights, order, crops, flips, dropout."""
+    """Of everything drawn: initial weights, order, crops, flips, augmentation, dropout."""
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Mixed precision: bfloat16, float16 with loss scaling, or none (float32)."""
     label_smoothing: Fraction = 0.0
     """Part of the target spread over all classes."""
+    mixup_alpha: Strength = 0.0
+    """MixUp: blend images and labels with weights from Beta(alpha, alpha); 0 is off."""
+    cutmix_alpha: Strength = 0.0
+    """CutMix: paste a box of another image, likewise; with both, an even chance decides."""
     eval_every_epochs: Positive = 1
     """Evaluate after every so many epochs, and always at the end."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0

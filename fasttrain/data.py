@@ -1,10 +1,11 @@
-"""DALI pipelines, and the loaders around them. Alone imports DALI.
+"""DALI pipelines, and the loaders around them.
 
-    draw (ids, windows, flips)          from `sampling`, a pure function of the batch's number
+    draw (ids, windows, flips, ...)     from `sampling`, a pure function of the batch's number
       -> bytes of the images            from `reading`, ahead of time, uncopied
-      -> decode, cut, resize, mirror, normalise
+      -> decode, cut, resize, augment, mirror, normalise
             GPU    DALI does all of it, there
-            CPU    DALI decodes the windows, `resize` does the rest
+            CPU    DALI decodes the windows, `resize` does the rest; where images are augmented,
+                   DALI does it all
       -> Batch(images, labels, draw)    on the device, channels-last
 
 One thread per loader drives this and keeps a queue of finished batches; the training thread only
@@ -27,11 +28,11 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
-from fasttrain import config, sampling
+from fasttrain import augment, config, sampling
 from fasttrain.forecast import Stages
 from fasttrain.reading import DataError, Feed
 from fasttrain.resize import MEAN, STD, Pending, Resizer
-from fasttrain.sampling import Draw, Piece
+from fasttrain.sampling import Augment, Draw, Piece
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -70,7 +71,8 @@ def _pipeline(
     """What DALI makes of what `source` gives for a batch's number.
 
     `source` returns the images' bytes (or their pixels, uint8 `(h, w, 3)`), corners (y, x) and
-    sizes (h, w) of the windows, flips, and the size (h, w) of the images that come out.
+    sizes (h, w) of the windows, flips, the size (h, w) of the images that come out, and what
+    `augment.inputs` names.
 
     Args:
         kind: `train` cuts whole-pixel windows and then resizes them, `val` resizes fractional
@@ -83,15 +85,25 @@ def _pipeline(
         Images `(B, S, S, 3)`, normalised; or windows uint8 `(h, w, 3)`.
     """
     source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
-    count = _num_inputs(kind)
+    extra = augment.inputs(data) if kind == "train" else {}
+    count = _num_inputs(kind, len(extra))
     images, corner, size, *more = fn.external_source(
         source,
         num_outputs=count,
         batch=True,
         no_copy=True,
-        dtype=[types.UINT8, source_type, source_type, types.INT32, types.FLOAT][:count],
-        ndim=[3 if decode == "raw" else 1, 1, 1, 0, 1][:count],
-        layout=["HWC" if decode == "raw" else "", "", "", "", ""][:count],
+        dtype=[
+            types.UINT8,
+            source_type,
+            source_type,
+            types.INT32,
+            types.FLOAT,
+            *[kind for kind, _ in extra.values()],
+        ][:count],
+        ndim=[3 if decode == "raw" else 1, 1, 1, 0, 1, *[ndim for _, ndim in extra.values()]][
+            :count
+        ],
+        layout=["HWC" if decode == "raw" else "", *[""] * (count - 1)],
     )
     window = {"start": corner, "shape": size, "axes": [0, 1]}
     rgb: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
@@ -110,7 +122,8 @@ def _pipeline(
         images = fn.slice(images, **window)
     if kind == "windows":
         return images
-    flip, out = more
+    flip, out, *given = more
+    changes = Augment(**{name: given[place] for place, name in enumerate(extra)})
     if gpu:
         images = images.gpu()
     resize: dict[str, Any] = {
@@ -122,7 +135,9 @@ def _pipeline(
     if kind == "val":
         resize |= {"roi_start": corner, "roi_end": corner + size}
     images = fn.resize(images, antialias=True, **resize)
-    return fn.crop_mirror_normalize(
+    if kind == "train":
+        images = augment.augment(images, changes, data)
+    images = fn.crop_mirror_normalize(
         images,
         mirror=flip,
         mean=[255 * value for value in MEAN],
@@ -130,11 +145,12 @@ def _pipeline(
         dtype=types.FLOAT16 if half else types.FLOAT,
         output_layout="HWC",
     )
+    return augment.erase(images, changes)
 
 
-def _num_inputs(kind: str) -> int:
-    """Of a pipeline: images, corners, sizes; where it does more than cut: flips, size to come."""
-    return 3 if kind == "windows" else 5
+def _num_inputs(kind: str, num_changes: int) -> int:
+    """Images, corners, sizes; where the pipeline does more than cut: flips, size, changes."""
+    return 3 if kind == "windows" else 5 + num_changes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +195,12 @@ class Loader:
         self.decode = decode_of(split, data, place)
         self.raw = self.decode == "raw"
         # Where DALI resizes on a CPU, it takes most of the time: see `resize`.
-        self.on_cpu = training and place.device.type == "cpu" and self.decode in ("cpu", "raw")
+        self.on_cpu = (
+            training
+            and place.device.type == "cpu"
+            and self.decode in ("cpu", "raw")
+            and not augment.inputs(data)
+        )
         self.kind = "windows" if self.on_cpu else "train" if training else "val"
         self.open_feed = partial(
             Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of
@@ -300,8 +321,9 @@ class Loader:
                 images = [TensorCPU(view, "") for view in views]
             out = np.full((len(views), 2), draw.out_px, np.float32)
             corners, sizes = np.stack([y, x], 1), np.stack([h, w], 1)
-            inputs = images, corners, sizes, draw.flips.astype(np.int32), out
-            return inputs[: _num_inputs(self.kind)]
+            changes = [column for column in draw.augment if column is not None]
+            inputs = images, corners, sizes, draw.flips.astype(np.int32), out, *changes
+            return inputs[: _num_inputs(self.kind, len(changes))]
 
         device = self.place.device
         pipeline = _pipeline(
@@ -316,6 +338,7 @@ class Loader:
             num_threads=self.place.threads,
             device_id=device.index if device.type == "cuda" else None,
             prefetch_queue_depth=self.data.queue_depth,
+            enable_conditionals=self.kind == "train" and self.data.augment != "none",
         )
         pipeline.build()
         for number in range(self.num_batches):

@@ -23,6 +23,7 @@ from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
+from fasttrain.mixing import Mix
 from fasttrain.optim import BatchNormAverage, Learner
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
@@ -63,6 +64,7 @@ def fit(
     outputs: Outputs,
     stop_requested: Callable[[], int],
     label_smoothing: float,
+    mix: Mix | None = None,
 ) -> dict[str, Any] | None:
     """Trains from the learner's step to the plan's end, evaluating and saving on the way.
 
@@ -70,6 +72,7 @@ def fit(
         train_batches: gives the micro-batches of this process from an update on.
         num_eval_samples: how many images all processes together must see in an evaluation.
         stop_requested: asked once a step; a signal's number where all processes should stop.
+        mix: mixes the images and labels of a micro-batch, drawing from torch's generator.
     Returns:
         The closing record when the run is complete, None when it was stopped; saved either way.
     Raises:
@@ -96,7 +99,7 @@ def fit(
     while state.step < plan.total_steps and not stopped:
         lr = _update(
             accelerator, learner, batch_norm, batches, plan, outputs, clock, loss_sum,
-            label_smoothing,
+            label_smoothing, mix,
         )  # fmt: skip
         at_end = state.step == plan.total_steps
         if state.step % outputs.log_every_steps == 0 or at_end:
@@ -136,6 +139,7 @@ def _update(
     clock: Clock,
     loss_sum: Tensor,
     label_smoothing: float,
+    mix: Mix | None,
 ) -> float:
     """One update on one global batch; adds to `loss_sum` (0-d float64) and returns its lr."""
     step = learner.state.step
@@ -147,15 +151,19 @@ def _update(
         with clock.waiting():
             batch = next(batches)
         draws.append(batch.draw)
+        images, labels = batch.images, batch.labels
         place = micro * plan.world_size + accelerator.process_index
+        if mix:
+            runtime.seed_torch(plan.seed, Stream.MIX, step, place)
+            images, labels = mix(images, labels)
         runtime.seed_torch(plan.seed, Stream.TORCH, step, place)  # dropout
         is_last = micro + 1 == plan.accumulation  # gradients are exchanged once an update
         with nullcontext() if is_last else accelerator.no_sync(learner.model):
             with accelerator.autocast():
-                logits = learner.model(batch.images)
-                loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+                logits = learner.model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             accelerator.backward(loss / plan.accumulation)
-        loss_sum += loss.detach() * len(batch.labels)
+        loss_sum += loss.detach() * len(labels)
     if outputs.samples:
         outputs.samples.write(_sample_record(draws, step))
     learner.optimizer.step()

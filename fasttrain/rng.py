@@ -30,6 +30,16 @@ class Stream(IntEnum):
     FLIP = 7
     TORCH = 8  # seed of torch's generator before each micro-batch (dropout)
     INIT = 9  # seed of torch's generator before the network is initialised
+    OPERATION = 10  # of RandAugment or TrivialAugment
+    MAGNITUDE = 11
+    SIGN = 12
+    JITTER = 13
+    ERASE = 14  # whether at all
+    ERASE_AREA = 15
+    ERASE_RATIO = 16
+    ERASE_X = 17
+    ERASE_Y = 18
+    MIX = 19  # seed of torch's generator before a micro-batch is mixed (MixUp, CutMix)
     BLOCKS = 20  # order of the tars within an epoch, where order is shuffled in blocks
 
 

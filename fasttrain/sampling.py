@@ -1,4 +1,4 @@
-"""Which samples, which crop windows, which flips: pure functions of (seed, epoch, sample).
+"""Which samples, windows, flips and augmentations: pure functions of (seed, epoch, sample).
 
     global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
     micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * W + r
@@ -20,7 +20,25 @@ from fasttrain.rng import Stream, uniform
 from fasttrain.schedule import Plan, crop_px_at
 from fasttrain.shards import Split
 
-CROP_TRIES = 10  # torchvision's number
+TRIES = 10  # at a window that fits; torchvision's number, as the next three are
+MAGNITUDE_BINS = 31
+ERASE_AREA = (0.02, 0.33)  # of the training crop
+ERASE_RATIO = (0.3, 3.3)  # height over width
+NUM_OPERATIONS = 14  # `augment.OPERATIONS` lists them
+
+
+class Augment(NamedTuple):
+    """How the images of a batch are changed once they are cut; None for what is switched off.
+
+    `operations` holds N times a place in `augment.OPERATIONS`, a magnitude bin, and 1 where the
+    magnitude is negative; `jitter` the factors of brightness, contrast and saturation, and degrees
+    of hue; `erase` a window, y, x, height, width in pixels of the training crop: whole numbers, but
+    float32, as DALI takes no others, and all 0 where nothing is erased.
+    """
+
+    operations: NDArray[np.int32] | None = None  # (B, N, 3)
+    jitter: NDArray[np.float32] | None = None  # (B, 4)
+    erase: NDArray[np.float32] | None = None  # (B, 4)
 
 
 class Draw(NamedTuple):
@@ -34,6 +52,7 @@ class Draw(NamedTuple):
     windows: NDArray[np.int32] | NDArray[np.float32]  # (B, 4)
     flips: NDArray[np.bool_]  # (B,)
     out_px: int  # side of the images that come out
+    augment: Augment = Augment()
 
 
 @lru_cache(maxsize=2)
@@ -139,7 +158,8 @@ def train_draw(
     flips = np.zeros(len(ids), bool)
     if data.flip:
         flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
-    return Draw(ids, windows, flips, crop_px_at(epoch, data.crop_px))
+    out_px = crop_px_at(epoch, data.crop_px)
+    return Draw(ids, windows, flips, out_px, augment_draw(plan.seed, epoch, ids, data, out_px))
 
 
 def crop_windows(
@@ -173,7 +193,7 @@ def crop_windows(
     w, h, fits = (found[:, 0] for found in draw_sizes(np.arange(len(ids)), np.arange(1)))
     again = np.flatnonzero(~fits)  # few: the other tries are drawn for them alone
     if len(again):
-        more_w, more_h, more_fit = draw_sizes(again, np.arange(1, CROP_TRIES))
+        more_w, more_h, more_fit = draw_sizes(again, np.arange(1, TRIES))
         first = more_fit.argmax(1)[:, None]  # the first that fits, or any where none does
         w[again] = np.take_along_axis(more_w, first, 1)[:, 0]
         h[again] = np.take_along_axis(more_h, first, 1)[:, 0]
@@ -197,6 +217,56 @@ def _centred_windows(
     w = np.where(width > ratio[1] * height, np.rint(height * ratio[1]).astype(np.int64), width)
     w, h = np.clip(w, 1, width), np.clip(h, 1, height)
     return np.stack([(width - w) // 2, (height - h) // 2, w, h], 1)
+
+
+def augment_draw(
+    seed: int, epoch: int, ids: NDArray[np.int64], data: config.Data, crop_px: int
+) -> Augment:
+    """What `data` asks to change in samples `ids`, cut to `crop_px`.
+
+    Source: RandAugment, arXiv:1909.13719; TrivialAugment, arXiv:2103.10158; and for the jitter
+    torchvision.transforms.ColorJitter.
+    """
+    operations = jitter = erase = None
+    if data.augment != "none":
+        number = data.augment_ops if data.augment == "rand" else 1
+        key = (epoch, ids[:, None], np.arange(number))
+        operation = uniform(seed, Stream.OPERATION, *key) * NUM_OPERATIONS  # (B, N)
+        if data.augment == "rand":
+            magnitude = np.full_like(operation, data.augment_magnitude)
+        else:
+            magnitude = uniform(seed, Stream.MAGNITUDE, *key) * MAGNITUDE_BINS
+        negative = uniform(seed, Stream.SIGN, *key) < 0.5
+        operations = np.stack([operation, magnitude, negative], -1).astype(np.int32)
+    if any(data.color_jitter):
+        *strengths, hue = data.color_jitter
+        low = np.array([*(max(0, 1 - strength) for strength in strengths), -360 * hue])
+        high = np.array([*(1 + strength for strength in strengths), 360 * hue])
+        u = uniform(seed, Stream.JITTER, epoch, ids[:, None], np.arange(4))  # (B, 4)
+        jitter = (low + (high - low) * u).astype(np.float32)
+    if data.erase:
+        erase = erase_windows(seed, epoch, ids, data.erase, crop_px)
+    return Augment(operations, jitter, erase)
+
+
+def erase_windows(
+    seed: int, epoch: int, ids: NDArray[np.int64], probability: float, crop_px: int
+) -> NDArray[np.float32]:
+    """Windows to erase in square images: y, x, height, width, float32 `(B, 4)`; zeros for none.
+
+    Source: torchvision.transforms.RandomErasing; Random Erasing, arXiv:1708.04896, algorithm 1.
+    """
+    key = (epoch, ids[:, None], np.arange(TRIES))
+    target = crop_px**2 * _between(uniform(seed, Stream.ERASE_AREA, *key), *ERASE_AREA)
+    aspect = np.exp(_between(uniform(seed, Stream.ERASE_RATIO, *key), *np.log(ERASE_RATIO)))
+    h, w = np.rint(np.sqrt(target * aspect)), np.rint(np.sqrt(target / aspect))  # (B, tries)
+    fits = (h < crop_px) & (w < crop_px)
+    rows, first = np.arange(len(ids)), fits.argmax(1)
+    h, w = h[rows, first], w[rows, first]  # (B,)
+    y = np.floor(uniform(seed, Stream.ERASE_Y, epoch, ids) * (crop_px - h + 1))
+    x = np.floor(uniform(seed, Stream.ERASE_X, epoch, ids) * (crop_px - w + 1))
+    erased = fits.any(1) & (uniform(seed, Stream.ERASE, epoch, ids) < probability)
+    return np.where(erased[:, None], np.stack([y, x, h, w], 1), 0).astype(np.float32)
 
 
 def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:

@@ -66,6 +66,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
 
     from fasttrain import checkpoint, data, decoding, display, loop, runtime
+    from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
     from fasttrain.optim import Learner, WeightAverage, build_optimizer
 
@@ -151,7 +152,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     with view:
         done = loop.fit(
             accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
-            stop.agreed, recipe.train.label_smoothing,
+            stop.agreed, recipe.train.label_smoothing, build_mix(recipe.train, num_classes),
         )  # fmt: skip
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")

@@ -75,6 +75,15 @@ def test_overrides() -> None:
         ("data.crop_area=[0.9, 0.1]", "[data] crop_area = [0.9, 0.1]: must rise within (0, 1]"),
         ("data.crop_ratio=[2, 1]", "[data] crop_ratio = [2, 1]: must rise from above 0"),
         ("data.eval_crop_px=300", "[data] eval_crop_px = 300: larger than the resized image"),
+        ("data.augment_magnitude=31", "must be less than or equal to 30"),
+        (
+            "data.augment_ops=3",
+            '[data] augment_ops = 3: only RandAugment has it; set augment = "rand"',
+        ),
+        ("data.color_jitter=[0, 0, 0, 0.6]", "[data] color_jitter[3] = 0.6: the hue turns by"),
+        ("data.color_jitter=[0, -1, 0, 0]", "[data] color_jitter[1] = -1: must be greater than or"),
+        ("data.erase=1.5", "[data] erase = 1.5: must be less than or equal to 1"),
+        ("train.mixup_alpha=-1", "[train] mixup_alpha = -1: must be greater than or equal to 0"),
         ("optim.lr=nan", "[optim] lr = NaN: must be a finite number"),
         (
             "optim.warmup_epochs=200",

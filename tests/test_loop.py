@@ -15,6 +15,7 @@ from fasttrain.config import Optim, Train
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.loop import Outputs
+from fasttrain.mixing import Mix, build_mix
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import Learner, WeightAverage, build_optimizer
 from fasttrain.run_folder import JsonLines
@@ -42,6 +43,7 @@ def run_fit(
     stop_requested: Callable[[], int] = lambda: 0,
     label_smoothing: float = 0.0,
     ema: bool = False,
+    mix: Mix | None = None,
 ) -> tuple[Learner, dict | None]:
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, optim or Optim()))
@@ -64,7 +66,7 @@ def run_fit(
     evaluate_on = evaluate_on or batches[:1]
     done = loop.fit(
         accelerator, learner, repeat, evaluate_on, sum(len(b.labels) for b in evaluate_on), plan,
-        outputs, stop_requested, label_smoothing,
+        outputs, stop_requested, label_smoothing, mix,
     )  # fmt: skip
     return learner, done
 
@@ -112,6 +114,22 @@ def test_two_halves_equal_one(tmp_path: Path, label_smoothing: float) -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for name, value in found[0][1].items():
         torch.testing.assert_close(value, found[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_mixing_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    plan = make_plan(Train(epochs=2, global_batch_size=8), Optim(warmup_epochs=1), 32, 1)
+    mix = build_mix(Train(mixup_alpha=0.2, cutmix_alpha=1.0), 4)
+    losses = {}
+    for name, given, drawn in (("plain", None, 0), ("one", mix, 0), ("other", mix, 5)):
+        torch.manual_seed(0)
+        model = Plain()
+        torch.rand(drawn)
+        folder = tmp_path / name
+        folder.mkdir()
+        run_fit(model, random_batches(4, 8), plan, folder, label_smoothing=0.1, mix=given)
+        losses[name] = [line["loss"] for line in lines(folder / "metrics.jsonl", "train")]
+    assert losses["one"] == losses["other"]
+    assert all(one != plain for one, plain in zip(losses["one"], losses["plain"], strict=True))
 
 
 def test_lines_say_what_was_done(tmp_path: Path) -> None:

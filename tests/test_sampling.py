@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from fasttrain import config, sampling, shards
@@ -141,3 +141,112 @@ def test_centre_windows_are_torchvisions(size: tuple[int, int]) -> None:
     scale_x, scale_y = width / resized[2], height / resized[1]
     expected = [left * scale_x, top * scale_y, 224 * scale_x, 224 * scale_y]
     assert found.tolist() == pytest.approx(expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------
+
+RAND = config.Data(augment="rand", augment_magnitude=7)
+TRIVIAL = config.Data(augment="trivial")
+FULL = config.Data(augment="rand", color_jitter=(0.4, 0.3, 1.2, 0.1), erase=0.5)
+NUMBER = 20_000
+GOLDEN_OPERATIONS = [[[5, 9, 1], [10, 9, 1]], [[6, 9, 1], [6, 9, 0]]]
+GOLDEN_JITTER = [[1.1017, 0.9999, 0.5491, -35.7025], [0.9819, 1.2307, 0.0036, -22.0226]]
+GOLDEN_ERASE = [[0, 0, 0, 0], [99, 76, 30, 88]]
+
+
+def assert_uniform(drawn: np.ndarray, number: int) -> None:
+    counts = np.bincount(drawn.ravel(), minlength=number)
+    assert len(counts) == number
+    expected = drawn.size / number
+    # Chi-square with number - 1 degrees: five standard deviations above its mean.
+    assert ((counts - expected) ** 2 / expected).sum() < number - 1 + 5 * (2 * number) ** 0.5
+
+
+def test_golden_augmentation() -> None:
+    drawn = sampling.augment_draw(0, 1, np.array(GOLDEN_IDS[:2]), FULL, 224)
+    assert drawn.operations.tolist() == GOLDEN_OPERATIONS
+    assert drawn.jitter == pytest.approx(np.array(GOLDEN_JITTER), abs=1e-4)
+    assert drawn.erase.tolist() == GOLDEN_ERASE
+
+
+def test_operations_are_drawn_evenly() -> None:
+    ids = np.arange(NUMBER)
+    rand = sampling.augment_draw(0, 3, ids, RAND, 224).operations
+    assert rand.shape == (NUMBER, 2, 3) and (rand[..., 1] == 7).all()
+    trivial = sampling.augment_draw(0, 3, ids, TRIVIAL, 224).operations
+    assert trivial.shape == (NUMBER, 1, 3)
+    assert_uniform(trivial[..., 1], sampling.MAGNITUDE_BINS)
+    for drawn in (rand, trivial):
+        assert_uniform(drawn[..., 0], sampling.NUM_OPERATIONS)
+        assert_uniform(drawn[..., 2], 2)
+    pairs = rand[:, 0, 0] * sampling.NUM_OPERATIONS + rand[:, 1, 0]
+    assert_uniform(pairs, sampling.NUM_OPERATIONS**2)  # the second does not follow from the first
+    assert_uniform(2 * rand[:, 0, 0] + rand[:, 0, 2], 2 * sampling.NUM_OPERATIONS)
+
+
+def test_jitter_fills_its_ranges() -> None:
+    drawn = sampling.augment_draw(0, 3, np.arange(NUMBER), FULL, 224).jitter
+    low, high = np.array([0.6, 0.7, 0.0, -36.0]), np.array([1.4, 1.3, 2.2, 36.0])
+    width = high - low
+    assert (drawn.min(0) >= low - 1e-5).all() and (drawn.max(0) <= high + 1e-5).all()
+    for place in range(4):
+        parts = ((drawn[:, place] - low[place]) / width[place] * 20).astype(int).clip(0, 19)
+        assert_uniform(parts, 20)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.03
+    only_hue = config.Data(color_jitter=(0, 0, 0, 0.5))
+    drawn = sampling.augment_draw(0, 3, np.arange(100), only_hue, 224).jitter
+    assert (drawn[:, :3] == 1).all() and np.abs(drawn[:, 3]).max() > 150
+
+
+@pytest.mark.parametrize("crop_px", [224, 40])
+def test_erasing_follows_torchvision(crop_px: int) -> None:
+    ours = sampling.erase_windows(0, 0, np.arange(100_000), 0.25, crop_px)
+    erased = ours[ours[:, 2] > 0]
+    assert abs(len(erased) / len(ours) - 0.25) < 0.006
+    assert (ours[ours[:, 2] == 0] == 0).all()
+    y, x, h, w = erased.T
+    assert y.min() >= 0 and x.min() >= 0 and h.min() >= 1 and w.min() >= 1
+    assert (y + h).max() <= crop_px and (x + w).max() <= crop_px
+    torch.manual_seed(0)
+    image = torch.empty(3, crop_px, crop_px)
+    get = RandomErasing.get_params
+    draws = [get(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(NUMBER)]
+
+    def features(windows: np.ndarray) -> np.ndarray:
+        y, x, h, w = windows.T
+        cover, shape = h * w / crop_px**2, np.log(h / w)
+        return np.stack([y, x, h, w, cover, shape, cover**2, shape**2, h * y, w * x], 1)
+
+    a, b = features(erased.astype(float)), features(np.array(draws, float))
+    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+    assert (np.abs(a.mean(0) - b.mean(0)) < 4.5 * error).all()
+    spread = a.std(0) / b.std(0)
+    assert ((spread > 0.97) & (spread < 1.03)).all()
+
+
+def test_a_sample_is_changed_alike_in_any_batch_and_otherwise_in_another_epoch() -> None:
+    ids = np.arange(60)
+
+    def draws(seed: int, epoch: int, *batches: np.ndarray) -> list[np.ndarray]:
+        found = [sampling.augment_draw(seed, epoch, batch, FULL, 224) for batch in batches]
+        return [np.concatenate(column) for column in zip(*found, strict=True)]
+
+    whole = draws(0, 1, ids)
+    for one, other in zip(whole, draws(0, 1, *np.split(ids, 20)), strict=True):
+        assert np.array_equal(one, other)
+    for one, other in zip(whole, draws(0, 1, ids[::-1]), strict=True):
+        assert np.array_equal(one, other[::-1])
+    for key in ((1, 1), (0, 2)):
+        for one, other in zip(whole, draws(*key, ids), strict=True):
+            assert (one == other).mean() < 0.8
+
+
+def test_the_draw_of_a_step_holds_what_the_settings_ask_for(split: Split) -> None:
+    plan = plan_for(split, 1, 12)
+    assert sampling.train_draw(split, config.Data(), plan, 4, 0, 0).augment == (None, None, None)
+    draw = sampling.train_draw(split, FULL, plan, 4, 0, 0)
+    expected = sampling.augment_draw(plan.seed, 1, draw.ids, FULL, 224)
+    for one, other in zip(draw.augment, expected, strict=True):
+        assert np.array_equal(one, other)

@@ -23,8 +23,15 @@ import evaluate
 
 MULTI = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 ALL = {
+    "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
     "optim": {"ema_decay": 0.9},
-    "train": {"micro_batch_size": 4, "cpu_threads": 1, "label_smoothing": 0.1},
+    "train": {
+        "micro_batch_size": 4,
+        "cpu_threads": 1,
+        "label_smoothing": 0.1,
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+    },
     "log": {"samples": True},
 }
 MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader")

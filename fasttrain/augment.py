@@ -1,0 +1,147 @@
+"""Training images changed inside the DALI pipeline: RandAugment, TrivialAugment, colour, erasing.
+
+Nothing is drawn here: what happens to an image comes in as `sampling.Augment`. So DALI's single
+operations are used (`auto_aug.augmentations`), and not its policies, which draw inside.
+"""
+
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from nvidia.dali.auto_aug import augmentations as dali
+from nvidia.dali.auto_aug import core
+from nvidia.dali.pipeline import do_not_convert
+
+from fasttrain import config
+from fasttrain.sampling import MAGNITUDE_BINS, Augment
+
+FILL = 128  # where an operation moves the image away: grey, near ImageNet's mean
+
+
+@core.augmentation(randomly_negate=True)
+def _translate(images: Any, offset: Any, size: Any, unit: Any) -> Any:
+    """Shifts by whole pixels, cut off towards 0 as torchvision does.
+
+    Args:
+        offset: (y, x) in `unit`s of pixels.
+        size: (height, width) of the images.
+    """
+    # A slice that reaches over the edge: on CPUs ten times as fast as DALI's own, a warp.
+    pixels = offset * unit
+    pixels = math.max(math.floor(pixels), 0) + math.min(math.ceil(pixels), 0)
+    return fn.slice(
+        images,
+        start=fn.cast(-pixels, dtype=types.INT32),
+        shape=size,
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=FILL,
+    )
+
+
+def _along_x(magnitude: float) -> list[float]:
+    return [0, magnitude]
+
+
+def _along_y(magnitude: float) -> list[float]:
+    return [magnitude, 0]
+
+
+# DALI's own two use operators by deprecated names, and a warning of it would be in every run.
+@core.augmentation(randomly_negate=True, mag_to_param=dali.sharpness_kernel, param_device="auto")
+def _sharpness(images: Any, kernel: Any) -> Any:
+    return fn.filter(images, kernel)
+
+
+@core.augmentation
+def _equalize(images: Any, _: None) -> Any:
+    return fn.equalize(images)
+
+
+_translate_x = _translate.augmentation(mag_to_param=_along_x)
+_translate_y = _translate.augmentation(mag_to_param=_along_y)
+
+# Each operation with its magnitudes at bins 0 and 30, in RandAugment and in TrivialAugment Wide, as
+# in torchvision. A draw names an operation by its place: another order is another run.
+OPERATIONS: dict[str, tuple[Any, tuple[float, float] | None, tuple[float, float] | None]] = {
+    "translate_x": (_translate_x, (0, 150 / 331), (0, 32)),  # of the width; pixels
+    "translate_y": (_translate_y, (0, 150 / 331), (0, 32)),
+    "shear_x": (dali.shear_x, (0, 0.3), (0, 0.99)),
+    "shear_y": (dali.shear_y, (0, 0.3), (0, 0.99)),
+    "rotate": (dali.rotate, (0, 30), (0, 135)),  # degrees
+    "brightness": (dali.brightness, (0, 0.9), (0, 0.99)),  # factor - 1, as in the next three
+    "contrast": (dali.contrast, (0, 0.9), (0, 0.99)),
+    "saturation": (dali.color, (0, 0.9), (0, 0.99)),
+    "sharpness": (_sharpness, (0, 0.9), (0, 0.99)),
+    "posterize": (dali.posterize, (8, 4), (8, 2)),  # bits kept
+    "solarize": (dali.solarize, (255, 0), (255, 0)),  # threshold
+    "equalize": (_equalize, None, None),
+    "auto_contrast": (dali.auto_contrast, None, None),
+    "identity": (dali.identity, None, None),
+}
+
+
+def inputs(settings: config.Data) -> dict[str, tuple[Any, int]]:
+    """DALI's type and the dimensions of an image's row in each column of `sampling.Augment`.
+
+    Only of the columns that `settings` ask for, in the order of the fields.
+    """
+    found = {}
+    if settings.augment != "none":
+        found["operations"] = (types.INT32, 2)
+    if any(settings.color_jitter):
+        found["jitter"] = (types.FLOAT, 1)
+    if settings.erase:
+        found["erase"] = (types.FLOAT, 1)
+    return found
+
+
+@do_not_convert
+def _suite(rand: bool) -> list[Any]:
+    """The operations of RandAugment or TrivialAugment Wide, in order."""
+    # The conditionals are in `core.select`; rewriting what it calls as well takes seconds.
+    return [
+        do_not_convert(operation.augmentation(mag_range=of_rand if rand else of_trivial).__call__)
+        for operation, of_rand, of_trivial in OPERATIONS.values()
+    ]
+
+
+def augment(images: Any, given: Augment, settings: config.Data) -> Any:
+    """uint8 images `(H, W, 3)` after the operations and the colour jitter that `given` holds.
+
+    For use within a pipeline, whose nodes `given` holds; with operations the pipeline needs
+    `enable_conditionals=True`. Differs from torchvision in this: uncovered pixels are grey, not
+    black; the jitter is always saturation and hue, then contrast, then brightness, not shuffled;
+    its contrast is about 128, not about the image's mean, and its hue turns in YIQ, not HSV.
+    """
+    if given.operations is not None:
+        rand = settings.augment == "rand"
+        suite = _suite(rand)
+        size = images.shape(dtype=types.INT32)[0:2]
+        unit = size if rand else types.Constant(np.ones(2, np.float32))
+        for n in range(settings.augment_ops if rand else 1):
+            operation, magnitude, negative = (given.operations[n, part] for part in range(3))
+            images = core.select(
+                suite,
+                operation,
+                data=images,
+                magnitude_bin=core.signed_bin(magnitude, negative),
+                num_magnitude_bins=MAGNITUDE_BINS,
+                fill_value=FILL,
+                size=size,
+                unit=unit,
+            )
+    if given.jitter is not None:
+        brightness, contrast, saturation, hue = (given.jitter[n] for n in range(4))
+        images = fn.color_twist(
+            images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+        )
+    return images
+
+
+def erase(images: Any, given: Augment) -> Any:
+    """Normalised images `(H, W, 3)` with the windows in `given` at 0, which is ImageNet's mean."""
+    if given.erase is None:
+        return images
+    corner, size = given.erase[0:2], given.erase[2:4]
+    return fn.erase(images, anchor=corner, shape=size, axis_names="HW", fill_value=0.0)
