@@ -259,7 +259,9 @@ def test_the_erased_window_lies_in_the_mirrored_image(dataset: Path) -> None:
             y, x, h, w = new.draw.augment.erase[row].astype(int)
             expected = old.images[row].clone()
             expected[:, y : y + h, x : x + w] = 0
-            assert torch.equal(new.images[row], expected)
+            # Without erasing, a CPU resizes outside DALI, which may round otherwise.
+            assert (new.images[row] - expected).abs().max() < 2 / 255 / min(data.STD)
+            assert not new.images[row][:, y : y + h, x : x + w].any()
             seen.add((bool(flip), bool(h)))
     assert len(seen) == 4
 

@@ -250,3 +250,33 @@ def test_the_draw_of_a_step_holds_what_the_settings_ask_for(split: Split) -> Non
     expected = sampling.augment_draw(plan.seed, 1, draw.ids, FULL, 224)
     for one, other in zip(draw.augment, expected, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_blocks_hold_each_sample_once_and_read_each_tar_once(split: Split) -> None:
+    data = config.Data(shuffle="blocks", shuffle_shards=2)
+    order = sampling.epoch_order(3, 1, split, 2)
+    assert sorted(order.tolist()) == list(range(45))
+    shards_of = split.shard[order].tolist()  # four tars: two blocks of two
+    first = sum(split.shard_samples[s] for s in set(shards_of[:5]))
+    assert len(set(shards_of[:first])) == 2 and not set(shards_of[:first]) & set(shards_of[first:])
+    assert not np.array_equal(order, sampling.epoch_order(3, 2, split, 2))
+    plan = plan_for(split, 3, 1, batch=9)  # 5 updates an epoch: nothing is dropped
+    covered: dict[int, list[tuple[int, int]]] = {}
+    for step in range(5):
+        for rank in range(3):
+            for piece in sampling.pieces_ahead(split, data, plan, step, rank, step == 0):
+                covered.setdefault(piece.shard, []).append((piece.start, piece.stop))
+    for shard, ranges in covered.items():
+        ends = [0]
+        for start, stop in sorted(ranges):
+            assert start <= ends[-1] + 1  # without a gap
+            ends.append(max(ends[-1], stop))
+        assert ends[-1] >= split.shard_bytes[shard] - 1
+    assert set(covered) == set(range(4))
+
+
+def test_size_of_crops_follows_the_epoch(split: Split) -> None:
+    data = config.Data(crop_px=((0, 32), (2, 48), (5, 64)))
+    plan = plan_for(split, 1, 12)
+    found = [sampling.train_draw(split, data, plan, step, 0, 0).out_px for step in range(18)]
+    assert found == [32] * 6 + [48] * 9 + [64] * 3

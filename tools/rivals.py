@@ -309,16 +309,25 @@ def touch(encoded: Any) -> Any:
 def read_fasttrain(job: Job) -> Batches:
     """fasttrain's draws and reading, into DALI as `data` hands them over."""
     from nvidia.dali import fn, types
+    from nvidia.dali.tensors import TensorCPU
 
-    from fasttrain import data
+    from fasttrain.reading import Feed
 
     split = shards.open_split(job.shards, "train")
     chosen, plan = settings(job), endless(job, split)
-    stored = data._ShardBytes(split)
+    feed = Feed(
+        split,
+        chosen,
+        lambda number: sampling.train_draw(split, chosen, plan, number, 0, 0),
+        plan.total_steps,
+    )
 
     def source(number: int) -> tuple[Any, Any]:
-        draw = sampling.train_draw(split, chosen, plan, number, 0, 0)
-        return stored[draw.ids], split.label[draw.ids].astype(np.int64)
+        draw, views = feed(number)
+        done = number - chosen.queue_depth - 1  # taken out of DALI by now
+        if done >= 0:
+            feed.done(done)
+        return [TensorCPU(view, "") for view in views], split.label[draw.ids].astype(np.int64)
 
     def graph() -> tuple[Any, Any]:
         encoded, labels = fn.external_source(
