@@ -86,24 +86,17 @@ def _pipeline(
     """
     source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
     extra = augment.inputs(data) if kind == "train" else {}
-    count = _num_inputs(kind, len(extra))
+    inputs = [(types.UINT8, 3 if decode == "raw" else 1), (source_type, 1), (source_type, 1)]
+    if kind != "windows":
+        inputs += [(types.INT32, 0), (types.FLOAT, 1), *extra.values()]
     images, corner, size, *more = fn.external_source(
         source,
-        num_outputs=count,
+        num_outputs=len(inputs),
         batch=True,
         no_copy=True,
-        dtype=[
-            types.UINT8,
-            source_type,
-            source_type,
-            types.INT32,
-            types.FLOAT,
-            *[kind for kind, _ in extra.values()],
-        ][:count],
-        ndim=[3 if decode == "raw" else 1, 1, 1, 0, 1, *[ndim for _, ndim in extra.values()]][
-            :count
-        ],
-        layout=["HWC" if decode == "raw" else "", *[""] * (count - 1)],
+        dtype=[dtype for dtype, _ in inputs],
+        ndim=[ndim for _, ndim in inputs],
+        layout=["HWC" if decode == "raw" else "", *[""] * (len(inputs) - 1)],
     )
     window = {"start": corner, "shape": size, "axes": [0, 1]}
     rgb: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
@@ -146,11 +139,6 @@ def _pipeline(
         output_layout="HWC",
     )
     return augment.erase(images, changes)
-
-
-def _num_inputs(kind: str, num_changes: int) -> int:
-    """Images, corners, sizes; where the pipeline does more than cut: flips, size, changes."""
-    return 3 if kind == "windows" else 5 + num_changes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,11 +307,12 @@ class Loader:
                 y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
             else:
                 images = [TensorCPU(view, "") for view in views]
+            cut = images, np.stack([y, x], 1), np.stack([h, w], 1)
+            if self.kind == "windows":
+                return cut
             out = np.full((len(views), 2), draw.out_px, np.float32)
-            corners, sizes = np.stack([y, x], 1), np.stack([h, w], 1)
             changes = [column for column in draw.augment if column is not None]
-            inputs = images, corners, sizes, draw.flips.astype(np.int32), out, *changes
-            return inputs[: _num_inputs(self.kind, len(changes))]
+            return *cut, draw.flips.astype(np.int32), out, *changes
 
         device = self.place.device
         pipeline = _pipeline(

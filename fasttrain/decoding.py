@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from fasttrain import config, forecast
 from fasttrain.shards import Split
@@ -64,14 +63,14 @@ def choose(
     Raises:
         DecodeError: the recipe asks for a GPU that is not there, or nothing works.
     """
+    if split.store == "raw":
+        return data.decode, "decode: nothing to decode, the shards hold pixels"
     if not gpu:
         if data.decode.startswith("gpu"):
             raise DecodeError(
                 f"[data] decode = {data.decode}: this process has no GPU; use cpu or auto"
             )
         return "cpu", "decode: cpu, as there is no GPU"
-    if split.store == "raw":
-        return data.decode, "decode: nothing to decode, the shards hold pixels"
     if data.decode != "auto":
         return data.decode, f"decode: {data.decode}, as the recipe says"
 
@@ -87,10 +86,9 @@ def choose(
     return best.strategy, f"decode: {best.strategy} ({'; '.join(str(trial) for trial in trials)})"
 
 
-def agree(decode: str, everyone: Sequence[str]) -> str:
-    """The strategy for all processes of a run, where nodes may have chosen differently."""
-    surest_first = ("raw", "cpu", "gpu_full", "gpu_window", "auto")
-    return min(decode, *everyone, key=surest_first.index)
+def agree(chosen: Sequence[str]) -> str:
+    """The strategy for all processes of a run, of those that each of them chose: the surest."""
+    return min(chosen, key=("cpu", "gpu_full", "gpu_window", "auto").index)
 
 
 def _once_a_node(
@@ -100,18 +98,14 @@ def _once_a_node(
     settings = (data.crop_px, data.interpolation, data.hw_decoder_load)
     key = forecast.key_of("decode", gpu, versions, split.digest, settings, threads)
     lock = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}-{key}.lock"
-    with lock.open("w") as file:
+    with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         known = forecast.recall(key) if gpu else None
         if known:
             return [Trial(**trial) for trial in known]
         trials = [attempt(strategy) for strategy in STRATEGIES]
-        forecast.remember(key, [_as_dict(trial) for trial in trials])
+        forecast.remember(key, [asdict(trial) for trial in trials])
         return trials
-
-
-def _as_dict(trial: Trial) -> dict[str, Any]:
-    return {name: getattr(trial, name) for name in Trial.__slots__}
 
 
 def _gpu() -> str:
@@ -144,7 +138,7 @@ def try_in_a_process(
     alone = {key: value for key, value in environ.items() if not key.startswith(launchers)}
     try:
         done = subprocess.run(
-            [*command, str(threads), device],
+            [*command, split.name, str(threads), device],
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -166,18 +160,19 @@ def try_in_a_process(
 
 
 def _try(argv: list[str]) -> None:
-    """What the fresh interpreter does: settings as JSON, number of threads, device."""
+    """What the fresh interpreter does: settings as JSON, split, number of threads, device."""
     import torch
 
-    from fasttrain import data, schedule, shards
+    from fasttrain import data, runtime, schedule, shards
 
-    settings = config.Data.model_validate_json(argv[0])
-    split = shards.open_split(settings.root, "train")
+    runtime.raise_file_limit()
+    text, name, threads, kind = argv
+    settings = config.Data.model_validate_json(text)
+    split = shards.open_split(settings.root, name)
     train = config.Train(global_batch_size=min(64, split.num_samples), epochs=1000)
     plan = schedule.make_plan(train, config.Optim(), split.num_samples, 1)
-    device = torch.device("cuda", 0) if argv[2] == "cuda" else torch.device("cpu")
-    place = data.Placement(device, half=False, threads=int(argv[1]))
-    on_cpu = data.Placement(torch.device("cpu"), half=False, threads=int(argv[1]))
+    on_cpu = data.Placement(torch.device("cpu"), half=False, threads=int(threads))
+    place = on_cpu._replace(device=torch.device("cuda", 0)) if kind == "cuda" else on_cpu
     plain = settings.model_copy(update={"decode": "cpu"})
     found, expected = (
         data.train_batches(split, each, plan, 0, where, 0)

@@ -84,8 +84,10 @@ class Clock:
     def lap(self, name: str) -> tuple[float, float]:
         """Images/s and share of waiting since the last lap of this name, or since the start.
 
-        Call it once the device is done.
+        On a GPU the host waits for the arrival of the latest batch there.
         """
+        if self.events:
+            self.events[-1][1].synchronize()  # or their times could not be told
         for before, after, waited_s in self.events:
             # From the end of all earlier work to the arrival of the batch, as the GPU saw it; the
             # host's own slowness in queueing work is not the input's.

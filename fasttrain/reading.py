@@ -87,9 +87,10 @@ class ShardReader:
     def __init__(self, split: Split, data: config.Data, num_buffers: int) -> None:
         self.split = split
         self.mapped = data.read == "mmap"
+        self.ahead = data.read_ahead
         self.ring = Ring(num_buffers)
         self.pool = ThreadPoolExecutor(data.read_threads, "read")
-        self.files: dict[int, int] = {}  # descriptors
+        self.files: dict[int, int] = {}  # descriptors, of shards that are not mapped
         self.maps: dict[int, memoryview] = {}
         self.addresses: dict[int, int] = {}
         self.started: dict[int, tuple[list[memoryview], list[Future[None]]]] = {}
@@ -99,11 +100,14 @@ class ShardReader:
 
     def start(self, number: int, places: Places) -> None:
         """Begins to read batch `number`."""
-        for shard in set(places.shards) - self.files.keys():
+        for shard in set(places.shards):
             self._open(shard)
         triples = list(zip(*places, strict=True))
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
+            if not self.ahead:
+                self.started[number] = views, []
+                return
         else:
             buffer = memoryview(self.ring.lend(number, sum(places.sizes)))  # type: ignore[arg-type]
             ends = np.cumsum(places.sizes).tolist()
@@ -116,8 +120,7 @@ class ShardReader:
     def announce(self, pieces: Sequence[Piece]) -> None:
         """Tells the kernel of ranges that will be read soon."""
         for shard, start, stop in pieces:
-            if shard not in self.files:
-                self._open(shard)
+            self._open(shard)
             for offset in range(start, stop, PIECE_BYTES):
                 size = min(PIECE_BYTES, stop - offset)
                 self.pool.submit(self._will_need, shard, offset, size)
@@ -148,23 +151,28 @@ class ShardReader:
         # Maps end with their last view, which DALI may still hold.
 
     def _open(self, shard: int) -> None:
+        if shard in self.files or shard in self.maps:
+            return
         path = self.split.shard_paths[shard]
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
-        self.files[shard] = file
-        if os.fstat(file).st_size != self.split.shard_bytes[shard]:
-            raise self._changed(shard)  # a read past the end of a map would be SIGBUS
-        if self.mapped:
-            self.maps[shard] = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
-            self.addresses[shard] = np.frombuffer(self.maps[shard], np.uint8).ctypes.data
+        try:
+            if os.fstat(file).st_size != self.split.shard_bytes[shard]:
+                raise self._changed(shard)  # a read past the end of a map would be SIGBUS
+            if self.mapped:  # which keeps a descriptor of its own
+                self.maps[shard] = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
+                self.addresses[shard] = np.frombuffer(self.maps[shard], np.uint8).ctypes.data
+            else:
+                self.files[shard] = file
+        finally:
+            if shard not in self.files:
+                os.close(file)
 
     def _page_in(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
         for shard, offset, size in places:
-            first = offset & -mmap.PAGESIZE
-            start, length = self.addresses[shard] + first, offset + size - first
-            if self.madvise(start, length, _MADV_POPULATE_READ):
+            if self._advise(shard, offset, size, _MADV_POPULATE_READ):
                 code = ctypes.get_errno()
                 if code == errno.EINVAL:  # an older kernel: read ahead without waiting
                     self._will_need(shard, offset, size)
@@ -188,7 +196,14 @@ class ShardReader:
                 done += count
 
     def _will_need(self, shard: int, offset: int, size: int) -> None:
-        os.posix_fadvise(self.files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+        if self.mapped:
+            self._advise(shard, offset, size, mmap.MADV_WILLNEED)
+        else:
+            os.posix_fadvise(self.files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _advise(self, shard: int, offset: int, size: int, advice: int) -> int:
+        first = offset & -mmap.PAGESIZE
+        return int(self.madvise(self.addresses[shard] + first, offset + size - first, advice))
 
     def _changed(self, shard: int) -> DataError:
         path = self.split.shard_paths[shard]
@@ -220,12 +235,14 @@ class Feed:
 
     def __call__(self, number: int) -> tuple[Draw, list[memoryview]]:
         """The draw of batch `number` and the bytes of its images, in the order of the numbers."""
+        begun = self.next
         while self.next <= min(number + self.ahead, self.num_batches - 1):
             self.draws[self.next] = draw = self.draw_of(self.next)
-            if self.pieces_of:
-                self.reader.announce(self.pieces_of(self.next))
             self.reader.start(self.next, places_of(self.split, draw, self.windows_only))
             self.next += 1
+        if self.pieces_of:  # behind the batches themselves, which are needed sooner
+            for started in range(begun, self.next):
+                self.reader.announce(self.pieces_of(started))
         return self.draws[number], self.reader.take(number)
 
     def done(self, number: int) -> Draw:

@@ -54,10 +54,9 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     _follow_launcher(environ)
-    _raise_file_limit()
+    raise_file_limit()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
-    share = cpu_share(environ)
-    cpu_threads = train.cpu_threads or share
+    cpu_threads = train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -70,7 +69,7 @@ def start(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=device,
-        data_threads=data.threads or share,
+        data_threads=data_threads(data, environ),
         cpu_threads=cpu_threads,
     )
 
@@ -83,6 +82,11 @@ def cpu_share(environ: Mapping[str, str]) -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
     return max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:
+    """CPU threads of this process that decode."""
+    return data.threads or cpu_share(environ)
 
 
 def has_gpu(environ: Mapping[str, str]) -> bool:
@@ -113,7 +117,7 @@ def _follow_launcher(environ: Mapping[str, str]) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """A mapped tar holds a descriptor, and ImageNet has more tars than the usual limit of 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -167,12 +171,12 @@ def environment(process: Process) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"fasttrain": metadata.version("fasttrain"), **versions},
         "python": platform.python_version(),
         "host": platform.node(),
         "world_size": process.world_size,
-        "device": torch.cuda.get_device_name(process.device) if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(process.device) if gpu else cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "cpu_threads": process.cpu_threads,
         "data_threads": process.data_threads,
@@ -180,7 +184,7 @@ def environment(process: Process) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout that this file lies in, with `+` if it was changed."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
     try:
@@ -191,7 +195,7 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -95,12 +95,14 @@ def pieces_ahead(
     """What process `rank` announces to the kernel before update `step`, shuffled in blocks.
 
     While a block is trained on, the tars of the next one are announced in step with it, a process
-    taking its share of each piece: together they read every tar once, from its start to its end.
+    taking its share of each piece: together they name every byte once, tar by tar.
     The `first` update of a process announces the rest of its own block as well.
     """
     epoch, place = divmod(step, plan.steps_per_epoch)
     size = block_size(data)
     begin, end = (n * plan.global_batch_size for n in (place, place + 1))
+    if place + 1 == plan.steps_per_epoch:  # what is dropped counts as done
+        end = split.num_samples
     blocks = _blocks(plan.seed, epoch, split, size)
     rows = np.cumsum([0, *(sum(split.shard_samples[s] for s in block) for block in blocks)])
     following = [*blocks, _blocks(plan.seed, epoch + 1, split, size)[0]]

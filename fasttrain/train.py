@@ -72,15 +72,17 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
 
     runtime.check_precision(recipe.train)
     # Before anything touches the GPU, as it tries decoders that may crash.
-    threads = recipe.data.threads or runtime.cpu_share(os.environ)
-    decode, why_decode = decoding.choose(
+    threads = runtime.data_threads(recipe.data, os.environ)
+    chosen, why_decode = decoding.choose(
         train_set, recipe.data, runtime.has_gpu(os.environ), threads, os.environ
     )
     # BatchNorm's statistics are averaged (optim.BatchNormAverage), not handed round.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=recipe.train.precision, kwargs_handlers=[ddp])
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
-    decode = decoding.agree(decode, gather_object([decode]))
+    decode = decoding.agree(gather_object([chosen]))
+    if decode != chosen:
+        why_decode += f"; but {decode} for all, as that is what works everywhere"
     input_settings = recipe.data.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
     if accelerator.is_main_process:
@@ -188,7 +190,7 @@ def _forecast(
         rate = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
         forecast.remember(key, rate)
     step_key = forecast.key_of(
-        "step", recipe.model, recipe.train.precision, settings.crop_px, plan.micro_batch_size,
+        "step", recipe.model, recipe.optim, recipe.train, settings.crop_px, plan.micro_batch_size,
         os.uname().nodename, *machine,
     )  # fmt: skip
     decode = data.decode_of(train_set, settings, place)

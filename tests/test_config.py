@@ -75,6 +75,10 @@ def test_overrides() -> None:
         ("data.crop_area=[0.9, 0.1]", "[data] crop_area = [0.9, 0.1]: must rise within (0, 1]"),
         ("data.crop_ratio=[2, 1]", "[data] crop_ratio = [2, 1]: must rise from above 0"),
         ("data.eval_crop_px=300", "[data] eval_crop_px = 300: larger than the resized image"),
+        ("data.crop_px=16", "[data] crop_px = 16: must be at least 32 pixels"),
+        ("data.crop_px=224.5", "[data] crop_px = 224.5: expected a number of pixels, or pairs"),
+        ("data.crop_px=[[1, 128]]", "[data] crop_px = [[1, 128]]: epochs must start at 0 and rise"),
+        ("data.crop_px=[[0, 64], [0, 96]]", "epochs must start at 0 and rise"),
         ("data.augment_magnitude=31", "must be less than or equal to 30"),
         (
             "data.augment_ops=3",

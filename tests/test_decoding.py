@@ -46,8 +46,8 @@ def test_without_a_gpu_or_a_choice_nothing_is_tried(split: Split) -> None:
 
 
 def test_processes_agree_on_the_surest() -> None:
-    assert decoding.agree("gpu_window", ["gpu_window", "gpu_full"]) == "gpu_full"
-    assert decoding.agree("gpu_full", ["cpu", "gpu_full"]) == "cpu"
+    assert decoding.agree(["gpu_window", "gpu_full"]) == "gpu_full"
+    assert decoding.agree(["gpu_full", "cpu", "gpu_window"]) == "cpu"
 
 
 @pytest.mark.parametrize("strategy", ["gpu_full", "gpu_window"])

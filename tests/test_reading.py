@@ -100,7 +100,9 @@ def test_a_shard_that_shrinks_in_use_is_named(dataset: Path, tmp_path: Path, rea
 def test_a_kernel_without_populate_reads_ahead(split: Split) -> None:
     feed = feed_for(split, 3)
     real = feed.reader.madvise
-    feed.reader.madvise = lambda start, length, advice: real(start, length, -1)  # EINVAL
+    feed.reader.madvise = lambda start, length, advice: real(  # EINVAL
+        start, length, -1 if advice == reading._MADV_POPULATE_READ else advice
+    )
     draw, views = feed(0)
     assert [len(view) for view in views] == split.size[draw.ids].tolist()
     feed.close()

@@ -1,5 +1,6 @@
 """Order, windows and flips: pure, the same for every world size, spread as torchvision's."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +281,20 @@ def test_size_of_crops_follows_the_epoch(split: Split) -> None:
     plan = plan_for(split, 1, 12)
     found = [sampling.train_draw(split, data, plan, step, 0, 0).out_px for step in range(18)]
     assert found == [32] * 6 + [48] * 9 + [64] * 3
+
+
+def test_how_well_blocks_shuffle(split: Split) -> None:
+    """Pairs of a batch that come from one tar: 1 in as many as are shuffled together."""
+    order, shard_of = np.arange(64 * 100), np.repeat(np.arange(64), 100).astype(np.uint16)
+    many = dataclasses.replace(
+        split, shard=shard_of, offset=order, shard_paths=split.shard_paths[:1] * 64
+    )
+
+    def neighbours(block: int) -> float:
+        batches = shard_of[sampling.epoch_order(0, 0, many, block)].reshape(-1, 64).astype(int)
+        same = (batches[:, :, None] == batches[:, None]).sum() - batches.size
+        return same / (batches.size * 63)
+
+    assert neighbours(0) == pytest.approx(1 / 64, rel=0.1)
+    assert neighbours(16) == pytest.approx(1 / 16, rel=0.1)
+    assert neighbours(4) == pytest.approx(1 / 4, rel=0.1)

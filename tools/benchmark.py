@@ -101,6 +101,8 @@ def report(
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
+    from fasttrain import runtime  # and so torch, once the arguments are known to be right
+
     packages = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "numpy", "psutil")
     versions = {
         distribution.name: distribution.version
@@ -108,27 +110,12 @@ def machine() -> dict[str, Any]:
         if distribution.name.startswith("nvidia-dali-cuda") or distribution.name in packages
     }
     return {
-        "cpu": cpu_name(),
+        "cpu": runtime.cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **dict(sorted(versions.items())),
-        "commit": commit(),
+        "commit": runtime.commit(),
     }
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Commit of the checkout that this file lies in, with `+` if it was changed."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
-    done = subprocess.run([*git, "--dirty=+"], capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,10 +41,16 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     import torch
     from accelerate import Accelerator
 
-    from fasttrain import checkpoint, data, loop, runtime
+    from fasttrain import checkpoint, data, decoding, loop, runtime
     from fasttrain.model import build_model
 
     weights, recipe = find_weights(arguments.checkpoint, arguments.ema, arguments.recipe)
+    # Whatever the run decoded with: this may be another machine.
+    settings = recipe.data.model_copy(update={"decode": "auto"})
+    threads = runtime.data_threads(settings, os.environ)
+    gpu = runtime.has_gpu(os.environ)
+    decode, _ = decoding.choose(split, settings, gpu, threads, os.environ)
+    settings = settings.model_copy(update={"decode": decode})
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     model = build_model(**recipe.model.model_dump(), num_classes=len(split.classes))
@@ -53,7 +59,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     half = process.device.type == "cuda" and recipe.train.precision != "no"
     place = data.Placement(process.device, half, process.data_threads)
     batches = data.eval_loader(
-        split, recipe.data, arguments.batch_size, process.rank, process.world_size, place
+        split, settings, arguments.batch_size, process.rank, process.world_size, place
     )
     (result,) = loop.evaluate(accelerator, [model], batches, split.num_samples)
     if accelerator.is_main_process:

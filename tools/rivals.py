@@ -21,8 +21,6 @@ from fasttrain.shards import Split
 
 Batches = Generator[tuple[Any, Any], None, None]  # torch's tensors
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 SHUFFLED = 2048  # images in the buffer of DALI's reader; webdataset's has 1000 per worker
 CACHE_LINE = 64  # bytes
 
@@ -87,6 +85,8 @@ def torchvision_v1(job: Job) -> Batches:
     from torchvision import transforms
     from torchvision.datasets import folder
 
+    from fasttrain.resize import MEAN, STD
+
     steps = [
         transforms.RandomResizedCrop(job.crop_px),
         transforms.RandomHorizontalFlip(),
@@ -120,6 +120,8 @@ def image_folder(job: Job, transform: Callable[..., Any], load: Callable[[str], 
 def transforms_v2(job: Job) -> Callable[..., Any]:
     import torch
     from torchvision.transforms import v2
+
+    from fasttrain.resize import MEAN, STD
 
     steps = [
         v2.RandomResizedCrop(job.crop_px, antialias=True),
@@ -172,6 +174,8 @@ def images_of(split: Split) -> str:
 def dali_reader(job: Job) -> Batches:
     """DALI's reader of WebDataset tars and its fused decoding of a random crop."""
     from nvidia.dali import fn, types
+
+    from fasttrain.resize import MEAN, STD
 
     def graph() -> tuple[Any, Any]:
         encoded, text = read_tars(job)
@@ -306,7 +310,7 @@ def touch(encoded: Any) -> Any:
     return encoded[::CACHE_LINE]
 
 
-def read_fasttrain(job: Job) -> Batches:
+def read_fasttrain(job: Job, **changes: Any) -> Batches:
     """fasttrain's draws and reading, into DALI as `data` hands them over."""
     from nvidia.dali import fn, types
     from nvidia.dali.tensors import TensorCPU
@@ -314,7 +318,7 @@ def read_fasttrain(job: Job) -> Batches:
     from fasttrain.reading import Feed
 
     split = shards.open_split(job.shards, "train")
-    chosen, plan = settings(job), endless(job, split)
+    chosen, plan = settings(job).model_copy(update=changes), endless(job, split)
     feed = Feed(
         split,
         chosen,
@@ -343,6 +347,14 @@ def read_fasttrain(job: Job) -> Batches:
     return run(job, graph)
 
 
+def read_fasttrain_copied(job: Job) -> Batches:
+    return read_fasttrain(job, read="pread")
+
+
+def read_fasttrain_faulting(job: Job) -> Batches:
+    return read_fasttrain(job, read_ahead=0)
+
+
 def read_dali(job: Job, dont_use_mmap: bool = False) -> Batches:
     def graph() -> tuple[Any, Any]:
         encoded, text = read_tars(job, dont_use_mmap)
@@ -365,6 +377,8 @@ PIPELINES: dict[str, Callable[[Job], Batches]] = {
 }
 READERS: dict[str, Callable[[Job], Batches]] = {
     "fasttrain": read_fasttrain,
+    "fasttrain pread": read_fasttrain_copied,
+    "fasttrain read_ahead 0": read_fasttrain_faulting,
     "DALI reader": read_dali,
     "DALI reader dont_use_mmap": read_dali_copied,
 }
