@@ -74,7 +74,8 @@ class Forecast:
         self.before = replace(self.stages)
         total = max(spent.storage_s + spent.decode_s + spent.full_s, 1e-9)
         limit = "compute"
-        if data_wait >= STALLED:
+        # A loader that mostly waits for takers is not the limit: batches then wait for their turn.
+        if data_wait >= STALLED and spent.full_s < total / 2:
             limit = "storage" if spent.storage_s > spent.decode_s else "decode"
         waited = f"{data_wait:.0%} of the time was waited for data"
         remedy = f"; {self.advice[limit]}" if limit in self.advice else ""
@@ -94,18 +95,18 @@ class Forecast:
 
 
 def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
-    """`these shards (JPEG, 111 KB and 0.20 Mpx an image), decoded on ...`, and the memory."""
+    """`these shards (JPEG, 112 KB and 198,920 pixels an image), decoded on ...`, and the memory."""
     num_bytes = sum(split.shard_bytes)
     per_image = num_bytes / split.num_samples
     some = slice(None, None, max(1, split.num_samples // 10_000))  # a look at 10,000 suffices
-    pixels = (split.width[some].astype(float) * split.height[some]).mean() / 1e6
+    pixels = (split.width[some].astype(float) * split.height[some]).mean()
     kind = "pixels" if split.store == "raw" else "JPEG"
     where = {"cpu": "decoded on the CPU", "raw": "nothing to decode"}.get(decode, f"by {decode}")
     fits = num_bytes < 0.8 * available_bytes()
-    memory = "stays in memory once read" if fits else "is larger than the memory that is free"
+    memory = "stay in memory once read" if fits else "are more than the memory that is free"
     return (
-        f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:.2f} Mpx an image), {where}, "
-        f"{world_size} x {threads} CPU threads; the data set of {num_bytes / 1e9:,.1f} GB {memory}"
+        f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:,.0f} pixels an image), {where}, "
+        f"{world_size} x {threads} CPU threads; their {num_bytes / 1e6:,.0f} MB {memory}"
     )
 
 
