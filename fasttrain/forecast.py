@@ -105,8 +105,8 @@ def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
     fits = num_bytes < 0.8 * available_bytes()
     memory = "stay in memory once read" if fits else "are more than the memory that is free"
     return (
-        f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:,.0f} pixels an image), {where}, "
-        f"{world_size} x {threads} CPU threads; their {num_bytes / 1e6:,.0f} MB {memory}"
+        f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:,.0f} pixels an image), "
+        f"{where}, {world_size} x {threads} CPU threads; their {num_bytes / 1e6:,.0f} MB {memory}"
     )
 
 
