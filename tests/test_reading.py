@@ -1,7 +1,9 @@
 """Bytes of the shards: equal by every way of reading, guarded, and faults that name the place."""
 
+import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +96,30 @@ def test_a_shard_that_shrinks_in_use_is_named(dataset: Path, tmp_path: Path, rea
     reader.start(1, places)
     with pytest.raises(DataError, match=r"train-000000.tar changed its size while in use"):
         reader.take(1)  # and not SIGBUS
+    reader.close()
+
+
+def test_what_is_in_memory_is_not_paged_in_again(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 2)
+    monkeypatch.setattr(reading, "SUSPICION", 3)
+    faults = iter(range(100))  # of this thread, so far: each look finds more
+    looked = SimpleNamespace(ru_majflt=0)
+    reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
+    places = places_of(split, sampling.eval_draw(split, config.Data(), 8, 0, 1, 0), False)
+
+    def parts_paged_in(number: int) -> int:
+        reader.start(number, places)
+        reader.take(number)
+        return len(reader.started[number][1])
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: looked)
+    assert [parts_paged_in(number) for number in range(6)] == [4, 4, 4, 4, 1, 1]
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_majflt=next(faults)))
+    assert parts_paged_in(6) == 1  # of which storage had to be asked
+    monkeypatch.setattr(resource, "getrusage", lambda who: looked)
+    assert [parts_paged_in(number) for number in range(7, 12)] == [4, 4, 4, 1, 1]
     reader.close()
 
 
