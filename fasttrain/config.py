@@ -103,8 +103,8 @@ class Data(Section):
     """How tars are read: `mmap` copies nothing; `pread` copies, for file systems where mapping is
     unwise."""
     read_ahead: Annotated[int, Field(ge=0)] = 4
-    """Batches whose bytes are fetched from storage before the decoder needs them; 0 with `mmap`
-    leaves fetching to the decoder, which is less work where all shards are in memory."""
+    """Batches whose bytes are fetched from storage before the decoder needs them; `mmap` does so
+    only while they are not in memory already."""
     read_threads: Positive = 8
     """Reads in flight at a time, per process."""
     decode: Literal["auto", "cpu", "gpu_full", "gpu_window"] = "auto"

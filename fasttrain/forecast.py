@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,9 @@ def cache_dir() -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """A short name for everything that a measurement depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    """A short name for everything that a measurement depends on; fasttrain's version is added."""
+    text = json.dumps([version("fasttrain"), *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def recall(key: str) -> Any:

@@ -1,8 +1,7 @@
 """Bytes of the shards, read ahead of the decoder, several reads at a time.
 
 mmap     views of the mapped tars: nothing is copied; threads page in what comes next, so that
-         nobody waits for storage in a page fault. Where samples of each batch show that all is
-         in memory already, they do no more than that.
+         nobody waits for storage in a page fault; they rest while all is in memory already
 pread    copies into buffers of our own, each lent to one batch at a time
 """
 
@@ -24,7 +23,7 @@ from fasttrain.sampling import Draw, Piece
 from fasttrain.shards import Split
 
 CHUNK = 16  # images that one task of a reading thread takes on
-SUSPICION = 16  # batches that are paged in whole after one of which storage had to be asked
+SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
@@ -98,7 +97,8 @@ class ShardReader:
         self.addresses: dict[int, int] = {}
         self.started: dict[int, tuple[list[memoryview], list[Future[None]]]] = {}
         self.waited_s = 0.0  # in `take`: for storage
-        self.last_miss = 0  # the last batch of which storage was asked, as far as is known
+        self.faults = 0  # of this process, so far, that had to ask storage
+        self.last_miss = 0  # the batch before which that number last rose
         self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -109,20 +109,19 @@ class ShardReader:
         triples = list(zip(*places, strict=True))
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
-            if not self.ahead:
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+            if faults > self.faults:
+                self.faults, self.last_miss = faults, number
+            if not self.ahead or number - self.last_miss > SUSPICION:
                 self.started[number] = views, []
                 return
         else:
             buffer = memoryview(self.ring.lend(number, sum(places.sizes)))  # type: ignore[arg-type]
             ends = np.cumsum(places.sizes).tolist()
             views = [buffer[end - size : end] for end, size in zip(ends, places.sizes, strict=True)]
+        read = self._page_in if self.mapped else self._pread
         parts = [slice(start, start + CHUNK) for start in range(0, len(views), CHUNK)]
-        if not self.mapped:
-            tasks = [self.pool.submit(self._pread, triples[part], views[part]) for part in parts]
-        else:
-            if number - self.last_miss > SUSPICION:
-                parts = parts[:1]
-            tasks = [self.pool.submit(self._page_in, number, triples[part]) for part in parts]
+        tasks = [self.pool.submit(read, triples[part], views[part]) for part in parts]
         self.started[number] = views, tasks
 
     def announce(self, pieces: Sequence[Piece]) -> None:
@@ -178,8 +177,7 @@ class ShardReader:
             if shard not in self.files:
                 os.close(file)
 
-    def _page_in(self, number: int, places: Sequence[tuple[int, int, int]]) -> None:
-        before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    def _page_in(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
         for shard, offset, size in places:
             if self._advise(shard, offset, size, _MADV_POPULATE_READ):
                 code = ctypes.get_errno()
@@ -190,8 +188,6 @@ class ShardReader:
                 else:
                     path = self.split.shard_paths[shard]
                     raise DataError(f"{path} at byte {offset}: {os.strerror(code)}")
-        if resource.getrusage(resource.RUSAGE_THREAD).ru_majflt > before:
-            self.last_miss = max(self.last_miss, number)
 
     def _pread(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
         for (shard, offset, size), view in zip(places, views, strict=True):

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: spreads small counters
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
+_MASK = 2**64 - 1
 
 
 class Stream(IntEnum):
@@ -49,9 +50,16 @@ def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64
     >>> hash64(0, Stream.ORDER, np.arange(2)).shape
     (2,)
     """
-    state = np.zeros(1, np.uint64)
-    for counter in (seed, int(stream), *counters):
-        # At least 1-d: NumPy warns when scalars wrap around, as they are meant to here.
+    counters = (seed, int(stream), *counters)
+    first = next((n for n, c in enumerate(counters) if not isinstance(c, int)), len(counters))
+    start = 0
+    for number in counters[:first]:  # as below, but in Python: NumPy takes long over single numbers
+        start = start + (int(number) + 1) * int(_GOLDEN) & _MASK  # type: ignore[arg-type]
+        start = (start ^ start >> 30) * int(_M1) & _MASK
+        start = (start ^ start >> 27) * int(_M2) & _MASK
+        start ^= start >> 31
+    state = np.array([start], np.uint64)  # 1-d: NumPy warns where single numbers wrap around
+    for counter in counters[first:]:
         state = state + (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN
         state = (state ^ (state >> np.uint64(30))) * _M1
         state = (state ^ (state >> np.uint64(27))) * _M2

@@ -351,10 +351,6 @@ def read_fasttrain_copied(job: Job) -> Batches:
     return read_fasttrain(job, read="pread")
 
 
-def read_fasttrain_faulting(job: Job) -> Batches:
-    return read_fasttrain(job, read_ahead=0)
-
-
 def read_dali(job: Job, dont_use_mmap: bool = False) -> Batches:
     def graph() -> tuple[Any, Any]:
         encoded, text = read_tars(job, dont_use_mmap)
@@ -378,7 +374,6 @@ PIPELINES: dict[str, Callable[[Job], Batches]] = {
 READERS: dict[str, Callable[[Job], Batches]] = {
     "fasttrain": read_fasttrain,
     "fasttrain pread": read_fasttrain_copied,
-    "fasttrain read_ahead 0": read_fasttrain_faulting,
     "DALI reader": read_dali,
     "DALI reader dont_use_mmap": read_dali_copied,
 }
