@@ -203,8 +203,23 @@ class Train(Section):
     """CutMix: paste a box of another image, likewise; with both, an even chance decides."""
     eval_every_epochs: Positive = 1
     """Evaluate after every so many epochs, and always at the end."""
+    execution: Literal["auto", "eager", "compile", "graph", "compile_graph"] = "auto"
+    """How an update is carried out, with the same result but for rounding: `compile` by
+    torch.compile, `graph` as one CUDA graph, `compile_graph` both; `auto` tries them before the
+    run and takes the fastest whose loss agrees with `eager`'s."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over processes; bf16 halves what is sent."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
+
+    @model_validator(mode="after")
+    def _graphs_need_no_scaler(self) -> Self:
+        if "graph" in self.execution and self.precision == "fp16":
+            raise ValueError(
+                f"execution = {self.execution}: a CUDA graph cannot skip updates, as float16's "
+                'loss scaling must; use precision = "bf16", or execution = "compile"'
+            )
+        return self
 
 
 class Checkpoint(Section):
@@ -252,6 +267,7 @@ MAY_CHANGE = frozenset(
         "data.hw_decoder_load",
         "data.threads",
         "data.queue_depth",
+        "train.execution",
         "train.max_steps",
         "train.micro_batch_size",
         "train.cpu_threads",

@@ -7,7 +7,6 @@ for the device only where a line is logged, at evaluations and at checkpoints.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fasttrain import checkpoint, config, runtime, schedule
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
+from fasttrain.execution import Updater
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
 from fasttrain.mixing import Mix
-from fasttrain.optim import BatchNormAverage, Learner
+from fasttrain.optim import Learner
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
 from fasttrain.sampling import Draw
@@ -63,7 +62,7 @@ def fit(
     plan: Plan,
     outputs: Outputs,
     stop_requested: Callable[[], int],
-    label_smoothing: float,
+    updater: Updater,
     mix: Mix | None = None,
 ) -> dict[str, Any] | None:
     """Trains from the learner's step to the plan's end, evaluating and saving on the way.
@@ -72,6 +71,7 @@ def fit(
         train_batches: gives the micro-batches of this process from an update on.
         num_eval_samples: how many images all processes together must see in an evaluation.
         stop_requested: asked once a step; a signal's number where all processes should stop.
+        updater: carries out the learner's updates.
         mix: mixes the images and labels of a micro-batch, drawing from torch's generator.
     Returns:
         The closing record when the run is complete, None when it was stopped; saved either way.
@@ -79,8 +79,7 @@ def fit(
         NonFiniteLoss: at the first log point after the loss ceased to be finite.
     """
     state = learner.state
-    batch_norm = BatchNormAverage(learner.module, plan.world_size)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    loss_sum = updater.loss_sum
     if accelerator.is_main_process:
         loss_sum += state.loss_sum
     clock = Clock(accelerator.device)
@@ -97,10 +96,7 @@ def fit(
     batches = train_batches(state.step)
     stopped = 0
     while state.step < plan.total_steps and not stopped:
-        lr = _update(
-            accelerator, learner, batch_norm, batches, plan, outputs, clock, loss_sum,
-            label_smoothing, mix,
-        )  # fmt: skip
+        lr = _update(accelerator, learner, updater, batches, plan, outputs, clock, mix)
         at_end = state.step == plan.total_steps
         if state.step % outputs.log_every_steps == 0 or at_end:
             left_s = (plan.total_steps - state.step) / (state.step - first_step)
@@ -132,20 +128,16 @@ def fit(
 def _update(
     accelerator: Accelerator,
     learner: Learner,
-    batch_norm: BatchNormAverage,
+    updater: Updater,
     batches: Iterator[Batch],
     plan: Plan,
     outputs: Outputs,
     clock: Clock,
-    loss_sum: Tensor,
-    label_smoothing: float,
     mix: Mix | None,
 ) -> float:
-    """One update on one global batch; adds to `loss_sum` (0-d float64) and returns its lr."""
+    """One update on one global batch; returns its learning rate."""
     step = learner.state.step
     lr = schedule.lr_at(step, plan)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
     draws = []
     for micro in range(plan.accumulation):
         with clock.waiting():
@@ -157,22 +149,11 @@ def _update(
             runtime.seed_torch(plan.seed, Stream.MIX, step, place)
             images, labels = mix(images, labels)
         runtime.seed_torch(plan.seed, Stream.TORCH, step, place)  # dropout
-        is_last = micro + 1 == plan.accumulation  # gradients are exchanged once an update
-        with nullcontext() if is_last else accelerator.no_sync(learner.model):
-            with accelerator.autocast():
-                logits = learner.model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            accelerator.backward(loss / plan.accumulation)
-        loss_sum += loss.detach() * len(labels)
+        updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
     if outputs.samples:
         outputs.samples.write(_sample_record(draws, step))
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    batch_norm.update()
-    learner.state.step += 1
+    updater.update(lr)
     learner.state.loss_images += plan.global_batch_size
-    if learner.ema:
-        learner.ema.update(learner.module, learner.state.step)
     clock.step(plan.global_batch_size)
     outputs.display.step(learner.state.step)
     return lr

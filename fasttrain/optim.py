@@ -38,11 +38,20 @@ class WeightAverage:
         self.decay = decay
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
 
+    def weight(self, num_updates: int) -> float:
+        """The part of the weights after update number `num_updates` (the first is 1)."""
+        return 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
+
     @torch.no_grad()
-    def update(self, model: nn.Module, num_updates: int) -> None:
-        """Takes in the weights after update number `num_updates` (the first is 1)."""
-        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(_floats(self.module), _floats(model), 1 - decay)
+    def update(self, model: nn.Module, weight: float | Tensor) -> None:
+        """Takes in the weights by their part `weight`; a 0-d tensor of it lies on the device."""
+        average, given = _floats(self.module), _floats(model)
+        if isinstance(weight, Tensor):  # which lerp takes no single one of
+            difference = torch._foreach_sub(given, average)
+            torch._foreach_mul_(difference, weight)
+            torch._foreach_add_(average, difference)
+        else:
+            torch._foreach_lerp_(average, given, weight)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from fasttrain import config, rng
+from fasttrain import config, forecast, rng
 
 
 class LaunchError(config.Fault, RuntimeError):
@@ -95,14 +95,18 @@ def has_gpu(environ: Mapping[str, str]) -> bool:
     return not on_cpu and torch.cuda.device_count() > 0
 
 
-def check_precision(train: config.Train) -> None:
-    """Whether this machine can train in the recipe's precision.
+def check_device(train: config.Train, environ: Mapping[str, str]) -> None:
+    """Whether this machine can train as the recipe asks; asks without touching a GPU.
 
     Raises:
         LaunchError: it cannot.
     """
-    if train.precision == "fp16" and not torch.cuda.is_available():
+    if has_gpu(environ):
+        return
+    if train.precision == "fp16":
         raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
+    if "graph" in train.execution:
+        raise LaunchError(f"[train] execution = {train.execution}: needs a GPU; use auto")
 
 
 def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
@@ -122,6 +126,11 @@ def raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keep_compiled() -> None:
+    """Keeps what torch.compile makes for later runs, where nobody has said where."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(forecast.cache_dir() / "inductor"))
 
 
 class StopRequest:
@@ -167,7 +176,6 @@ def environment(process: Process) -> dict[str, Any]:
     packages = ("accelerate", "numpy", "safetensors", "torch", "torchvision")
     dali = [d.name for d in metadata.distributions() if d.name.startswith("nvidia-dali-cuda")]
     versions = {name: metadata.version(name) for name in (*packages, *dali)}
-    gpu = process.device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -176,7 +184,7 @@ def environment(process: Process) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": platform.node(),
         "world_size": process.world_size,
-        "device": torch.cuda.get_device_name(process.device) if gpu else cpu_name(),
+        "device": device_name(process.device),
         "cpus": len(os.sched_getaffinity(0)),
         "cpu_threads": process.cpu_threads,
         "data_threads": process.data_threads,
@@ -193,6 +201,10 @@ def commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:

@@ -102,6 +102,11 @@ def crop_px_at(epoch: int, crop_px: int | tuple[tuple[int, int], ...]) -> int:
     return next(px for start, px in reversed(crop_px) if start <= epoch)
 
 
+def largest_crop_px(crop_px: int | tuple[tuple[int, int], ...]) -> int:
+    """The largest side of the training crops, for a recipe's `data.crop_px`."""
+    return crop_px if isinstance(crop_px, int) else max(px for _, px in crop_px)
+
+
 def lr_at(step: int, plan: Plan) -> float:
     """Learning rate of update `step`: linear warm-up, then cosine to `final_lr`.
 

@@ -62,23 +62,20 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     """Builds everything, restores the newest checkpoint, trains, and marks the run as done."""
     # Seconds of imports, so only once the recipe is known to be right.
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list, gather_object
 
-    from fasttrain import checkpoint, data, decoding, display, loop, runtime
+    from fasttrain import checkpoint, data, decoding, display, execution, loop, runtime
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
-    from fasttrain.optim import Learner, WeightAverage, build_optimizer
 
-    runtime.check_precision(recipe.train)
+    runtime.check_device(recipe.train, os.environ)
     # Before anything touches the GPU, as it tries decoders that may crash.
     threads = runtime.data_threads(recipe.data, os.environ)
     chosen, why_decode = decoding.choose(
         train_set, recipe.data, runtime.has_gpu(os.environ), threads, os.environ
     )
-    # BatchNorm's statistics are averaged (optim.BatchNormAverage), not handed round.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=recipe.train.precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     decode = decoding.agree(gather_object([chosen]))
     if decode != chosen:
@@ -89,13 +86,19 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         run_folder.begin(recipe, runtime.environment(process))
     accelerator.wait_for_everyone()
 
-    # ---- what is trained
+    # ---- what is trained, and how
+    view = display.TrainDisplay(plan, accelerator.is_main_process)
+    root = folder / run_folder.CHECKPOINTS
+    kind = runtime.device_name(process.device)
+    newest, before = None, None
+    if accelerator.is_main_process and (newest := checkpoint.newest_good(root, view.say)):
+        before = checkpoint.read_state(newest)["execution"].get(kind)
+    newest, before = broadcast_object_list([newest, before])
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
     module.to(process.device).to(memory_format=torch.channels_last)
-    ema = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
-    model, optimizer = accelerator.prepare(module, build_optimizer(module, recipe.optim))
-    learner = Learner(model, module, optimizer, ema, accelerator.scaler)
+    mode, why_mode = execution.choose(accelerator, module, recipe, plan, num_classes, before)
+    learner = execution.prepare(mode, accelerator, module, recipe, plan)
 
     # ---- what it is trained on
     half = process.device.type == "cuda" and recipe.train.precision != "no"
@@ -109,7 +112,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     )
 
     # ---- where it stopped, if it ran before
-    view = display.TrainDisplay(plan, accelerator.is_main_process)
     view.say(
         f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
         f"{train_set.num_samples:,} images of {num_classes:,} classes from {recipe.data.root}\n"
@@ -118,7 +120,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
         f"{plan.total_steps:,} in all\nrun folder: {folder}"
     )
-    view.say(why_decode)
+    view.say(f"{why_decode}\n{why_mode}")
     outlook = _forecast(recipe, input_settings, train_set, plan, process, place, stages, view.say)
     about = {
         "recipe": recipe.model_dump(mode="json"),
@@ -126,10 +128,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         "data": {"train": train_set.digest, "val": val_set.digest},
         "world_size": process.world_size,
         "cpu_threads": process.cpu_threads,
+        "execution": {kind: mode},
     }
-    root = folder / run_folder.CHECKPOINTS
-    found = [checkpoint.newest_good(root, view.say) if accelerator.is_main_process else None]
-    (newest,) = broadcast_object_list(found)
     if newest:
         checkpoint.restore(newest, learner, about, view.say)
         view.say(f"going on from {newest}")
@@ -150,11 +150,12 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         samples=JsonLines(samples) if recipe.log.samples else None,
         forecast=outlook,
     )
+    updater = execution.build(mode, accelerator, learner, plan, recipe.train)
     stop = runtime.StopRequest(process.world_size)
     with view:
         done = loop.fit(
             accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
-            stop.agreed, recipe.train.label_smoothing, build_mix(recipe.train, num_classes),
+            stop.agreed, updater, build_mix(recipe.train, num_classes),
         )  # fmt: skip
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")

@@ -13,7 +13,7 @@ MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 ROWS = (
     {"train"},
     {"loop", "decoding"},
-    {"checkpoint"},
+    {"checkpoint", "execution"},
     {"data", "display", "metrics", "mixing", "optim", "runtime", "model"},
     {"reading", "resize"},
     {"augment", "digits", "depthwise", "run_folder", "forecast"},

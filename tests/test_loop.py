@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from conftest import lines
 from torch import nn
 
-from fasttrain import checkpoint, loop
-from fasttrain.config import Optim, Train
+from fasttrain import checkpoint, execution, loop
+from fasttrain.config import Optim, Recipe, Train
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.loop import Outputs
 from fasttrain.mixing import Mix, build_mix
 from fasttrain.model import mobilenetv3_small
-from fasttrain.optim import Learner, WeightAverage, build_optimizer
+from fasttrain.optim import Learner
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan, lr_at, make_plan
 
@@ -46,9 +46,12 @@ def run_fit(
     mix: Mix | None = None,
 ) -> tuple[Learner, dict | None]:
     accelerator = Accelerator(cpu=True)
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, optim or Optim()))
-    average = WeightAverage(model, 0.9) if ema else None
-    learner = Learner(prepared, model, optimizer, average, None)
+    recipe = Recipe(
+        optim=optim or Optim(ema_decay=0.9 if ema else 0.0),
+        train=Train(label_smoothing=label_smoothing, precision="no"),
+    )
+    learner = execution.prepare("eager", accelerator, model, recipe, plan)
+    updater = execution.build("eager", accelerator, learner, plan, recipe.train)
     outputs = Outputs(
         checkpoints=folder,
         about={},
@@ -66,7 +69,7 @@ def run_fit(
     evaluate_on = evaluate_on or batches[:1]
     done = loop.fit(
         accelerator, learner, repeat, evaluate_on, sum(len(b.labels) for b in evaluate_on), plan,
-        outputs, stop_requested, label_smoothing, mix,
+        outputs, stop_requested, updater, mix,
     )  # fmt: skip
     return learner, done
 

@@ -60,7 +60,7 @@ def test_moving_average_equals_torchs() -> None:
             model(torch.randn(2, 3, 32, 32))
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        ours.update(model, number)
+        ours.update(model, ours.weight(number))
         reference.update_parameters(model)
     expected = reference.module.state_dict()
     for name, found in ours.module.state_dict().items():
@@ -74,7 +74,7 @@ def test_decay_grows() -> None:
     with torch.no_grad():
         average.module.weight.zero_()  # type: ignore[operator, union-attr]
         model.weight.fill_(1.0)
-    average.update(model, 1)
+    average.update(model, average.weight(1))
     assert average.module.weight.item() == pytest.approx(1 - 2 / 11)  # type: ignore[operator]
 
 

@@ -1,0 +1,421 @@
+"""How an update is carried out: `train.execution`. Same results by each, but for rounding.
+
+eager    PyTorch's own: forward, backward with DistributedDataParallel, optimizer, averages
+compile  the same with forward, loss and backward compiled by torch.compile
+graph    all of an update recorded once as a CUDA graph and replayed, so that the host launches one
+         thing instead of a thousand; exchanges one flat gradient instead of DDP's buckets
+compile_graph  the graph of the compiled update
+
+`choose` tries them on made-up images, and leaves no trace in what is trained.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, gather_object
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasttrain import config, runtime, schedule
+from fasttrain.optim import BatchNormAverage, Learner, WeightAverage, build_optimizer
+from fasttrain.rng import Stream
+from fasttrain.schedule import Plan
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels
+
+
+class ExecutionError(config.Fault, RuntimeError):
+    """An update cannot be carried out as the recipe asks."""
+
+
+class Eager:
+    """Carries out updates: `micro` for each micro-batch, then `update`.
+
+    `loss_sum` (0-d float64, on the device) adds up the loss over this process's images.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
+    ) -> None:
+        self.accelerator = accelerator
+        self.learner = learner
+        self.accumulation = plan.accumulation
+        self.batch_norm = BatchNormAverage(learner.module, plan.world_size)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.loss_of = loss_function(learner.model, train)
+
+    def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
+        """Adds the gradients of a micro-batch; only with the `is_last` are they exchanged.
+
+        Args:
+            images: float `(B, 3, S, S)`, channels-last.
+            labels: int64 `(B,)`, or probabilities `(B, C)`.
+        """
+        learner = self.learner
+        with nullcontext() if is_last else self.accelerator.no_sync(learner.model):
+            with self.accelerator.autocast():
+                loss = self.loss_of(images, labels)
+            self.accelerator.backward(loss / self.accumulation)
+        self.loss_sum += loss.detach() * len(labels)
+
+    def update(self, lr: float) -> None:
+        """Moves weights, BatchNorm's statistics and the average of the weights."""
+        learner = self.learner
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        self.batch_norm.update()
+        learner.state.step += 1
+        if learner.ema:
+            learner.ema.update(learner.module, learner.ema.weight(learner.state.step))
+
+
+class Compiled(Eager):
+    """The same, with forward, loss and backward compiled."""
+
+    def __init__(
+        self, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
+    ) -> None:
+        super().__init__(accelerator, learner, plan, train)
+        self.loss_of = compiled(self.loss_of)
+
+
+def loss_function(model: nn.Module, train: config.Train) -> Loss:
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
+
+    return loss_of
+
+
+def compiled(function: Loss) -> Loss:
+    """`torch.compile` for fixed shapes, with dropout drawn as eager draws it."""
+    runtime.keep_compiled()
+    compiled: Loss = torch.compile(function, dynamic=False, options={"fallback_random": True})
+    return compiled
+
+
+class Recorder:
+    """Runs functions of no arguments on a CUDA device, from their second call on as one graph.
+
+    Source: CUDA graphs as PyTorch has them, pytorch.org/docs/stable/notes/cuda.html.
+    """
+
+    WARM_UPS = 3  # before recording: kernels are chosen and compiled, memory is found
+
+    def __init__(self, touched: Callable[[], list[Tensor]]) -> None:
+        self.touched = touched  # the tensors that functions change in place
+        self.graphs: dict[Any, Any] = {}
+        self.pool: Any = None
+
+    def __call__(self, key: Any, function: Callable[[], None]) -> None:
+        """Runs `function`; `key` tells it from others, and its shapes from other shapes."""
+        if key not in self.graphs:
+            self.graphs[key] = self._record(function)
+        self.graphs[key].replay()
+
+    def _record(self, function: Callable[[], None]) -> Any:
+        tensors, drawn = self.touched(), torch.cuda.get_rng_state()
+        kept = [tensor.clone() for tensor in tensors]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, kept)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # The loader's thread may allocate meanwhile, which another mode would call a fault.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            function()
+        torch.cuda.set_rng_state(drawn)
+        self.pool = self.pool or graph.pool()
+        return graph
+
+
+class Graphed:
+    """Carries out updates as CUDA graphs: one, or with accumulation two, for each size of image.
+
+    Whatever changes from update to update lies in tensors that stay where they are: images, labels,
+    learning rate, the weight of the average. All gradients are views of one flat tensor.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        learner: Learner,
+        plan: Plan,
+        train: config.Train,
+        compile_it: bool = False,
+        run: Callable[[Any, Callable[[], None]], None] | None = None,
+    ) -> None:
+        """`run` runs a function under a key; by default as a CUDA graph."""
+        self.accelerator = accelerator
+        self.learner = learner
+        self.world_size = plan.world_size
+        self.accumulation = plan.accumulation
+        self.batch_norm = BatchNormAverage(learner.module, plan.world_size)
+        device = accelerator.device
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.lr = torch.zeros((), device=device)
+        self.ema_weight = torch.zeros((), device=device)
+        self.inputs: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.pending: tuple[Any, Tensor, Tensor] | None = None
+        self.exchange_bf16 = train.gradient_exchange == "bf16"
+        for group in learner.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.gradients = _flat_gradients(learner.module)
+        _start_momentum(learner.optimizer)
+        self.run = run or Recorder(self._touched)
+        loss_of = loss_function(learner.module, train)
+        self.loss_of = compiled(loss_of) if compile_it else loss_of
+
+    def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
+        """As of `Eager`; the last one is carried out with the update."""
+        key = (images.shape, images.dtype, labels.shape, labels.dtype)
+        if key not in self.inputs:
+            self.inputs[key] = torch.empty_like(images), torch.empty_like(labels)
+        static = self.inputs[key]
+        for target, given in zip(static, (images, labels), strict=True):
+            target.copy_(given, non_blocking=True)
+        if is_last:
+            self.pending = (key, *static)
+        else:
+            self.run(("micro", key), lambda: self._backward(*static))
+
+    def update(self, lr: float) -> None:
+        learner = self.learner
+        assert self.pending, "no micro-batch was the last"
+        key, *static = self.pending
+        self.pending = None
+        learner.state.step += 1
+        self.lr.fill_(lr)
+        if learner.ema:
+            self.ema_weight.fill_(learner.ema.weight(learner.state.step))
+
+        def whole() -> None:
+            self._backward(*static)
+            self._move()
+
+        self.run(("update", key), whole)
+
+    def _backward(self, images: Tensor, labels: Tensor) -> None:
+        with self.accelerator.autocast():
+            loss = self.loss_of(images, labels)
+        # Gradients are added over processes, where DDP takes their mean.
+        (loss / (self.accumulation * self.world_size)).backward()
+        self.loss_sum += loss.detach() * len(labels)
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        learner = self.learner
+        if self.world_size > 1:
+            if self.exchange_bf16:
+                short = self.gradients.bfloat16()
+                torch.distributed.all_reduce(short)
+                self.gradients.copy_(short)
+            else:
+                torch.distributed.all_reduce(self.gradients)
+        learner.optimizer.step()
+        self.gradients.zero_()
+        self.batch_norm.update()
+        if learner.ema:
+            learner.ema.update(learner.module, self.ema_weight)
+
+    def _touched(self) -> list[Tensor]:
+        learner = self.learner
+        modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
+        momenta = [
+            state["momentum_buffer"]
+            for state in learner.optimizer.state.values()
+            if state.get("momentum_buffer") is not None
+        ]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        return [*(t.detach() for t in tensors), *momenta, self.gradients, self.loss_sum]
+
+
+def _flat_gradients(module: nn.Module) -> Tensor:
+    """One tensor of zeros that the gradients of all parameters are views of, strides and all."""
+    parameters = list(module.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        view = flat[start : start + parameter.numel()]
+        parameter.grad = view.as_strided(parameter.shape, parameter.stride(), start)
+        start += parameter.numel()
+    return flat
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives SGD the momentum of zero that it would otherwise make in its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+Updater = Eager | Graphed
+
+
+def prepare(
+    mode: str, accelerator: Accelerator, module: nn.Module, recipe: config.Recipe, plan: Plan
+) -> Learner:
+    """All that training changes, on the device, with the network wrapped as `mode` needs it."""
+    average = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    optimizer: Any = build_optimizer(module, recipe.optim)
+    model = module
+    if "graph" not in mode:
+        ddp = DistributedDataParallelKwargs()
+        ddp.broadcast_buffers = False  # BatchNorm's statistics are averaged: optim.BatchNormAverage
+        ddp.gradient_as_bucket_view = True
+        ddp.static_graph = mode == "eager" and plan.accumulation == 1
+        if recipe.train.gradient_exchange == "bf16":
+            ddp.comm_hook = DDPCommunicationHookType.BF16
+        accelerator.ddp_handler = ddp
+        model, optimizer = accelerator.prepare(module, optimizer)
+    return Learner(model, module, optimizer, average, accelerator.scaler)
+
+
+def build(
+    mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
+) -> Updater:
+    """What carries out the updates of a learner that `prepare` made for `mode`."""
+    if "graph" in mode:
+        return Graphed(accelerator, learner, plan, train, compile_it=mode == "compile_graph")
+    return (Compiled if mode == "compile" else Eager)(accelerator, learner, plan, train)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which mode
+# --------------------------------------------------------------------------------------------------
+
+AGREES = 0.01  # relative difference of the mean loss from eager's
+COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
+GAIN = 0.1  # of the time, at most, by compiling on a CPU: 0 to 16 % measured
+CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of an attempt at a mode: `fault` is empty where it worked."""
+
+    mode: str
+    images_per_s: float = 0.0  # of all processes
+    loss: float = 0.0
+    fault: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.fault or f'{self.images_per_s:,.0f} images/s'}"
+
+
+def choose(
+    accelerator: Accelerator,
+    module: nn.Module,
+    recipe: config.Recipe,
+    plan: Plan,
+    num_classes: int,
+    before: str | None,
+    attempt: Callable[[str], Trial] | None = None,
+) -> tuple[str, str]:
+    """The mode to use, and one sentence on why; the same in all processes. Changes nothing.
+
+    Args:
+        before: the mode that the run had before it was stopped, if any, here.
+        attempt: tries a mode; by default on made-up images.
+    """
+    train = recipe.train
+    if train.execution != "auto":
+        return train.execution, f"execution: {train.execution}, as the recipe says"
+    if before:
+        return before, f"execution: {before}, as before the stop"
+    on_cpu = accelerator.device.type == "cpu"
+
+    def trial(mode: str) -> Trial:
+        return try_mode(mode, accelerator, module, recipe, plan, num_classes)
+
+    attempt = attempt or trial
+    trials = [attempt("eager")]
+    if on_cpu:
+        left_s = plan.total_steps * plan.global_batch_size / trials[0].images_per_s
+        if left_s * GAIN < COMPILE_S:
+            return "eager", "execution: eager, as compiling would take longer than it could save"
+        modes = ["compile"]
+    elif train.precision == "fp16":
+        modes = ["compile"]  # a scaled loss decides on the host whether to update
+    else:
+        modes = ["compile", "graph", "compile_graph"]
+    trials += [attempt(mode) for mode in modes]
+    expected = trials[0].loss
+    checked = [
+        replace(t, fault=f"has another loss ({t.loss:.4f}, eager {expected:.4f})")
+        if not t.fault and not abs(t.loss - expected) <= AGREES * expected
+        else t
+        for t in trials
+    ]
+    best = max((t for t in checked if not t.fault), key=lambda t: t.images_per_s, default=None)
+    if best is None:
+        raise ExecutionError(f"no update could be carried out: {trials[0]}")
+    return best.mode, f"execution: {best.mode} ({'; '.join(map(str, checked))})"
+
+
+def try_mode(
+    mode: str,
+    accelerator: Accelerator,
+    module: nn.Module,
+    recipe: config.Recipe,
+    plan: Plan,
+    num_classes: int,
+) -> Trial:
+    """A few updates of a copy of the network, on made-up images of the recipe's largest size."""
+    device = accelerator.device
+    on_cpu = device.type == "cpu"
+    size = min(plan.micro_batch_size, CPU_IMAGES) if on_cpu else plan.micro_batch_size
+    some = replace(
+        plan, micro_batch_size=size, accumulation=1, global_batch_size=size * plan.world_size
+    )
+    generator = torch.Generator().manual_seed(0)
+    px = schedule.largest_crop_px(recipe.data.crop_px)
+    half = not on_cpu and recipe.train.precision != "no"
+    images = torch.randn(size, 3, px, px, generator=generator).to(
+        device, torch.float16 if half else torch.float32, memory_format=torch.channels_last
+    )
+    labels = torch.randint(num_classes, (size,), generator=generator).to(device)
+    warm_up, timed = (1, 2) if on_cpu else (5, 20)
+    seconds, loss, fault = math.inf, 0.0, ""
+    try:
+        learner = prepare(mode, accelerator, copy.deepcopy(module), recipe, some)
+        updater = build(mode, accelerator, learner, some, recipe.train)
+
+        def updates(number: int) -> float:
+            begun = time.perf_counter()
+            for _ in range(number):
+                runtime.seed_torch(0, Stream.TORCH, learner.state.step)
+                updater.micro(images, labels, is_last=True)
+                updater.update(recipe.optim.warmup_lr)
+            updater.loss_sum.item()  # waits for the device
+            return time.perf_counter() - begun
+
+        updates(warm_up)
+        seconds = updates(timed)
+        loss = float(updater.loss_sum) / (size * (warm_up + timed))
+    except Exception as error:  # of a compiler, or of a device that lacks something
+        said = str(error).strip().splitlines() or ["nothing said"]
+        fault = f"failed: {type(error).__name__}: {said[0]}"
+    finally:
+        accelerator.free_memory()
+        torch.compiler.reset()
+    results = gather_object([(seconds, loss, fault)])
+    faults = [text for _, _, text in results if text]
+    rate = timed * some.global_batch_size / max(taken for taken, _, _ in results)
+    mean = sum(found for _, found, _ in results) / len(results)
+    return Trial(mode, rate, mean, *faults[:1])

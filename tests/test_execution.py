@@ -1,0 +1,318 @@
+"""Every way to carry out an update gives the same weights; which one is taken, and why."""
+
+import copy
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fasttrain import execution, runtime
+from fasttrain.config import Data, Optim, Recipe, Train
+from fasttrain.execution import Graphed, Trial
+from fasttrain.model import mobilenetv3_small
+from fasttrain.optim import Learner
+from fasttrain.rng import Stream
+from fasttrain.schedule import Plan, make_plan
+
+OPTIM = Optim(ema_decay=0.9, lr=0.1, warmup_lr=0.02, warmup_epochs=1)
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def recipe_for(**train: Any) -> Recipe:
+    settings = {"precision": "no", "global_batch_size": 8, "label_smoothing": 0.1, "epochs": 9}
+    return Recipe(optim=OPTIM, data=Data(crop_px=32), train=Train(**(settings | train)))
+
+
+def plan_for(recipe: Recipe, world_size: int = 1) -> Plan:
+    return make_plan(recipe.train, recipe.optim, 64, world_size)
+
+
+def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,)) -> Batches:
+    """Images of the sizes in turn; labels as numbers, in the second half as probabilities."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(updates * plan.accumulation):
+        px = sizes[number // plan.accumulation * len(sizes) // updates]
+        images = torch.randn(plan.micro_batch_size, 3, px, px, generator=generator)
+        labels = torch.randint(4, (plan.micro_batch_size,), generator=generator)
+        if number >= updates * plan.accumulation // 2:
+            labels = nn.functional.one_hot(labels, 4).float()
+        found.append((images.contiguous(memory_format=torch.channels_last), labels))
+    return found
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return mobilenetv3_small(0.35, num_classes=4, dropout=0.2).to(memory_format=torch.channels_last)
+
+
+def carry_out(
+    mode: str,
+    recipe: Recipe,
+    plan: Plan,
+    batches: Batches,
+    module: nn.Module | None = None,
+    accelerator: Accelerator | None = None,
+    record: bool = False,
+) -> tuple[list[float], Learner]:
+    """The mean loss of each update, and what was trained."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    module = (module or network()).to(accelerator.device)
+    learner = execution.prepare(mode, accelerator, module, recipe, plan)
+    if mode == "graph" and not record:  # what would be recorded, without a GPU
+        updater: execution.Updater = Graphed(
+            accelerator, learner, plan, recipe.train, run=lambda key, function: function()
+        )
+    else:
+        updater = execution.build(mode, accelerator, learner, plan, recipe.train)
+    losses, given = [], iter(batches)
+    for step in range(len(batches) // plan.accumulation):
+        for micro in range(plan.accumulation):
+            runtime.seed_torch(0, Stream.TORCH, step, micro)
+            images, labels = (t.to(accelerator.device) for t in next(given))
+            updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
+        updater.update(0.02 + 0.001 * step)
+        losses.append(float(updater.loss_sum) / plan.micro_batch_size / plan.accumulation)
+        updater.loss_sum.zero_()
+    return losses, learner
+
+
+def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    assert learner.ema
+    yield from learner.module.state_dict().items()
+    for name, value in learner.ema.module.state_dict().items():
+        yield f"ema {name}", value
+    for number, state in enumerate(learner.optimizer.state_dict()["state"].values()):
+        yield f"momentum {number}", state["momentum_buffer"]
+
+
+def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: float = 1e-4) -> None:
+    for (name, ours), (_, theirs) in zip(everything(found), everything(expected), strict=True):
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=message)
+
+
+@pytest.mark.parametrize("micro", [8, 4])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_what_is_recorded_equals_eager_over_20_updates(micro: int, nesterov: bool) -> None:
+    recipe = recipe_for(micro_batch_size=micro)
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update={"nesterov": nesterov})})
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 20, sizes=(32, 48))
+    expected, eager = carry_out("eager", recipe, plan, batches)
+    found, recorded = carry_out("graph", recipe, plan, batches)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_same(recorded, eager)
+    assert recorded.state.step == eager.state.step == 20
+
+
+def test_a_learner_goes_on_in_another_mode() -> None:
+    recipe = recipe_for()
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 12)
+    _, straight = carry_out("eager", recipe, plan, batches)
+    _, first = carry_out("graph", recipe, plan, batches[:6])
+    accelerator = Accelerator(cpu=True)
+    second = execution.prepare("eager", accelerator, copy.deepcopy(first.module), recipe, plan)
+    assert second.ema and first.ema
+    second.ema.module.load_state_dict(first.ema.module.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.state = first.state
+    updater = execution.build("eager", accelerator, second, plan, recipe.train)
+    for step in range(6, 12):
+        runtime.seed_torch(0, Stream.TORCH, step, 0)
+        updater.micro(*batches[step], is_last=True)
+        updater.update(0.02 + 0.001 * step)
+    assert_same(second, straight)
+
+
+def in_a_process(rank: int, port: int, folder: Path) -> None:
+    """One of two: trains in each mode, and keeps losses and weights."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_MULTI_CPU": "1"}
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for exchange in ("fp32", "bf16"):
+        recipe = recipe_for(gradient_exchange=exchange)
+        plan = plan_for(recipe, world_size=2)
+        batches = [(i[rank::2], y[rank::2]) for i, y in batches_for(plan_for(recipe), 20)]
+        for mode in ("eager", "graph"):
+            losses, learner = carry_out(mode, recipe, plan, batches, None, accelerator)
+            found = losses, dict(everything(learner))
+            torch.save(found, folder / f"{mode}-{exchange}-{rank}.pt")
+            accelerator.free_memory()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_exchange_the_same_in_every_mode(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(in_a_process, (port, tmp_path), nprocs=2)
+    runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+    for exchange, close in (("fp32", 1e-3), ("bf16", 0.1)):
+        for rank in (0, 1):
+            expected, found = (runs[f"{mode}-{exchange}-{rank}"] for mode in ("eager", "graph"))
+            assert found[0] == pytest.approx(expected[0], rel=close)
+        torch.testing.assert_close(
+            runs[f"graph-{exchange}-0"][1], runs[f"graph-{exchange}-1"][1], rtol=0, atol=0
+        )
+    for expected in ("eager-fp32-0", "eager-fp32-1"):
+        torch.testing.assert_close(runs["graph-fp32-0"][1], runs[expected][1], rtol=1e-3, atol=1e-4)
+    assert runs["eager-bf16-0"][0] != runs["eager-fp32-0"][0]
+    assert runs["graph-bf16-0"][0] != runs["graph-fp32-0"][0]
+
+
+class Block(nn.Module):
+    """Of every kind of layer one, so that compiling takes seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = mobilenetv3_small(0.35, num_classes=4, dropout=0.5)
+        self.features = whole.features[:2]
+        self.classifier = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((2, 3)).repeat(1, 2)[:, :16])
+
+
+def test_compiled_equals_eager_over_20_updates() -> None:
+    recipe = recipe_for()
+    plan = plan_for(recipe)
+    batches = [(images, labels) for images, labels in batches_for(plan, 20) if labels.ndim == 1]
+    torch.manual_seed(0)
+    block = Block().to(memory_format=torch.channels_last)
+    expected, eager = carry_out("eager", recipe, plan, batches * 2, copy.deepcopy(block))
+    found, compiled = carry_out("compile", recipe, plan, batches * 2, block)
+    assert len(found) == 20 and found == pytest.approx(expected, rel=1e-4)
+    assert_same(compiled, eager)
+
+
+@pytest.mark.slow
+def test_the_compiled_network_equals_eager_over_20_updates() -> None:
+    recipe = recipe_for()
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 20)
+    expected, eager = carry_out("eager", recipe, plan, batches)
+    found, compiled = carry_out("compile", recipe, plan, batches)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert_same(compiled, eager, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
+@pytest.mark.parametrize("micro", [8, 4])
+def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int) -> None:
+    recipe = recipe_for(micro_batch_size=micro)
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 20, sizes=(32, 48))
+    accelerator = Accelerator(mixed_precision="no")
+    expected, eager = carry_out("eager", recipe, plan, batches, None, accelerator)
+    found, other = carry_out(mode, recipe, plan, batches, None, accelerator, record=True)
+    assert found == pytest.approx(expected, rel=1e-2)
+    assert_same(other, eager, rtol=1e-2, atol=1e-2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which mode
+# --------------------------------------------------------------------------------------------------
+
+
+class Device:
+    """Stands in for an accelerator of a kind."""
+
+    def __init__(self, kind: str) -> None:
+        self.device = torch.device(kind)
+
+
+def chosen(
+    trials: dict[str, Trial], kind: str = "cuda", before: str | None = None, **train: Any
+) -> tuple[str, str, list[str]]:
+    tried: list[str] = []
+
+    def attempt(mode: str) -> Trial:
+        tried.append(mode)
+        return trials[mode]
+
+    recipe = recipe_for(**{"precision": "bf16"} | train)
+    mode, why = execution.choose(
+        Device(kind),  # type: ignore[arg-type]
+        nn.Identity(), recipe, plan_for(recipe), 4, before, attempt,
+    )  # fmt: skip
+    return mode, why, tried
+
+
+GOOD = {
+    "eager": Trial("eager", 2000, 1.5),
+    "compile": Trial("compile", 3000, 1.501),
+    "graph": Trial("graph", 4000, 1.5),
+    "compile_graph": Trial("compile_graph", 5000, 1.499),
+}
+
+
+def test_the_fastest_that_agrees_is_taken() -> None:
+    mode, why, tried = chosen(GOOD)
+    assert mode == "compile_graph" and tried == list(GOOD)
+    assert why == (
+        "execution: compile_graph (eager 2,000 images/s; compile 3,000 images/s; "
+        "graph 4,000 images/s; compile_graph 5,000 images/s)"
+    )
+
+
+def test_what_is_wrong_or_fails_is_not_taken() -> None:
+    wrong = Trial("compile_graph", 5000, 1.6)
+    broken = Trial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
+    nan = Trial("compile", 3000, float("nan"))
+    mode, why, _ = chosen(GOOD | {"compile_graph": wrong, "graph": broken, "compile": nan})
+    assert mode == "eager"
+    assert "compile_graph has another loss (1.6000, eager 1.5000)" in why
+    assert "graph failed: RuntimeError: no graphs here" in why
+    with pytest.raises(execution.ExecutionError, match="no update could be carried out: eager fai"):
+        chosen({name: Trial(name, 0, 0.0, "failed: no memory") for name in GOOD})
+
+
+def test_fp16_takes_no_graph() -> None:
+    assert chosen(GOOD, precision="fp16")[2] == ["eager", "compile"]
+    with pytest.raises(ValueError, match="a CUDA graph cannot skip updates"):
+        recipe_for(precision="fp16", execution="graph")
+
+
+def test_a_run_keeps_its_mode_and_the_recipe_rules() -> None:
+    assert chosen({}, before="compile") == ("compile", "execution: compile, as before the stop", [])
+    mode, _, tried = chosen({}, before="compile", execution="eager")
+    assert (mode, tried) == ("eager", [])
+
+
+def test_a_short_run_on_a_cpu_is_not_compiled() -> None:
+    mode, why, tried = chosen(GOOD, "cpu")
+    assert (mode, tried) == ("eager", ["eager"])
+    assert why == "execution: eager, as compiling would take longer than it could save"
+    slow = {"eager": Trial("eager", 0.1, 1.5), "compile": Trial("compile", 0.2, 1.5)}
+    assert chosen(slow, "cpu")[0] == "compile"
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    recipe = recipe_for()
+    module = network()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    trial = execution.try_mode("eager", accelerator, module, recipe, plan_for(recipe), 4)
+    assert not trial.fault and trial.images_per_s > 0 and 0.5 < trial.loss < 3
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
+    recipe = recipe_for()
+    trial = execution.try_mode(
+        "graph", Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4
+    )
+    assert trial.fault.startswith("failed: ") and trial.images_per_s == 0
