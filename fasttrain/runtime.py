@@ -63,6 +63,8 @@ def start(
     torch.backends.cudnn.benchmark = True
     seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda" and device.index is None:  # of a process alone; DALI wants a number
         device = torch.device("cuda", torch.cuda.current_device())
     return Process(
@@ -119,6 +121,19 @@ def _follow_launcher(environ: Mapping[str, str]) -> None:
     if "ACCELERATE_MIXED_PRECISION" in environ and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def keep_memory() -> None:
+    """Keeps freed memory for the next step, where the C library would return it to the kernel.
+
+    Each step would otherwise fault in its activations anew: 37,000 page faults and a fifth of the
+    time of Small 0.75 at batch 64 and 128 px on two cores (torch 2.14.1, glibc, 2026-11-24).
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def raise_file_limit() -> None:

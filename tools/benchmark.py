@@ -2,6 +2,8 @@
 
     python tools/benchmark.py shards SOURCE [--repeats 5]
     python tools/benchmark.py input SHARDS [--folder IMAGEFOLDER] [--repeats 3]
+    python tools/benchmark.py step [--arch large] [--batch 256,1024] [--profile]
+    python tools/benchmark.py loop [--arch large]
 
 shards: making shards of an ImageFolder, without and with decoding every image, beside copying the
 files (cp -r --reflink=never), webdataset.ShardWriter, and decoding alone with libjpeg-turbo by way
@@ -11,6 +13,12 @@ input: making batches to train on, beside torchvision's ImageFolder (of --folder
 were made of), webdataset, DALI's own reader, and decoding alone with libjpeg-turbo. Each is
 measured in a fresh process; memory is that of it and its workers, foreign_cpu the share of the
 machine's CPUs that others took meanwhile. --threads, --batch and --queue-depth may be lists: 1,2,4.
+
+step: updates on a batch that stays on the device, everything of the loop but the input, beside a
+plain eager loop on the same network, and the networks of torchvision and timm, each in every layout
+and, compiled or not, every mode; the best of each counts. --profile: where the time goes.
+
+loop: the loop itself on a batch that stays on the device, beside the bare updates.
 
 The contestants take turns; each prints one JSON line with the median and spread of its repeats, and
 its ratio to the reference it is held against.
@@ -45,12 +53,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import rivals
+from pydantic import BaseModel
 from rivals import Job
 
 from fasttrain import config, sharding, shards, sources
 from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 from fasttrain.sources import Source
+
+if typing.TYPE_CHECKING:
+    import steps
 
 
 class Contestant(NamedTuple):
@@ -332,9 +344,9 @@ def why_not(job: Job, split: Split) -> str | None:
     return None
 
 
-def measure_apart(job: Job) -> dict[str, Any]:
+def measure_apart(job: BaseModel, part: str = "input") -> dict[str, Any]:
     """Measures in a fresh process, and watches the memory of it and its children meanwhile."""
-    command = [sys.executable, __file__, "measure", job.model_dump_json()]
+    command = [sys.executable, __file__, "measure", part, job.model_dump_json()]
     # In a process group of its own, so that workers that outlive it can be ended with it.
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -534,6 +546,101 @@ def spent() -> tuple[float, float, float, float]:
 
 
 # --------------------------------------------------------------------------------------------------
+# step and loop
+# --------------------------------------------------------------------------------------------------
+
+STEP_FIGURES = ("images_per_s", "step_ms", "first_step_s", "peak_gib", "loss")
+
+
+def benchmark_step(arguments: argparse.Namespace) -> None:
+    write(machine())
+    jobs = list(step_jobs(arguments))
+    turns: dict[Any, list[dict[str, Any]]] = {job: [] for job in jobs}
+    for repeat, job in itertools.product(range(arguments.repeats), jobs):
+        turns[job].append(measure_apart(job, "step"))
+        sys.stderr.write(f"{repeat + 1}/{arguments.repeats} {job.name} {job.execution}\n")
+    for job in jobs:
+        line = job.model_dump(exclude={"seconds", "profile"})
+        good = [turn for turn in turns[job] if "failed" not in turn]
+        if len(good) < len(turns[job]):
+            line["failed"] = [turn for turn in turns[job] if "failed" in turn]
+        for key in STEP_FIGURES:
+            values = [turn[key] for turn in good if key in turn]
+            if values:
+                line[key] = float(f"{statistics.median(values):.4g}")
+        write(line)
+        for row in good[-1].get("profile", ()) if good else ():
+            write({"profile": job.name, **row})
+    for setting in dict.fromkeys(setting_of(job) for job in jobs):
+        write_step_ratios([job for job in jobs if setting_of(job) == setting], turns)
+    if any("failed" in turn and job.execution == "eager" for job in jobs for turn in turns[job]):
+        raise SystemExit(1)
+
+
+def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
+    """Everybody in every way of carrying out a step, for each batch and precision."""
+    import steps
+
+    device = "cuda" if arguments.device == "gpu" else "cpu"
+    rivals_modes = [mode for mode in arguments.modes if "graph" not in mode]
+    names: list[Any] = ["fasttrain", "fasttrain loop"]
+    if arguments.part == "step":
+        names = ["fasttrain", "plain loop", "torchvision"]
+        names += ["timm"] if importlib.util.find_spec("timm") else []
+    for batch, precision, name in itertools.product(arguments.batch, arguments.precision, names):
+        ours = name.startswith("fasttrain")
+        modes = arguments.modes if ours else ["eager"] if name == "plain loop" else rivals_modes
+        both = name in ("torchvision", "timm")
+        layouts: list[Any] = ["channels_last", "contiguous"] if both else ["channels_last"]
+        for mode, layout in itertools.product(modes, layouts):
+            if "graph" in mode and precision == "fp16":
+                continue
+            yield steps.StepJob(
+                name=name,
+                arch=arguments.arch,
+                width=arguments.width,
+                batch=batch,
+                px=arguments.crop_px,
+                precision=precision,
+                execution=mode,
+                layout="contiguous" if name == "plain loop" else layout,
+                device=device,
+                threads=arguments.threads,
+                seconds=arguments.seconds,
+                profile=arguments.profile and name == "fasttrain",
+            )
+
+
+def setting_of(job: "steps.StepJob") -> tuple[Any, ...]:
+    return job.batch, job.precision
+
+
+def write_step_ratios(jobs: "list[steps.StepJob]", turns: dict[Any, list[dict[str, Any]]]) -> None:
+    """The best of fasttrain over the best of each other: medians of the ratios of the turns."""
+    best = {}
+    for name in dict.fromkeys(job.name for job in jobs):
+        done = [j for j in jobs if j.name == name and not any("failed" in t for t in turns[j])]
+        if done:
+            speed = lambda job: statistics.median(t["images_per_s"] for t in turns[job])  # noqa: E731
+            best[name] = max(done, key=speed)
+    if "fasttrain" not in best:
+        return
+    ours = best.pop("fasttrain")
+    for name, theirs in best.items():
+        pairs = [
+            a["images_per_s"] / b["images_per_s"]
+            for a, b in zip(turns[ours], turns[theirs], strict=True)
+        ]
+        if name == "fasttrain loop":  # the loop over the bare step, not the other way round
+            pairs = [1 / pair for pair in pairs]
+        ratio = round(statistics.median(pairs), 3)
+        setting = {"batch": theirs.batch, "precision": theirs.precision}
+        modes = {"fasttrain": ours.execution, name: f"{theirs.execution}, {theirs.layout}"}
+        key = "loop_over_step" if name == "fasttrain loop" else "speed_over"
+        write({**setting, "best": modes, key: {name: ratio}})
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
 
@@ -542,21 +649,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="part", required=True, metavar="{shards,input}")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="{shards,input,step,loop}")
     part = parts.add_parser("shards", help="making shards")
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
     part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
     add_input(parts.add_parser("input", help="batches for training"))
-    parts.add_parser("measure").add_argument("job")  # one contestant of `input`, in its process
+    add_step(parts.add_parser("step", help="updates without the input"))
+    add_step(parts.add_parser("loop", help="the loop over the bare updates"))
+    part = parts.add_parser("measure")  # one contestant, in its process
+    part.add_argument("kind", choices=["input", "step"])
+    part.add_argument("job")
     arguments = parser.parse_args(argv)
     try:
         if arguments.part == "measure":
-            write(measure_input(Job.model_validate_json(arguments.job)))
+            if arguments.kind == "step":
+                import steps
+
+                write(steps.measure(steps.StepJob.model_validate_json(arguments.job)))
+            else:
+                write(measure_input(Job.model_validate_json(arguments.job)))
             return
         if arguments.part == "shards":
             write(machine())
             benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
+        elif arguments.part in ("step", "loop"):
+            settle_step(arguments)
+            benchmark_step(arguments)
         else:
             benchmark_input(arguments)
     except config.Fault as fault:
@@ -591,6 +710,49 @@ def add_input(part: argparse.ArgumentParser) -> None:
         default="cpu",
         help="where images are made; gpu: every way to decode of fasttrain, and DALI's reader",
     )
+
+
+MODES = ("eager", "compile", "graph", "compile_graph")
+
+
+def add_step(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--arch", choices=["large", "small"], default="large")
+    part.add_argument("--width", type=float, default=1.0, metavar="W", help="1 or 0.75 for timm")
+    part.add_argument("--crop-px", type=count, default=224, metavar="N")
+    part.add_argument("--device", choices=["cpu", "gpu"], help="(default: a GPU if there is one)")
+    part.add_argument("--threads", type=count, default=len(os.sched_getaffinity(0)), metavar="N")
+    part.add_argument("--seconds", type=float, metavar="S", help="timed (default: 4; GPU: 2)")
+    part.add_argument("--repeats", type=count, default=3, metavar="N", help="(default: 3)")
+    part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
+    part.add_argument("--batch", type=counts, metavar="N,...", help="(default: 1024; CPU: 64)")
+    lists = (
+        ("--modes", MODES, "(default: all; CPU: eager, as compiling takes two minutes each)"),
+        ("--precision", ("bf16", "fp16", "no"), "(default: bf16; CPU: no)"),
+    )
+    for name, known, text in lists:
+        part.add_argument(name, type=partial(words, known), metavar="A,B", help=text)
+
+
+def words(known: Sequence[str], text: str) -> list[str]:
+    if unknown := set(text.split(",")) - set(known):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+    return text.split(",")
+
+
+def settle_step(arguments: argparse.Namespace) -> None:
+    """Fills in what depends on the device."""
+    import torch
+
+    if arguments.device == "gpu" and not torch.cuda.is_available():
+        raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+    arguments.device = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    gpu = arguments.device == "gpu"
+    arguments.seconds = arguments.seconds or (2.0 if gpu else 4.0)
+    arguments.batch = arguments.batch or [1024 if gpu else 64]
+    arguments.precision = arguments.precision or ["bf16" if gpu else "no"]
+    arguments.modes = arguments.modes or [*MODES] if gpu else arguments.modes or ["eager"]
+    if not gpu and any("graph" in mode for mode in arguments.modes):
+        raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
 
 
 def count(text: str) -> int:

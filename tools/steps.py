@@ -1,0 +1,312 @@
+"""Training steps on a resident batch: fasttrain's, and those that it is held against."""
+
+import copy
+import itertools
+import math
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasttrain import config, execution, loop, runtime
+from fasttrain.data import Batch
+from fasttrain.display import TrainDisplay
+from fasttrain.model import build_model
+from fasttrain.rng import Stream
+from fasttrain.run_folder import JsonLines
+from fasttrain.schedule import Plan, make_plan
+
+NUM_CLASSES = 1000
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+class StepJob(BaseModel):
+    """What is measured, and how."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: Literal["fasttrain", "plain loop", "torchvision", "timm", "fasttrain loop"]
+    arch: Literal["large", "small"]
+    width: float
+    batch: int
+    px: int
+    precision: str
+    execution: str  # of rivals: eager or compile
+    layout: Literal["channels_last", "contiguous"]
+    device: str
+    threads: int  # of torch, on a CPU
+    seconds: float  # that are timed, at least
+    profile: bool = False
+
+    @property
+    def gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+Update = Callable[[], Tensor]  # gives the loss, and does not wait for the device
+
+
+def measure(job: StepJob) -> dict[str, Any]:
+    """Medians over groups of steps, once the first ones are through."""
+    begun = time.perf_counter()
+    torch.set_num_threads(job.threads)
+    if job.name.startswith("fasttrain") and not job.gpu:
+        runtime.keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    if job.name == "fasttrain loop":
+        return measure_loop(job)
+    update = fasttrain_update(job) if job.name == "fasttrain" else rival_update(job)
+    timed(update, job, 1)
+    first_step_s = time.perf_counter() - begun
+    timed(update, job, 5 if job.gpu else 1)
+    one = timed(update, job, 1)
+    group = max(1, math.ceil(job.seconds / 8 / one))  # so that waiting for the device is rare
+    seconds = [timed(update, job, group) / group for _ in range(8)]
+    step_s = statistics.median(seconds)
+    found: dict[str, Any] = {
+        "images_per_s": job.batch / step_s,
+        "step_ms": 1e3 * step_s,
+        "first_step_s": first_step_s,
+        "peak_gib": peak_bytes(job) / 2**30,
+        "loss": update().item(),
+    }
+    if job.profile:
+        found["profile"] = profile(update, job)
+    return found
+
+
+def timed(update: Update, job: StepJob, number: int) -> float:
+    start = time.perf_counter()
+    for _ in range(number):
+        update()
+    if job.gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(job: StepJob) -> int:
+    if job.gpu:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_batch(job: StepJob) -> tuple[Tensor, Tensor]:
+    """Random images `(B, 3, S, S)` and labels `(B,)` on the device; fp16 where the loader's are."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(job.batch, 3, job.px, job.px, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (job.batch,), generator=generator)
+    half = job.name.startswith("fasttrain") and job.gpu and job.precision != "no"
+    dtype = torch.float16 if half else torch.float32
+    return images.to(job.device, dtype, memory_format=layout(job)), labels.to(job.device)
+
+
+def layout(job: StepJob) -> torch.memory_format:
+    return torch.channels_last if job.layout == "channels_last" else torch.contiguous_format
+
+
+# --------------------------------------------------------------------------------------------------
+# fasttrain
+# --------------------------------------------------------------------------------------------------
+
+
+def recipe_of(job: StepJob) -> config.Recipe:
+    return config.Recipe.model_validate(
+        {
+            "model": {"arch": job.arch, "width": job.width},
+            "optim": {"ema_decay": 0.999},
+            "train": {
+                "global_batch_size": job.batch,
+                "precision": job.precision,
+                "execution": job.execution,
+                "label_smoothing": 0.1,
+            },
+            "data": {"crop_px": job.px},
+        }
+    )
+
+
+def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, execution.Updater]:
+    recipe = recipe_of(job)
+    accelerator = Accelerator(cpu=not job.gpu, mixed_precision=job.precision)
+    module = build_model(**recipe.model.model_dump(), num_classes=NUM_CLASSES)
+    module.to(accelerator.device).to(memory_format=layout(job))
+    learner = execution.prepare(job.execution, accelerator, module, recipe, plan)
+    updater = execution.build(job.execution, accelerator, learner, plan, recipe.train)
+    return accelerator, learner, updater
+
+
+def plan_of(job: StepJob, updates: int) -> Plan:
+    recipe = recipe_of(job)
+    return make_plan(
+        recipe.train.model_copy(update={"epochs": 1}),
+        recipe.optim.model_copy(update={"warmup_epochs": 0}),
+        job.batch * updates,
+        1,
+    )
+
+
+def fasttrain_update(job: StepJob) -> Update:
+    """The loop's update less the input: with its seeds, EMA and sum of the loss."""
+    _, learner, updater = built(job, plan_of(job, 1))
+    images, labels = resident_batch(job)
+
+    def update() -> Tensor:
+        runtime.seed_torch(0, Stream.TORCH, learner.state.step, 0)
+        updater.micro(images, labels, is_last=True)
+        updater.update(0.1)
+        loss = updater.loss_sum / job.batch
+        updater.loss_sum.zero_()
+        return loss
+
+    return update
+
+
+def measure_loop(job: StepJob) -> dict[str, Any]:
+    """images/s of `loop.fit` itself, as it counts them, fed with the one batch."""
+    bare = fasttrain_update(job)
+    timed(bare, job, 2)
+    updates = 10 + math.ceil(job.seconds / timed(bare, job, 1))
+    plan = plan_of(job, updates)
+    accelerator, learner, updater = built(job, plan)
+    batch = Batch(*resident_batch(job))
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = loop.Outputs(
+            checkpoints=Path(folder),
+            about={},
+            save_every_steps=10**9,
+            keep=2,
+            log_every_steps=config.Log().every_steps,
+            display=TrainDisplay(plan, enabled=False),
+            metrics=JsonLines(Path(folder) / "metrics.jsonl"),
+        )
+        done = loop.fit(
+            accelerator, learner, lambda step: itertools.repeat(batch), [batch], job.batch, plan,
+            outputs, lambda: 0, updater,
+        )  # fmt: skip
+    assert done
+    return {
+        "images_per_s": done["images_per_s"],
+        "step_ms": 1e3 * job.batch / done["images_per_s"],
+        "peak_gib": peak_bytes(job) / 2**30,
+        "loss": done["loss"],
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The others
+# --------------------------------------------------------------------------------------------------
+
+
+def network_of(job: StepJob) -> nn.Module:
+    if job.name == "torchvision":
+        from torchvision import models
+
+        return getattr(models, f"mobilenet_v3_{job.arch}")(
+            num_classes=NUM_CLASSES, width_mult=job.width
+        )
+    if job.name == "timm":
+        import timm
+
+        return timm.create_model(
+            f"mobilenetv3_{job.arch}_{round(100 * job.width):03}",
+            num_classes=NUM_CLASSES,
+            drop_rate=0.2,
+        )
+    return build_model(job.arch, job.width, NUM_CLASSES, 0.2)
+
+
+def rival_update(job: StepJob) -> Update:
+    """A step as textbooks and the references of torchvision write it."""
+    model = network_of(job).to(job.device).to(memory_format=layout(job)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=4e-5)
+    scaler = torch.amp.GradScaler(enabled=job.precision == "fp16")
+    images, labels = resident_batch(job)
+    forward = torch.compile(model) if job.execution == "compile" else model
+    kind, dtype = torch.device(job.device).type, DTYPES[job.precision]
+
+    def update() -> Tensor:
+        with torch.autocast(kind, dtype, enabled=job.precision != "no"):
+            loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return update
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the time goes
+# --------------------------------------------------------------------------------------------------
+
+
+def profile(update: Update, job: StepJob, steps: int = 3) -> list[dict[str, Any]]:
+    """Operations by their own time a step; of eager ones the bytes, and the share of what a copy
+    moves in that time."""
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if job.gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        timed(update, job, steps)
+    moved = Traffic()
+    with moved:
+        update()
+    copied = copy_bandwidth(job)
+    key = "self_device_time_total" if job.gpu else "self_cpu_time_total"
+    rows = []
+    for event in profiler.key_averages():
+        ms = getattr(event, key) / 1e3 / steps
+        num_bytes = moved.bytes.get(event.key, 0)
+        row = {"name": event.key[:80], "ms": round(ms, 3), "calls": event.count / steps}
+        if num_bytes and ms:
+            row["mb"] = round(num_bytes / 1e6, 1)
+            row["of_copy"] = round(num_bytes / (ms / 1e3) / copied, 3)
+        rows.append(row)
+    rows.sort(key=lambda row: -row["ms"])
+    return [{"copy_gb_per_s": round(copied / 1e9, 1)}, *rows[:25]]
+
+
+class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes that each operation reads and writes at the least, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = itertools.chain(_tensors(args), _tensors(result))
+            seen = {t.data_ptr(): t.nbytes for t in tensors}
+            name = function.name().split(".")[0]
+            self.bytes[name] = self.bytes.get(name, 0) + sum(seen.values())
+        return result
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def copy_bandwidth(job: StepJob) -> float:
+    """Bytes/s, read and written, of copying 256 MiB on the device."""
+    source = torch.ones(2**26, device=job.device)
+    target = copy.deepcopy(source)
+    best = min(timed(lambda: target.copy_(source), job, 1) for _ in range(8))
+    return 2 * source.nbytes / best
