@@ -14,6 +14,8 @@ from conftest import REPO, shard
 sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import rivals
+import scaling
+import steps
 
 from fasttrain import shards
 
@@ -163,3 +165,117 @@ def test_the_page_cache_is_seen(tmp_path: Path) -> None:
     path.write_bytes(bytes(10_000))
     assert benchmark.num_cached(path) == 10_000
     assert 0 <= benchmark.drop_from_cache([path])["cached"] <= 1
+
+
+# --------------------------------------------------------------------------------------------------
+# step, loop and scaling
+# --------------------------------------------------------------------------------------------------
+
+
+def step_job(name: str, **changes: Any) -> steps.StepJob:
+    settings = {
+        "arch": "small", "width": 0.75, "batch": 4, "px": 32, "precision": "no", "seconds": 0.1,
+        "execution": "eager", "layout": "channels_last", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return steps.StepJob(name=name, **settings | changes)
+
+
+@pytest.mark.parametrize("name", ["fasttrain", "plain loop", "torchvision", "timm"])
+def test_everybody_takes_steps(name: str) -> None:
+    if name == "timm":
+        pytest.importorskip("timm")
+    job = step_job(name)
+    update = steps.fasttrain_update(job) if name == "fasttrain" else steps.rival_update(job)
+    losses = [update().item() for _ in range(4)]
+    assert 3 < losses[0] < 15 and losses[-1] != losses[0]
+
+
+def test_the_loop_over_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    small = (
+        "--arch",
+        "small",
+        "--crop-px",
+        "32",
+        "--batch",
+        "4",
+        "--threads",
+        "1",
+        "--repeats",
+        "1",
+    )
+    benchmark.main(["loop", *small, "--seconds", "0.5", "--profile"])
+    machine, bare, *profiled, loop, ratio = map(json.loads, capsys.readouterr().out.splitlines())
+    assert machine["torch"] and bare["name"] == "fasttrain" and loop["name"] == "fasttrain loop"
+    assert bare["images_per_s"] > 0 and bare["first_step_s"] > 0 and bare["peak_gib"] > 0
+    assert 0.2 < ratio["loop_over_step"]["fasttrain loop"] < 5
+    copied, *rows = profiled
+    assert copied["copy_gb_per_s"] > 0
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    (convolved,) = (row for row in rows if row["name"] == "aten::convolution_backward")
+    assert convolved["mb"] > 0 and convolved["of_copy"] > 0
+
+
+def test_modes_that_the_machine_lacks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (("--modes", "graph"), "a CUDA graph needs a GPU"),
+        (("--modes", "fast"), "fast: not among eager, compile, graph, compile_graph"),
+        (("--device", "gpu"), "torch finds no GPU here"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main(["step", *words])
+        assert said in capsys.readouterr().err
+
+
+FIGURES = scaling.Figures(
+    step_s={8: 0.008, 64: 0.016, 1024: 0.1024},
+    gradient_bytes=20_000_000,
+    per_node=8,
+    inside=100e9,
+    between=10e9,
+    latency_s=1e-5,
+)
+
+
+def predicted(devices: int, batch: int = 1024, **changes: Any) -> dict[str, Any]:
+    return scaling.predict(devices, batch, 1_281_167, 50_000, 150, FIGURES._replace(**changes))
+
+
+def test_updates_lie_between_those_measured() -> None:
+    seconds = [scaling.compute_s(n, FIGURES.step_s) for n in (1, 8, 36, 64, 1024, 2048)]
+    assert seconds == pytest.approx([0.008, 0.008, 0.012, 0.016, 0.1024, 0.2048])
+
+
+def test_one_device_exchanges_nothing_and_the_epoch_adds_up() -> None:
+    one = predicted(1)
+    assert one["exchange_ms"] == 0 and one["images_per_s"] == 10_000 and one["limit"] == "compute"
+    assert one["efficiency"] == 1 and one["lr"] == 0.4
+    epoch = 1251 * 0.1024 + 50_000 / (3 * 10_000)
+    assert one["epoch_s"] == pytest.approx(epoch, abs=0.1)
+    assert one["run_h"] == pytest.approx(150 * epoch / 3600, abs=0.01)
+
+
+def test_what_limits_a_prediction() -> None:
+    eight = predicted(8)
+    ring = 2 * 7 / 8 * 20e6 / 100e9 + 2 * 2 * 3 * 1e-5
+    assert eight["exchange_ms"] == pytest.approx(1e3 * ring, abs=1e-3)
+    assert predicted(16)["exchange_ms"] > eight["exchange_ms"] + 2
+    assert predicted(512)["limit"] == "too few images a device"
+    assert predicted(512, between=1e8)["limit"] == "exchange of gradients"
+    starved = predicted(8, input_rate=5000.0)
+    assert starved["limit"] == "input" and starved["images_per_s"] == 5000
+    assert predicted(16, input_rate=5000.0)["images_per_s"] == 10_000
+    assert predicted(8, batch=4096)["lr"] == 1.6
+
+
+def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--step-ms", "128:9,1024:60", "--inside", "200", "--devices", "1,8,64")
+    benchmark.main(["scaling", *given, "--batch", "1024"])
+    about, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+    assert about["gradient_bytes"] == 4 * 5_483_032
+    assert [line["devices"] for line in lines] == [1, 8, 64]
+    assert lines[0]["images_per_s"] == round(1024 / 0.06)
+
+
+def test_links_between_two_processes() -> None:
+    speed, latency = scaling.measure_links(4_000_000, "cpu")
+    assert 1e7 < speed < 1e12 and 0 < latency < 0.1

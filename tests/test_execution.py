@@ -310,6 +310,33 @@ def test_a_trial_leaves_no_trace() -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
+def test_lost_layouts_are_found_in_compiled_code() -> None:
+    backward = "'torch.ops.aten.convolution_backward.default')"
+    last, first = "(2048, 1, 256, 32)", "(2048, 64, 8, 1)"
+    code = [
+        f"assert_size_stride(buf6, (8, 32, 8, 8), {last}, {backward}",
+        f"    assert_tensor_metadata(buf7, (8, 32, 8, 8), {first}, torch.float32, {backward}",
+        f"assert_size_stride(buf8, (8, 32, 8, 8), {first}, 'torch.ops.aten.mm.default')",
+        f"assert_size_stride(buf9, (32, 1, 3, 3), (9, 9, 3, 1), {backward}",  # of filters
+    ]
+    assert execution.lost_channels_last(code) == ["convolution_backward buf7"]
+
+
+def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(execution, "lost_channels_last", lambda code: seen.extend(code) or ["one"])
+    recipe = recipe_for()
+    torch.manual_seed(0)
+    block = Block().to(memory_format=torch.channels_last)
+    trial = execution.try_mode("compile", Accelerator(cpu=True), block, recipe, plan_for(recipe), 4)
+    assert not trial.fault and str(trial).endswith("images/s (1 convolutions lose channels-last)")
+    assert any("convolution" in text for text in seen)
+
+
+def test_bf16_is_compared_with_float32() -> None:
+    assert 0.05 < execution.bf16_ratio(network(), 32) < 20
+
+
 def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
     recipe = recipe_for()
     trial = execution.try_mode(

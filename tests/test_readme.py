@@ -45,6 +45,12 @@ def test_the_commands_are_those_we_know() -> None:
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
         "python tools/evaluate.py runs/large --data data/imagenet",
         "python tools/verify_shards.py data/imagenet",
+        "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER   "
+        "# torchvision, webdataset, DALI",
+        "python tools/benchmark.py step     # the update without input: torchvision's and timm's "
+        "networks",
+        "python tools/benchmark.py loop     # what the loop adds to the bare update",
+        "python tools/benchmark.py scaling  # a run on 1 to 512 devices, predicted, and what limits it",
         "pip install --group cuda12 && pip install --no-deps -e .",
     ]
 

@@ -4,6 +4,7 @@
     python tools/benchmark.py input SHARDS [--folder IMAGEFOLDER] [--repeats 3]
     python tools/benchmark.py step [--arch large] [--batch 256,1024] [--profile]
     python tools/benchmark.py loop [--arch large]
+    python tools/benchmark.py scaling [--arch large] [--step-ms 1024:60,128:9]
 
 shards: making shards of an ImageFolder, without and with decoding every image, beside copying the
 files (cp -r --reflink=never), webdataset.ShardWriter, and decoding alone with libjpeg-turbo by way
@@ -19,6 +20,9 @@ plain eager loop on the same network, and the networks of torchvision and timm, 
 and, compiled or not, every mode; the best of each counts. --profile: where the time goes.
 
 loop: the loop itself on a batch that stays on the device, beside the bare updates.
+
+scaling: predicts updates, epochs and the whole run on 1 to 512 devices, and what limits each, from
+the updates and links measured here, or given. The lr of a larger batch is that of the linear rule.
 
 The contestants take turns; each prints one JSON line with the median and spread of its repeats, and
 its ratio to the reference it is held against.
@@ -583,9 +587,11 @@ def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
 
     device = "cuda" if arguments.device == "gpu" else "cpu"
     rivals_modes = [mode for mode in arguments.modes if "graph" not in mode]
-    names: list[Any] = ["fasttrain", "fasttrain loop"]
+    names: list[Any] = ["fasttrain"]
+    if arguments.part == "loop":
+        names += ["fasttrain loop"]
     if arguments.part == "step":
-        names = ["fasttrain", "plain loop", "torchvision"]
+        names += ["plain loop", "torchvision"]
         names += ["timm"] if importlib.util.find_spec("timm") else []
     for batch, precision, name in itertools.product(arguments.batch, arguments.precision, names):
         ours = name.startswith("fasttrain")
@@ -641,6 +647,56 @@ def write_step_ratios(jobs: "list[steps.StepJob]", turns: dict[Any, list[dict[st
 
 
 # --------------------------------------------------------------------------------------------------
+# scaling
+# --------------------------------------------------------------------------------------------------
+
+
+def benchmark_scaling(arguments: argparse.Namespace) -> None:
+    import scaling
+
+    from fasttrain.model import build_model
+
+    network = build_model(arguments.arch, arguments.width, 1000, 0.0)
+    size = 2 if arguments.gradients == "bf16" else 4
+    num_bytes = size * sum(p.numel() for p in network.parameters())
+    step_s = arguments.step_ms or measured_steps(arguments)
+    inside, latency = arguments.inside * 1e9, arguments.latency / 1e6
+    if not inside:
+        device = "cuda" if arguments.device == "gpu" else "cpu"
+        inside, latency = scaling.measure_links(num_bytes, device)
+    figures = scaling.Figures(
+        step_s=step_s,
+        gradient_bytes=num_bytes,
+        per_node=arguments.per_node,
+        inside=inside,
+        between=arguments.between * 1e9,
+        latency_s=latency,
+        input_rate=arguments.input_rate,
+    )
+    write({**machine(), **figures._asdict()})
+    for batch, devices in itertools.product(arguments.batch, arguments.devices):
+        if devices <= batch:
+            counted = (arguments.images, arguments.val_images, arguments.epochs)
+            write(scaling.predict(devices, batch, *counted, figures))
+
+
+def measured_steps(arguments: argparse.Namespace) -> dict[int, float]:
+    """Seconds of an update by its images: medians of the best mode."""
+    import scaling
+
+    largest = 1024 if arguments.device == "gpu" else 64
+    sizes = [size for size in scaling.powers(largest) if size >= (8 if largest > 64 else 4)]
+    options = argparse.Namespace(**vars(arguments) | {"batch": sizes, "part": "scaling"})
+    found: dict[int, float] = {}
+    for job in step_jobs(options):
+        turns = [measure_apart(job, "step") for _ in range(arguments.repeats)]
+        if not any("failed" in turn for turn in turns):
+            seconds = statistics.median(turn["step_ms"] for turn in turns) / 1e3
+            found[job.batch] = min(seconds, found.get(job.batch, seconds))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
 
@@ -649,7 +705,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="part", required=True, metavar="{shards,input,step,loop}")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     part = parts.add_parser("shards", help="making shards")
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
@@ -657,6 +713,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_input(parts.add_parser("input", help="batches for training"))
     add_step(parts.add_parser("step", help="updates without the input"))
     add_step(parts.add_parser("loop", help="the loop over the bare updates"))
+    add_scaling(parts.add_parser("scaling", help="a run on many devices, predicted"))
     part = parts.add_parser("measure")  # one contestant, in its process
     part.add_argument("kind", choices=["input", "step"])
     part.add_argument("job")
@@ -673,9 +730,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.part == "shards":
             write(machine())
             benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
-        elif arguments.part in ("step", "loop"):
+        elif arguments.part in ("step", "loop", "scaling"):
             settle_step(arguments)
-            benchmark_step(arguments)
+            (benchmark_scaling if arguments.part == "scaling" else benchmark_step)(arguments)
         else:
             benchmark_input(arguments)
     except config.Fault as fault:
@@ -731,6 +788,31 @@ def add_step(part: argparse.ArgumentParser) -> None:
     )
     for name, known, text in lists:
         part.add_argument(name, type=partial(words, known), metavar="A,B", help=text)
+
+
+def add_scaling(part: argparse.ArgumentParser) -> None:
+    import scaling
+
+    add_step(part)
+    part.set_defaults(batch=[1024, 4096], repeats=1)
+    part.add_argument("--step-ms", type=scaling.step_times, metavar="IMAGES:MS,...")
+    numbers = (
+        ("--per-node", int, 8, "devices of a node"),
+        ("--inside", float, 0.0, "GB/s between them (default: measured here, with --latency)"),
+        ("--between", float, 12.5, "GB/s between nodes"),
+        ("--latency", float, 20.0, "microseconds of a message"),
+        ("--input-rate", float, None, "images/s of a node's input, as benchmark.py input tells"),
+        ("--images", int, 1_281_167, "training images"),
+        ("--val-images", int, 50_000, "validation images"),
+        ("--epochs", int, 150, "of the run"),
+    )
+    for name, kind, default, text in numbers:
+        text += "" if default is None or name == "--inside" else " (default: %(default)s)"
+        part.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    part.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
+    part.add_argument(
+        "--devices", type=counts, default=scaling.powers(512), metavar="N,...", help="(1 to 512)"
+    )
 
 
 def words(known: Sequence[str], text: str) -> list[str]:
