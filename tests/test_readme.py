@@ -50,7 +50,8 @@ def test_the_commands_are_those_we_know() -> None:
         "python tools/benchmark.py step     # the update without input: torchvision's and timm's "
         "networks",
         "python tools/benchmark.py loop     # what the loop adds to the bare update",
-        "python tools/benchmark.py scaling  # a run on 1 to 512 devices, predicted, and what limits it",
+        "python tools/benchmark.py scaling  # a run on 1 to 512 devices, predicted, and what "
+        "limits it",
         "pip install --group cuda12 && pip install --no-deps -e .",
     ]
 
