@@ -338,6 +338,12 @@ def choose(
     train = recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
+    if train.precision == "bf16" and not runtime.has_fast_bf16(accelerator.device):
+        ratio = bf16_ratio(module, schedule.largest_crop_px(recipe.data.crop_px))
+        return "eager", (
+            f"WARNING: this CPU has no arithmetic in bfloat16 and takes {1 / ratio:.1f} times as "
+            "long with it as with float32: use --set train.precision=no\nexecution: eager"
+        )
     if before:
         return before, f"execution: {before}, as before the stop"
     on_cpu = accelerator.device.type == "cpu"

@@ -98,12 +98,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
     module.to(process.device).to(memory_format=torch.channels_last)
     mode, why_mode = execution.choose(accelerator, module, recipe, plan, num_classes, before)
-    if recipe.train.precision == "bf16" and not runtime.has_fast_bf16(process.device):
-        ratio = execution.bf16_ratio(module, schedule.largest_crop_px(recipe.data.crop_px))
-        why_mode += (
-            "\nWARNING: this CPU has no arithmetic in bfloat16: training takes place at "
-            f"{ratio:.2f} times the speed of float32; use --set train.precision=no"
-        )
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
 
     # ---- what it is trained on

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,11 +293,11 @@ def test_a_run_keeps_its_mode_and_the_recipe_rules() -> None:
 
 
 def test_a_short_run_on_a_cpu_is_not_compiled() -> None:
-    mode, why, tried = chosen(GOOD, "cpu")
+    mode, why, tried = chosen(GOOD, "cpu", precision="no")
     assert (mode, tried) == ("eager", ["eager"])
     assert why == "execution: eager, as compiling would take longer than it could save"
     slow = {"eager": Trial("eager", 0.1, 1.5), "compile": Trial("compile", 0.2, 1.5)}
-    assert chosen(slow, "cpu")[0] == "compile"
+    assert chosen(slow, "cpu", precision="no")[0] == "compile"
 
 
 def test_a_trial_leaves_no_trace() -> None:
@@ -333,8 +334,18 @@ def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> N
     assert any("convolution" in text for text in seen)
 
 
-def test_bf16_is_compared_with_float32() -> None:
-    assert 0.05 < execution.bf16_ratio(network(), 32) < 20
+def test_bf16_without_hardware_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: device.type != "cpu")
+    recipe = recipe_for(precision="bf16")
+    mode, why = execution.choose(
+        Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4, before=None
+    )
+    assert mode == "eager"
+    assert re.match(
+        r"WARNING: this CPU has no arithmetic in bfloat16 and takes [\d.]+ times as long with it "
+        r"as with float32: use --set train.precision=no\nexecution: eager$",
+        why,
+    )
 
 
 def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
