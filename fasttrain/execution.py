@@ -104,7 +104,7 @@ def compiled(function: Loss) -> Loss:
 
 
 class Recorder:
-    """Runs functions of no arguments on a CUDA device, from their second call on as one graph.
+    """Runs functions of no arguments on a CUDA device as graphs, recorded when first called.
 
     Source: CUDA graphs as PyTorch has them, pytorch.org/docs/stable/notes/cuda.html.
     """
@@ -123,6 +123,7 @@ class Recorder:
         self.graphs[key].replay()
 
     def _record(self, function: Callable[[], None]) -> Any:
+        # Warming up changes weights and draws numbers; both are put back.
         tensors, drawn = self.touched(), torch.cuda.get_rng_state()
         kept = [tensor.clone() for tensor in tensors]
         stream = torch.cuda.Stream()

@@ -5,7 +5,9 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +208,51 @@ def test_the_compiled_network_equals_eager_over_20_updates() -> None:
     found, compiled = carry_out("compile", recipe, plan, batches)
     assert found == pytest.approx(expected, rel=1e-3)
     assert_same(compiled, eager, rtol=1e-2, atol=1e-3)
+
+
+def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the parts of torch.cuda: what is recorded runs when it is replayed."""
+    weights, recorded = torch.zeros(3), []
+    recording = False
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+        def replay(self) -> None:
+            self.function()
+
+    @contextmanager
+    def graph(made: Graph, pool: str | None, capture_error_mode: str) -> Iterator[None]:
+        nonlocal recording
+        assert (pool, capture_error_mode) == ("pool" if recorded else None, "thread_local")
+        recording = True
+        yield
+        recording = False
+        made.function = recorded[-1]
+
+    def function() -> None:
+        if recording:
+            recorded.append(function)
+        else:
+            weights.add_(torch.rand(3))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream, "synchronize": lambda: None,
+        "stream": lambda stream: nullcontext(), "current_stream": lambda: stream,
+        "get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = execution.Recorder(lambda: [weights])
+    for seed, key in enumerate(("small", "small", "large")):
+        torch.manual_seed(seed)
+        recorder(key, function)
+    assert len(recorded) == 2  # one for each key
+    expected = torch.zeros(3)
+    for seed in range(3):
+        expected += torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(weights, expected)
 
 
 @pytest.mark.gpu
