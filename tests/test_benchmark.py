@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from conftest import REPO, shard
@@ -267,9 +268,13 @@ def test_what_limits_a_prediction() -> None:
     assert predicted(8, batch=4096)["lr"] == 1.6
 
 
-def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given = ("--step-ms", "128:9,1024:60", "--inside", "200", "--devices", "1,8,64")
-    benchmark.main(["scaling", *given, "--batch", "1024"])
+    picture = tmp_path / "scaling.svg"
+    benchmark.main(["scaling", *given, "--batch", "1024", "--plot", str(picture)])
+    drawn = ElementTree.parse(picture).getroot()
+    assert len(drawn.findall("{*}circle")) + len(drawn.findall("{*}rect")) == 1 + 3
+    assert len(drawn.findall("{*}polyline")) == 2
     about, *lines = map(json.loads, capsys.readouterr().out.splitlines())
     assert about["gradient_bytes"] == 4 * 5_483_032
     assert [line["devices"] for line in lines] == [1, 8, 64]

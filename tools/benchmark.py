@@ -674,10 +674,17 @@ def benchmark_scaling(arguments: argparse.Namespace) -> None:
         input_rate=arguments.input_rate,
     )
     write({**machine(), **figures._asdict()})
-    for batch, devices in itertools.product(arguments.batch, arguments.devices):
-        if devices <= batch:
-            counted = (arguments.images, arguments.val_images, arguments.epochs)
-            write(scaling.predict(devices, batch, *counted, figures))
+    counted = (arguments.images, arguments.val_images, arguments.epochs)
+    rows = [
+        scaling.predict(devices, batch, *counted, figures)
+        for batch, devices in itertools.product(arguments.batch, arguments.devices)
+        if devices <= batch
+    ]
+    for row in rows:
+        write(row)
+    if arguments.plot:
+        name = f"MobileNetV3-{arguments.arch.capitalize()} {arguments.width:g}"
+        arguments.plot.write_text(scaling.plot(rows, f"{name}, {arguments.crop_px} px, predicted"))
 
 
 def measured_steps(arguments: argparse.Namespace) -> dict[int, float]:
@@ -809,6 +816,7 @@ def add_scaling(part: argparse.ArgumentParser) -> None:
     for name, kind, default, text in numbers:
         text += "" if default is None or name == "--inside" else " (default: %(default)s)"
         part.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    part.add_argument("--plot", type=Path, metavar="FILE.svg", help="draws images/s over devices")
     part.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
     part.add_argument(
         "--devices", type=counts, default=scaling.powers(512), metavar="N,...", help="(1 to 512)"

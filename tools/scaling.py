@@ -144,3 +144,71 @@ def step_times(text: str) -> dict[int, float]:
 
 def powers(largest: int) -> Sequence[int]:
     return [2**n for n in range(largest.bit_length())]
+
+
+# --------------------------------------------------------------------------------------------------
+# The picture
+# --------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 420, 90, 60, 50, 30
+COLOURS = ("#1f5fa8", "#c4572a", "#3a7d44", "#7a4f9a")
+MARKS = {"compute": "full", "too few images a device": "open"}  # else a square: waits for others
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """An SVG of images/s over devices, a line for each global batch, both axes logarithmic."""
+    devices = sorted({row["devices"] for row in rows})
+    one = max(row["images_per_s"] / row["devices"] / row["efficiency"] for row in rows)
+    ideal = [(n, n * one) for n in devices]
+    rates = [rate for _, rate in ideal] + [row["images_per_s"] for row in rows]
+    low, high = math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates)))
+
+    def place(count: float, rate: float) -> tuple[float, float]:
+        along = math.log2(count / devices[0]) / max(1e-9, math.log2(devices[-1] / devices[0]))
+        up = (math.log10(rate) - low) / (high - low)
+        return (
+            round(LEFT + along * (WIDTH - LEFT - RIGHT), 1),
+            round(HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP), 1),
+        )
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{y}" {more}>{words}</text>'
+
+    def line(points: Sequence[tuple[float, float]], style: str) -> str:
+        joined = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
+        return f'<polyline points="{joined}" fill="none" {style}/>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="13" fill="#222">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        text(LEFT, 24, title, 'font-size="14"'),
+        text((LEFT + WIDTH) / 2, HEIGHT - 14, "devices", 'text-anchor="middle"'),
+        text(0, 0, "images/s", f'transform="translate(20 {HEIGHT / 2 + 20}) rotate(-90)"'),
+    ]
+    for power in range(low, high + 1):
+        x, y = place(devices[0], 10**power)
+        parts.append(f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(text(x - 8, y + 4, f"{10**power:,}", 'text-anchor="end"'))
+    for count in devices:
+        x, y = place(count, 10**low)
+        parts.append(text(x, y + 20, f"{count}", 'text-anchor="middle"'))
+    parts.append(line(ideal, 'stroke="#888" stroke-dasharray="5 4"'))
+    parts.append(text(*place(*ideal[-1]), "ideal ", 'text-anchor="end" dy="-6" dx="-8" fill="#666"'))
+    for number, batch in enumerate(sorted({row["batch"] for row in rows})):
+        colour, own = COLOURS[number % len(COLOURS)], [r for r in rows if r["batch"] == batch]
+        parts.append(line([(r["devices"], r["images_per_s"]) for r in own], f'stroke="{colour}"'))
+        for row in own:
+            x, y = place(row["devices"], row["images_per_s"])
+            kind = MARKS.get(row["limit"])
+            fill = colour if kind == "full" else "#fff"
+            shape = f'<circle cx="{x}" cy="{y}" r="4"'
+            if kind is None:
+                shape = f'<rect x="{x - 4}" y="{y - 4}" width="8" height="8"'
+            parts.append(f'{shape} fill="{fill}" stroke="{colour}"/>')
+        parts.append(
+            text(LEFT + 14, TOP + 18 + 18 * number, f"global batch {batch}", f'fill="{colour}"')
+        )
+    legend = "dot: compute limits; ring: too few images a device; square: links or input"
+    parts.append(text(WIDTH - RIGHT, HEIGHT - BOTTOM - 12, legend, 'text-anchor="end"'))
+    return "\n".join([*parts, "</svg>\n"])
