@@ -98,7 +98,6 @@ def loss_function(model: nn.Module, train: config.Train) -> Loss:
 
 def compiled(function: Loss) -> Loss:
     """`torch.compile` for fixed shapes, with dropout drawn as eager draws it."""
-    runtime.keep_compiled()
     compiled: Loss = torch.compile(function, dynamic=False, options={"fallback_random": True})
     return compiled
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,6 +56,7 @@ def start(
         )
     _follow_launcher(environ)
     raise_file_limit()
+    keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
     cpu_threads = train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
@@ -144,8 +146,15 @@ def raise_file_limit() -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps what torch.compile makes for later runs, where nobody has said where."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(forecast.cache_dir() / "inductor"))
+    """Keeps what torch.compile makes for later runs, where nobody has said where.
+
+    The compiler, once imported, settles on a temporary folder and says so in the environment:
+    `accelerate launch` hands one down, and the first optimizer that is built imports it here.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    temporary = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if os.environ.get(name, temporary).startswith(temporary):
+        os.environ[name] = str(forecast.cache_dir() / "inductor")
 
 
 class StopRequest:

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -208,6 +209,20 @@ def test_the_compiled_network_equals_eager_over_20_updates() -> None:
     found, compiled = carry_out("compile", recipe, plan, batches)
     assert found == pytest.approx(expected, rel=1e-3)
     assert_same(compiled, eager, rtol=1e-2, atol=1e-3)
+
+
+def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name, kept = "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "fasttrain" / "inductor")
+    monkeypatch.delenv(name, raising=False)
+    runtime.keep_compiled()
+    assert os.environ[name] == kept
+    monkeypatch.setenv(name, os.path.join(tempfile.gettempdir(), "torchinductor_me"))
+    runtime.keep_compiled()  # which the launcher's torch chose
+    assert os.environ[name] == kept
+    monkeypatch.setenv(name, "/data/compiled")
+    runtime.keep_compiled()  # which the user chose
+    assert os.environ[name] == "/data/compiled"
 
 
 def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,9 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> str:
         x, y = place(count, 10**low)
         parts.append(text(x, y + 20, f"{count}", 'text-anchor="middle"'))
     parts.append(line(ideal, 'stroke="#888" stroke-dasharray="5 4"'))
-    parts.append(text(*place(*ideal[-1]), "ideal ", 'text-anchor="end" dy="-6" dx="-8" fill="#666"'))
+    parts.append(
+        text(*place(*ideal[-1]), "ideal ", 'text-anchor="end" dy="-6" dx="-8" fill="#666"')
+    )
     for number, batch in enumerate(sorted({row["batch"] for row in rows})):
         colour, own = COLOURS[number % len(COLOURS)], [r for r in rows if r["batch"] == batch]
         parts.append(line([(r["devices"], r["images_per_s"]) for r in own], f'stroke="{colour}"'))

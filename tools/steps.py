@@ -58,6 +58,7 @@ Update = Callable[[], Tensor]  # gives the loss, and does not wait for the devic
 def measure(job: StepJob) -> dict[str, Any]:
     """Medians over groups of steps, once the first ones are through."""
     begun = time.perf_counter()
+    runtime.keep_compiled()
     torch.set_num_threads(job.threads)
     if job.name.startswith("fasttrain") and not job.gpu:
         runtime.keep_memory()
