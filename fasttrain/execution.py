@@ -302,7 +302,7 @@ def build(
 
 AGREES = 0.01  # relative difference of the mean loss from eager's
 COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
-GAIN = 0.1  # of the time, at most, by compiling on a CPU: 0 to 16 % measured
+GAIN = 0.1  # of the time, about, by compiling on a CPU: -8 to 20 % measured
 CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
 
 

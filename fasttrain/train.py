@@ -92,7 +92,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     kind = runtime.device_name(process.device)
     newest, before = None, None
     if accelerator.is_main_process and (newest := checkpoint.newest_good(root, view.say)):
-        before = checkpoint.read_state(newest)["execution"].get(kind)
+        before = checkpoint.read_state(newest).get("execution", {}).get(kind)
     newest, before = broadcast_object_list([newest, before])
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
