@@ -202,14 +202,17 @@ def test_compiled_equals_eager_over_20_updates() -> None:
 
 @pytest.mark.slow
 def test_the_compiled_network_equals_eager_over_20_updates() -> None:
+    """Tight over five updates. Over 20, eager itself is as far from eager with the last bit of its
+    weights changed: 1.7e-3 in the losses, for three of four seeds (2026-11-24)."""
     recipe = recipe_for()
     plan = plan_for(recipe)
     batches = batches_for(plan, 20)
-    expected, eager = carry_out("eager", recipe, plan, batches)
-    found, compiled = carry_out("compile", recipe, plan, batches)
-    assert found[:10] == pytest.approx(expected[:10], rel=1e-4)
-    assert found == pytest.approx(expected, rel=5e-3)  # rounding grows from update to update
-    assert_same(compiled, eager, rtol=1e-2, atol=1e-2)
+    for updates, rel in ((5, 1e-5), (20, 5e-3)):
+        expected, eager = carry_out("eager", recipe, plan, batches[:updates])
+        found, compiled = carry_out("compile", recipe, plan, batches[:updates])
+        assert found == pytest.approx(expected, rel=rel)
+        if updates == 5:
+            assert_same(compiled, eager)
 
 
 def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
