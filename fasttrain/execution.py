@@ -37,20 +37,25 @@ class ExecutionError(config.Fault, RuntimeError):
 
 
 class Eager:
-    """Carries out updates: `micro` for each micro-batch, then `update`.
+    """Carries out updates, compiled or not: `micro` for each micro-batch, then `update`.
 
     `loss_sum` (0-d float64, on the device) adds up the loss over this process's images.
     """
 
     def __init__(
-        self, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
+        self,
+        accelerator: Accelerator,
+        learner: Learner,
+        plan: Plan,
+        train: config.Train,
+        compile_it: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.learner = learner
         self.accumulation = plan.accumulation
         self.batch_norm = BatchNormAverage(learner.module, plan.world_size)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        self.loss_of = loss_function(learner.model, train)
+        self.loss_of = loss_function(learner.model, train, compile_it)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """Adds the gradients of a micro-batch; only with the `is_last` are they exchanged.
@@ -79,27 +84,16 @@ class Eager:
             learner.ema.update(learner.module, learner.ema.weight(learner.state.step))
 
 
-class Compiled(Eager):
-    """The same, with forward, loss and backward compiled."""
+def loss_function(model: nn.Module, train: config.Train, compile_it: bool) -> Loss:
+    """Compiled, it is for fixed shapes, with dropout drawn as eager draws it."""
 
-    def __init__(
-        self, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
-    ) -> None:
-        super().__init__(accelerator, learner, plan, train)
-        self.loss_of = compiled(self.loss_of)
-
-
-def loss_function(model: nn.Module, train: config.Train) -> Loss:
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
 
+    if compile_it:
+        compiled: Loss = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
+        return compiled
     return loss_of
-
-
-def compiled(function: Loss) -> Loss:
-    """`torch.compile` for fixed shapes, with dropout drawn as eager draws it."""
-    compiled: Loss = torch.compile(function, dynamic=False, options={"fallback_random": True})
-    return compiled
 
 
 class Recorder:
@@ -170,15 +164,14 @@ class Graphed:
         self.lr = torch.zeros((), device=device)
         self.ema_weight = torch.zeros((), device=device)
         self.inputs: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.pending: tuple[Any, Tensor, Tensor] | None = None
+        self.pending: Any = None  # the key of the last micro-batch's inputs
         self.exchange_bf16 = train.gradient_exchange == "bf16"
         for group in learner.optimizer.param_groups:
             group["lr"] = self.lr
         self.gradients = _flat_gradients(learner.module)
         _start_momentum(learner.optimizer)
         self.run = run or Recorder(self._touched)
-        loss_of = loss_function(learner.module, train)
-        self.loss_of = compiled(loss_of) if compile_it else loss_of
+        self.loss_of = loss_function(learner.module, train, compile_it)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """As of `Eager`; the last one is carried out with the update."""
@@ -189,22 +182,21 @@ class Graphed:
         for target, given in zip(static, (images, labels), strict=True):
             target.copy_(given, non_blocking=True)
         if is_last:
-            self.pending = (key, *static)
+            self.pending = key
         else:
             self.run(("micro", key), lambda: self._backward(*static))
 
     def update(self, lr: float) -> None:
         learner = self.learner
         assert self.pending, "no micro-batch was the last"
-        key, *static = self.pending
-        self.pending = None
+        key, self.pending = self.pending, None
         learner.state.step += 1
         self.lr.fill_(lr)
         if learner.ema:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
 
         def whole() -> None:
-            self._backward(*static)
+            self._backward(*self.inputs[key])
             self._move()
 
         self.run(("update", key), whole)
@@ -276,13 +268,13 @@ def prepare(
     optimizer: Any = build_optimizer(module, recipe.optim)
     model = module
     if "graph" not in mode:
-        ddp = DistributedDataParallelKwargs()
-        ddp.broadcast_buffers = False  # BatchNorm's statistics are averaged: optim.BatchNormAverage
-        ddp.gradient_as_bucket_view = True
-        ddp.static_graph = mode == "eager" and plan.accumulation == 1
-        if recipe.train.gradient_exchange == "bf16":
-            ddp.comm_hook = DDPCommunicationHookType.BF16
-        accelerator.ddp_handler = ddp
+        hooks = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            broadcast_buffers=False,  # BatchNorm's statistics are averaged: optim.BatchNormAverage
+            gradient_as_bucket_view=True,
+            static_graph=mode == "eager" and plan.accumulation == 1,
+            comm_hook=hooks[recipe.train.gradient_exchange],
+        )
         model, optimizer = accelerator.prepare(module, optimizer)
     return Learner(model, module, optimizer, average, accelerator.scaler)
 
@@ -291,9 +283,8 @@ def build(
     mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
 ) -> Updater:
     """What carries out the updates of a learner that `prepare` made for `mode`."""
-    if "graph" in mode:
-        return Graphed(accelerator, learner, plan, train, compile_it=mode == "compile_graph")
-    return (Compiled if mode == "compile" else Eager)(accelerator, learner, plan, train)
+    kind = Graphed if "graph" in mode else Eager
+    return kind(accelerator, learner, plan, train, compile_it="compile" in mode)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,11 +325,15 @@ def choose(
     Args:
         before: the mode that the run had before it was stopped, if any, here.
         attempt: tries a mode; by default on made-up images.
+    Raises:
+        ExecutionError: not even eager works.
     """
     train = recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
-    if train.precision == "bf16" and not runtime.has_fast_bf16(accelerator.device):
+    # Asked of all: those that go on exchange results, and must not wait for one that does not.
+    slow = train.precision == "bf16" and not runtime.has_fast_bf16(accelerator.device)
+    if any(gather_object([slow])):
         ratio = bf16_ratio(module, schedule.largest_crop_px(recipe.data.crop_px))
         return "eager", (
             f"WARNING: this CPU has no arithmetic in bfloat16 and takes {1 / ratio:.1f} times as "
@@ -352,9 +347,11 @@ def choose(
         return try_mode(mode, accelerator, module, recipe, plan, num_classes)
 
     attempt = attempt or trial
-    trials = [attempt("eager")]
+    eager = attempt("eager")
+    if eager.fault:
+        raise ExecutionError(f"no update could be carried out: {eager}")
     if on_cpu:
-        left_s = plan.total_steps * plan.global_batch_size / trials[0].images_per_s
+        left_s = plan.total_steps * plan.global_batch_size / eager.images_per_s
         if left_s * GAIN < COMPILE_S:
             return "eager", "execution: eager, as compiling would take longer than it could save"
         modes = ["compile"]
@@ -362,18 +359,14 @@ def choose(
         modes = ["compile"]  # a scaled loss decides on the host whether to update
     else:
         modes = ["compile", "graph", "compile_graph"]
-    trials += [attempt(mode) for mode in modes]
-    expected = trials[0].loss
-    checked = [
-        replace(t, fault=f"has another loss ({t.loss:.4f}, eager {expected:.4f})")
-        if not t.fault and not abs(t.loss - expected) <= AGREES * expected
-        else t
-        for t in trials
-    ]
-    best = max((t for t in checked if not t.fault), key=lambda t: t.images_per_s, default=None)
-    if best is None:
-        raise ExecutionError(f"no update could be carried out: {trials[0]}")
-    return best.mode, f"execution: {best.mode} ({'; '.join(map(str, checked))})"
+    trials = [eager]
+    for other in map(attempt, modes):
+        if not other.fault and not abs(other.loss - eager.loss) <= AGREES * eager.loss:
+            fault = f"has another loss ({other.loss:.4f}, eager {eager.loss:.4f})"
+            other = replace(other, fault=fault)
+        trials.append(other)
+    best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
+    return best.mode, f"execution: {best.mode} ({'; '.join(map(str, trials))})"
 
 
 def try_mode(

@@ -118,12 +118,12 @@ def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
         short = float((split.width[:10_000].clip(max=split.height[:10_000])).mean())
         if short > 300:
             remedies.append(
-                "make_shards.py --short-side 256, which changes what is trained on (1.8 times as "
-                "fast on the CPU that we measured), or --store raw with it (3 times)"
+                "make_shards.py --short-side 256, which changes what is trained on (1.6 times as "
+                "fast on the CPU that we measured), or --store raw with it (2.4 times)"
             )
         else:
             remedies.append(
-                "make_shards.py --store raw (1.7 times as fast on the CPU that we measured)"
+                "make_shards.py --store raw (1.4 times as fast on the CPU that we measured)"
             )
     if not decode.startswith("gpu"):
         remedies.append(f"more CPU cores a process than {threads}")

@@ -342,8 +342,6 @@ def test_what_is_wrong_or_fails_is_not_taken() -> None:
     assert mode == "eager"
     assert "compile_graph has another loss (1.6000, eager 1.5000)" in why
     assert "graph failed: RuntimeError: no graphs here" in why
-    with pytest.raises(execution.ExecutionError, match="no update could be carried out: eager fai"):
-        chosen({name: Trial(name, 0, 0.0, "failed: no memory") for name in GOOD})
 
 
 def test_fp16_takes_no_graph() -> None:
@@ -356,6 +354,13 @@ def test_a_run_keeps_its_mode_and_the_recipe_rules() -> None:
     assert chosen({}, before="compile") == ("compile", "execution: compile, as before the stop", [])
     mode, _, tried = chosen({}, before="compile", execution="eager")
     assert (mode, tried) == ("eager", [])
+
+
+def test_a_fault_of_eager_itself_is_said() -> None:
+    broken = {"eager": Trial("eager", 0.0, 0.0, "failed: no memory")}
+    for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
+        with pytest.raises(execution.ExecutionError, match="carried out: eager failed: no memory"):
+            chosen(broken, kind, precision=precision)
 
 
 def test_a_short_run_on_a_cpu_is_not_compiled() -> None:
