@@ -8,7 +8,9 @@ checkpoints/step_00012512/
     SHA256SUMS            of the other files; `sha256sum -c` reads it
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fasttrain import config
@@ -37,33 +40,82 @@ class CheckpointError(config.Fault, ValueError):
 def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:
     """Writes `root/step_N` for the learner's step and keeps the newest `keep`. For one process.
 
-    `about` is stored beside the counters. Older checkpoints go only after the new one is safe.
+    `about` is stored beside the counters. Older checkpoints go only after the new one is safe, and
+    those that are damaged do not count.
+
+    Raises:
+        OSError: the file system refused; what was there is still there.
     """
     folder = root / f"step_{learner.state.step:08d}"
-    temporary = root / f"{folder.name}.tmp"
-    for leftover in [*root.glob("*.tmp"), *root.glob("*.old")]:
+    for leftover in root.glob("*.tmp"):
         shutil.rmtree(leftover)
-    temporary.mkdir()
-    save_file(_on_cpu(learner.module), temporary / "model.safetensors")
+    if folder.exists() and faults_of(folder):
+        _remove(folder)
+    if not folder.exists():  # else it is the same step again, and equal
+        _write_folder(folder, contents(learner, about))
+    with contextlib.suppress(OSError):  # it is saved; the next save tries again
+        _prune(root, keep)
+    return folder
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(files.items()))
+    try:
+        temporary.mkdir()
+        for name, data in (files | {SUMS: sums.encode()}).items():
+            _write(temporary / name, data)
+        _sync(temporary)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+        raise
+
+
+def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a checkpoint but for `SHA256SUMS`."""
+    # In memory first: then they are written by us, and all that can fail there is an OSError.
+    files = {"model.safetensors": safetensors.torch.save(_on_cpu(learner.module))}
     if learner.ema:
-        save_file(_on_cpu(learner.ema.module), temporary / "ema.safetensors")
+        files["ema.safetensors"] = safetensors.torch.save(_on_cpu(learner.ema.module))
     training = {"optimizer": learner.optimizer.state_dict()}
     if learner.scaler:
         training["scaler"] = learner.scaler.state_dict()
-    torch.save(training, temporary / "training.pt")
+    buffer = io.BytesIO()
+    torch.save(training, buffer)
+    files["training.pt"] = buffer.getvalue()
     state = {"version": FORMAT_VERSION, "state": asdict(learner.state), **about}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-    (temporary / SUMS).write_text(sums)
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
-    if folder.exists():  # the same step again, after a restart there
-        folder.rename(root / f"{folder.name}.old")
-    temporary.rename(folder)
-    _sync(root)
-    for leftover in [*root.glob("*.old"), *find(root)[keep:]]:
-        shutil.rmtree(leftover)
-    return folder
+    files["state.json"] = json.dumps(state, indent=1).encode() + b"\n"
+    return files
+
+
+def _write(path: Path, data: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Removes what is older than the newest `keep` good checkpoints."""
+    found, good = find(root), 0
+    if len(found) <= keep:
+        return
+    for folder in found:
+        if good >= keep:
+            _remove(folder)
+        elif not faults_of(folder):
+            good += 1
+
+
+def _remove(folder: Path) -> None:
+    """At no moment is there half a checkpoint under its name."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.tmp")))
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
@@ -79,9 +131,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def find(root: Path) -> list[Path]:
@@ -102,11 +153,26 @@ def faults_of(folder: Path) -> list[str]:
     faults = []
     for name in listed.keys() | {"model.safetensors", "training.pt", "state.json"}:
         try:
-            if _sha256(folder / name) != listed.get(name):
+            if _sha256((folder / name).read_bytes()) != listed.get(name):
                 faults.append(f"{folder / name} is damaged")
         except OSError as error:
             faults.append(f"{folder / name}: {error.strerror}")
     return sorted(faults)
+
+
+def choose(root: Path, recipe: config.Recipe, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, as `checkpoint.resume` says; None at the beginning.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    resume = recipe.checkpoint.resume
+    if resume in ("auto", "force", "anew"):
+        return newest_good(root, warn)
+    named = Path(resume)
+    if faults := faults_of(named):
+        raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
+    return named
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
@@ -165,31 +231,50 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def restore(
-    folder: Path, learner: Learner, about: dict[str, Any], warn: Callable[[str], None]
+    folder: Path,
+    learner: Learner,
+    about: dict[str, Any],
+    warn: Callable[[str], None],
+    force: bool = False,
 ) -> None:
     """Loads a verified checkpoint into `learner`, in place and whatever the device.
 
     Raises:
-        CheckpointError: it is of another format, or was trained on other data than `about` says.
+        CheckpointError: it is of another format or network; or, unless `force` is given, it was
+            trained on other data or with another recipe than `about` says.
     """
     state = read_state(folder)
-    for split, digest in about["data"].items():
-        if state["data"][split] != digest:
-            raise CheckpointError(
-                f"{folder} was trained on other data: the {split} index at "
-                f"{about['recipe']['data']['root']} is not the one it saw; point data.root to that "
-                "data set, or start anew in another folder with --set log.run_dir=..."
-            )
+    others = [
+        f"the {split} index at {about['recipe']['data']['root']} is not the one it saw"
+        for split, digest in about["data"].items()
+        if state["data"][split] != digest
+    ]
+    others += config.differences(*(_recipe(of["recipe"]) for of in (state, about)))
+    if others and not force:
+        raise CheckpointError(
+            "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
+            + "\nuse those, or another folder with --set log.run_dir=..., or go on regardless with "
+            "--set checkpoint.resume=force"
+        )
+    if others:
+        warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
     if state["cpu_threads"] != about["cpu_threads"]:
         warn(
             f"saved with {state['cpu_threads']} CPU threads, going on with {about['cpu_threads']}: "
             "results on a CPU then agree to rounding, not bit for bit"
         )
-    learner.module.load_state_dict(load_file(folder / "model.safetensors"))
-    if learner.ema:
-        learner.ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
+    load_weights(folder / "model.safetensors", learner.module)
+    if learner.ema:  # which a forced run may have newly
+        average = folder / "ema.safetensors"
+        load_weights(
+            average if average.exists() else folder / "model.safetensors", learner.ema.module
+        )
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     learner.optimizer.load_state_dict(training["optimizer"])
     if learner.scaler and "scaler" in training:
         learner.scaler.load_state_dict(training["scaler"])
     learner.state = TrainState(**state["state"])
+
+
+def _recipe(table: dict[str, Any]) -> config.Recipe:
+    return config.Recipe.model_validate_json(json.dumps(table))

@@ -209,6 +209,12 @@ class Train(Section):
     run and takes the fastest whose loss agrees with `eager`'s."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over processes; bf16 halves what is sent."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates of a run that may be left out as their loss or gradient is not finite; with one more
+    the run stops, as it was before that one."""
+    deterministic: bool = False
+    """On a GPU, take the kernels and the decoder (the CPU's) that repeat bit for bit, at a cost in
+    speed; on a CPU a run repeats anyway."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
 
@@ -228,7 +234,14 @@ class Checkpoint(Section):
     every_steps: Positive = 1000
     """Save after every so many updates, and always at the end and when asked to stop."""
     keep: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints kept, newest first; never fewer than two."""
+    """Checkpoints kept, newest first, those that are damaged not counted; never fewer than two."""
+    max_failures: Positive = 3
+    """Saves in a row that may fail, for want of space say, before the run stops."""
+    resume: str = "auto"
+    """Where a start goes on: `auto` at the run folder's newest good checkpoint; `force` there, even
+    though the recipe or the data are others; `anew` at the beginning; or at the checkpoint whose
+    folder is named. What is in the way is moved into `before-...` in the run folder. When SLURM
+    starts a job again, it is `auto`."""
 
 
 class Log(Section):
@@ -271,8 +284,12 @@ MAY_CHANGE = frozenset(
         "train.max_steps",
         "train.micro_batch_size",
         "train.cpu_threads",
+        "train.deterministic",
+        "train.max_skipped_steps",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "checkpoint.max_failures",
+        "checkpoint.resume",
         "log.run_dir",
         "log.every_steps",
         "log.samples",

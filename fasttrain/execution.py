@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttrain import config, runtime, schedule
-from fasttrain.optim import BatchNormAverage, Learner, WeightAverage, build_optimizer
+from fasttrain.guard import Guard
+from fasttrain.optim import Learner, WeightAverage, build_optimizer
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 
@@ -37,10 +38,7 @@ class ExecutionError(config.Fault, RuntimeError):
 
 
 class Eager:
-    """Carries out updates, compiled or not: `micro` for each micro-batch, then `update`.
-
-    `loss_sum` (0-d float64, on the device) adds up the loss over this process's images.
-    """
+    """Carries out updates, compiled or not: `micro` for each micro-batch, then `update`."""
 
     def __init__(
         self,
@@ -53,8 +51,7 @@ class Eager:
         self.accelerator = accelerator
         self.learner = learner
         self.accumulation = plan.accumulation
-        self.batch_norm = BatchNormAverage(learner.module, plan.world_size)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.guard = _guard(learner, plan, train)
         self.loss_of = loss_function(learner.model, train, compile_it)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
@@ -69,19 +66,29 @@ class Eager:
             with self.accelerator.autocast():
                 loss = self.loss_of(images, labels)
             self.accelerator.backward(loss / self.accumulation)
-        self.loss_sum += loss.detach() * len(labels)
+        self.guard.add(loss, len(labels))
 
     def update(self, lr: float) -> None:
-        """Moves weights, BatchNorm's statistics and the average of the weights."""
+        """Moves weights, BatchNorm's statistics and the average of the weights, if it counts."""
         learner = self.learner
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
+        gradients = [p.grad for p in learner.module.parameters() if p.grad is not None]
+        self.guard.decide(nn.utils.get_total_norm(gradients, foreach=True))
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        self.batch_norm.update()
         learner.state.step += 1
         if learner.ema:
-            learner.ema.update(learner.module, learner.ema.weight(learner.state.step))
+            weight = self.guard.kept(learner.ema.weight(learner.state.step))
+            learner.ema.update(learner.module, weight)
+
+
+def _guard(learner: Learner, plan: Plan, train: config.Train) -> Guard:
+    state = learner.state
+    return Guard(
+        learner.module, learner.optimizer, learner.scaler, plan.world_size,
+        train.max_skipped_steps, state.step, state.skipped_steps,
+    )  # fmt: skip
 
 
 def loss_function(model: nn.Module, train: config.Train, compile_it: bool) -> Loss:
@@ -158,9 +165,8 @@ class Graphed:
         self.learner = learner
         self.world_size = plan.world_size
         self.accumulation = plan.accumulation
-        self.batch_norm = BatchNormAverage(learner.module, plan.world_size)
+        self.guard = _guard(learner, plan, train)
         device = accelerator.device
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.lr = torch.zeros((), device=device)
         self.ema_weight = torch.zeros((), device=device)
         self.inputs: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -169,7 +175,6 @@ class Graphed:
         for group in learner.optimizer.param_groups:
             group["lr"] = self.lr
         self.gradients = _flat_gradients(learner.module)
-        _start_momentum(learner.optimizer)
         self.run = run or Recorder(self._touched)
         self.loss_of = loss_function(learner.module, train, compile_it)
 
@@ -206,7 +211,7 @@ class Graphed:
             loss = self.loss_of(images, labels)
         # Gradients are added over processes, where DDP takes their mean.
         (loss / (self.accumulation * self.world_size)).backward()
-        self.loss_sum += loss.detach() * len(labels)
+        self.guard.add(loss, len(labels))
 
     @torch.no_grad()
     def _move(self) -> None:
@@ -218,11 +223,11 @@ class Graphed:
                 self.gradients.copy_(short)
             else:
                 torch.distributed.all_reduce(self.gradients)
+        self.guard.decide(self.gradients.norm())
         learner.optimizer.step()
         self.gradients.zero_()
-        self.batch_norm.update()
         if learner.ema:
-            learner.ema.update(learner.module, self.ema_weight)
+            learner.ema.update(learner.module, self.guard.kept(self.ema_weight))
 
     def _touched(self) -> list[Tensor]:
         learner = self.learner
@@ -233,7 +238,7 @@ class Graphed:
             if state.get("momentum_buffer") is not None
         ]
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        return [*(t.detach() for t in tensors), *momenta, self.gradients, self.loss_sum]
+        return [*(t.detach() for t in tensors), *momenta, self.gradients, *self.guard.tensors()]
 
 
 def _flat_gradients(module: nn.Module) -> Tensor:
@@ -246,15 +251,6 @@ def _flat_gradients(module: nn.Module) -> Tensor:
         parameter.grad = view.as_strided(parameter.shape, parameter.stride(), start)
         start += parameter.numel()
     return flat
-
-
-def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Gives SGD the momentum of zero that it would otherwise make in its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 Updater = Eager | Graphed
@@ -341,6 +337,8 @@ def choose(
         )
     if before:
         return before, f"execution: {before}, as before the stop"
+    if train.deterministic:
+        return "eager", "execution: eager, as a choice by speed may differ from run to run"
     on_cpu = accelerator.device.type == "cpu"
 
     def trial(mode: str) -> Trial:
@@ -403,7 +401,7 @@ def try_mode(
                 runtime.seed_torch(0, Stream.TORCH, learner.state.step)
                 updater.micro(images, labels, is_last=True)
                 updater.update(recipe.optim.warmup_lr)
-            updater.loss_sum.item()  # waits for the device
+            updater.guard.loss_sum.item()  # waits for the device
             return time.perf_counter() - begun
 
         if "compile" in mode:
@@ -415,7 +413,7 @@ def try_mode(
         else:
             updates(warm_up)
         seconds = updates(timed)
-        loss = float(updater.loss_sum) / (size * (warm_up + timed))
+        loss = float(updater.guard.loss_sum) / (size * (warm_up + timed))
     except Exception as error:  # of a compiler, or of a device that lacks something
         said = str(error).strip().splitlines() or ["nothing said"]
         fault = f"failed: {type(error).__name__}: {said[0]}"

@@ -4,7 +4,9 @@ Works on built objects and any iterable of batches, so a list trains it in a tes
 for the device only where a line is logged, at evaluations and at checkpoints.
 """
 
-import math
+import contextlib
+import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, runtime, schedule
+from fasttrain import checkpoint, config, runtime, sampling, schedule
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Updater
@@ -40,9 +43,11 @@ class Outputs:
     keep: int
     log_every_steps: int
     display: TrainDisplay
+    max_failures: int = 1  # saves in a row that may fail
     metrics: JsonLines | None = None
     samples: JsonLines | None = None
     forecast: Forecast | None = None
+    keys_of: Callable[[int], list[str]] | None = None  # places of the samples of an update
 
     def write(self, record: dict[str, Any]) -> None:
         if self.metrics:
@@ -50,7 +55,11 @@ class Outputs:
 
 
 class NonFiniteLoss(config.Fault, RuntimeError):
-    """The loss is no longer a number; the newest checkpoint is from before it was noticed."""
+    """Loss or gradient were not finite in more updates than may be skipped."""
+
+
+class Unsaved(config.Fault, RuntimeError):
+    """The run cannot be saved, so it does not go on."""
 
 
 def fit(
@@ -70,49 +79,60 @@ def fit(
     Args:
         train_batches: gives the micro-batches of this process from an update on.
         num_eval_samples: how many images all processes together must see in an evaluation.
-        stop_requested: asked once a step; a signal's number where all processes should stop.
+        stop_requested: asked once a step and once a batch of an evaluation, equally often by all
+            processes; not 0 where all should stop.
         updater: carries out the learner's updates.
         mix: mixes the images and labels of a micro-batch, drawing from torch's generator.
     Returns:
         The closing record when the run is complete, None when it was stopped; saved either way.
     Raises:
-        NonFiniteLoss: at the first log point after the loss ceased to be finite.
+        NonFiniteLoss: at the first log point, evaluation or save after one update too many was
+            skipped; nothing has changed since.
+        Unsaved: saving failed once too often, or at the end.
     """
-    state = learner.state
-    loss_sum = updater.loss_sum
+    state, guard = learner.state, updater.guard
     if accelerator.is_main_process:
-        loss_sum += state.loss_sum
+        guard.loss_sum += state.loss_sum
     clock = Clock(accelerator.device)
     begun, first_step = time.perf_counter(), state.step
+    saved_step, failures = state.step, 0
 
-    def evaluate_if_due() -> None:
-        if plan.eval_due(state.step) and state.last_eval.get("step", -1) + 1 < state.step:
-            with clock.paused():
-                _evaluate_and_log(
-                    accelerator, learner, eval_batches, num_eval_samples, plan, outputs
-                )
+    def evaluate_if_due() -> bool:
+        """Whether the evaluation was cut short, as all should stop."""
+        if not plan.eval_due(state.step) or state.last_eval.get("step", -1) + 1 >= state.step:
+            return False
+        _look_at_skipped(accelerator, learner, updater, plan, outputs)
+        with clock.paused():
+            return not _evaluate_and_log(
+                accelerator, learner, eval_batches, num_eval_samples, plan, outputs, stop_requested
+            )
 
-    evaluate_if_due()  # the run may have been stopped between an update and its evaluation
+    # The run may have been stopped between an update and its evaluation.
+    stopped = stop_requested() or evaluate_if_due()
     batches = train_batches(state.step)
-    stopped = 0
     while state.step < plan.total_steps and not stopped:
         lr = _update(accelerator, learner, updater, batches, plan, outputs, clock, mix)
         at_end = state.step == plan.total_steps
         if state.step % outputs.log_every_steps == 0 or at_end:
             left_s = (plan.total_steps - state.step) / (state.step - first_step)
             left_s *= time.perf_counter() - begun
-            _log_train(accelerator, learner, plan, outputs, clock, loss_sum, lr, left_s)
+            _log_train(accelerator, learner, updater, plan, outputs, clock, lr, left_s)
         if outputs.forecast and (state.step % plan.steps_per_epoch == 0 or at_end):
             _log_limit(outputs, clock, plan, state.step)
-        stopped = stop_requested()
-        evaluate_if_due()
+        stopped = stop_requested() or evaluate_if_due()
         if state.step % outputs.save_every_steps == 0 or at_end or stopped:
             with clock.paused():
-                state.loss_sum = _total(accelerator, loss_sum)
-                if accelerator.is_main_process:
-                    checkpoint.save(outputs.checkpoints, learner, outputs.about, outputs.keep)
-                accelerator.wait_for_everyone()
-    if state.step < plan.total_steps:
+                _look_at_skipped(accelerator, learner, updater, plan, outputs)
+                state.loss_sum = _total(accelerator, guard.loss_sum)
+                fault = _save(accelerator, learner, outputs)
+            failures = failures + 1 if fault else 0
+            saved_step = saved_step if fault else state.step
+            if fault and (at_end or stopped or failures >= outputs.max_failures):
+                raise Unsaved(
+                    f"the run stops, as it cannot be saved: {fault}\nthe newest state that was "
+                    f"saved is that of update {saved_step}; mend this, and the same command goes on"
+                )
+    if state.step < plan.total_steps or stopped:
         return None
     done = {
         **state.last_eval,
@@ -121,6 +141,8 @@ def fit(
         "images_per_s": round(clock.lap("run")[0], 1),
         "seconds": round(time.perf_counter() - begun, 2),
     }
+    if state.skipped_steps:
+        done["skipped_steps"] = state.skipped_steps
     outputs.write(done)
     return done
 
@@ -165,11 +187,14 @@ def evaluate(
     modules: Sequence[nn.Module],
     batches: Iterable[Batch],
     num_samples: int,
+    stop_requested: Callable[[], int] = lambda: 0,
+    most_batches: int = 0,
 ) -> list[dict[str, Any]]:
     """`top1`, `top5` (percent), `loss` and `seen` of each network over all processes' batches.
 
-    Processes may have different numbers of batches: nothing is exchanged before the end. The loss
-    is cross-entropy without smoothing.
+    Processes may have different numbers of batches, at most `most_batches`: sums are exchanged at
+    the end alone, and `stop_requested` is asked equally often by all. Where it does not say 0,
+    nothing is returned. The loss is cross-entropy without smoothing.
 
     Raises:
         RuntimeError: not every one of `num_samples` images was seen exactly once.
@@ -178,13 +203,17 @@ def evaluate(
     was_training = [module.training for module in modules]
     for module in modules:
         module.eval()
-    for batch in batches:
-        for module, total in zip(modules, sums, strict=True):
-            with accelerator.autocast():
-                logits = module(batch.images)
-            total.add(logits, batch.labels)
-    for module, training in zip(modules, was_training, strict=True):
-        module.train(training)
+    try:
+        for batch, _ in itertools.zip_longest(batches, range(most_batches)):
+            for module, total in zip(modules, sums, strict=True) if batch else ():
+                with accelerator.autocast():
+                    logits = module(batch.images)
+                total.add(logits, batch.labels)
+            if stop_requested():
+                return []
+    finally:
+        for module, training in zip(modules, was_training, strict=True):
+            module.train(training)
     results = [total.result() for total in sums]
     if results[0]["seen"] != num_samples:
         raise RuntimeError(f"evaluated {results[0]['seen']:,} of {num_samples:,} images")
@@ -203,10 +232,15 @@ def _evaluate_and_log(
     num_samples: int,
     plan: Plan,
     outputs: Outputs,
-) -> None:
+    stop_requested: Callable[[], int],
+) -> bool:
+    """Whether it was carried out; not, where all should stop."""
     start = time.perf_counter()
     modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
-    results = evaluate(accelerator, modules, batches, num_samples)
+    most = sampling.num_eval_batches(num_samples, plan.micro_batch_size, 0, plan.world_size)
+    results = evaluate(accelerator, modules, batches, num_samples, stop_requested, most)
+    if not results:
+        return False
     step = learner.state.step - 1
     record = {"event": "eval", "step": step, "epoch": plan.epoch_of(step), **results[0]}
     if learner.ema:
@@ -215,29 +249,28 @@ def _evaluate_and_log(
     learner.state.last_eval = record
     outputs.write(record)
     outputs.display.eval_line(record)
+    return True
 
 
 def _log_train(
     accelerator: Accelerator,
     learner: Learner,
+    updater: Updater,
     plan: Plan,
     outputs: Outputs,
     clock: Clock,
-    loss_sum: Tensor,
     lr: float,
     left_s: float,
 ) -> None:
-    state = learner.state
-    loss = _total(accelerator, loss_sum) / state.loss_images  # here the host waits for the device
+    state, loss_sum = learner.state, updater.guard.loss_sum
+    _look_at_skipped(accelerator, learner, updater, plan, outputs)  # here the host waits
+    images_per_s, data_wait = clock.lap("log")
+    if not state.loss_images:  # all were skipped
+        return
+    loss = _total(accelerator, loss_sum) / state.loss_images
     loss_sum.zero_()
     state.loss_images = 0
-    images_per_s, data_wait = clock.lap("log")
     step = state.step - 1
-    if not math.isfinite(loss):
-        raise NonFiniteLoss(
-            f"the loss up to update {step} is {loss} (lr {lr:.4g}); the newest checkpoint is "
-            "from before. Lower [optim] lr or lengthen warmup_epochs; under fp16, try bf16"
-        )
     record = {
         "event": "train",
         "step": step,
@@ -251,6 +284,64 @@ def _log_train(
     outputs.display.train_line(record, left_s)
     if outputs.forecast:
         outputs.forecast.lap(images_per_s, data_wait)
+
+
+def _look_at_skipped(
+    accelerator: Accelerator, learner: Learner, updater: Updater, plan: Plan, outputs: Outputs
+) -> None:
+    """Reports updates that were skipped since the last time, and stops where they are too many."""
+    state = learner.state
+    skipped = updater.guard.read()  # alike in all processes, but for the loss
+    if not skipped:
+        return
+    step = skipped.step
+    losses = gather_object([skipped.loss])
+    state.skipped_steps += skipped.number
+    state.loss_images -= skipped.number * plan.global_batch_size
+    record: dict[str, Any] = {
+        "event": "skipped",
+        "step": step,
+        "epoch": plan.epoch_of(step),
+        "number": skipped.number,
+        "lr": schedule.lr_at(step, plan),
+        "loss": [str(loss) for loss in losses],  # of each process; JSON has no nan
+        "gradient_norm": str(skipped.gradient_norm),
+        "weight_norm": float(nn.utils.get_total_norm(list(learner.module.parameters()))),
+    }
+    outputs.write(record)
+    path = outputs.checkpoints.parent / f"skipped_step_{step:08d}.json"
+    if accelerator.is_main_process:
+        samples = outputs.keys_of(step) if outputs.keys_of else []
+        with contextlib.suppress(OSError):  # the record says most of it
+            path.write_text(json.dumps(record | {"samples": samples}, indent=1) + "\n")
+    what = (
+        f"update {step} has loss {', '.join(record['loss'])} and gradient norm "
+        f"{record['gradient_norm']} (lr {record['lr']:.4g}); its samples are listed in {path}"
+    )
+    if state.skipped_steps > updater.guard.max_skipped:
+        raise NonFiniteLoss(
+            f"{what}\nneither it nor what came after it changed anything; the newest checkpoint "
+            "is from before. Lower [optim] lr, lengthen warmup_epochs, or under fp16 try bf16; or "
+            "leave such updates out: --set train.max_skipped_steps=10"
+        )
+    outputs.display.say(f"SKIPPED {skipped.number}, {state.skipped_steps} in all: {what}")
+
+
+def _save(accelerator: Accelerator, learner: Learner, outputs: Outputs) -> str:
+    """Saves, with all lines that a full disk has held back; returns what is wrong, if anything."""
+    fault = ""
+    try:
+        for file in (outputs.metrics, outputs.samples):
+            if file:
+                file.flush()
+        if accelerator.is_main_process:
+            checkpoint.save(outputs.checkpoints, learner, outputs.about, outputs.keep)
+    except OSError as error:
+        fault = str(error)
+    fault = next(filter(None, gather_object([fault])), "")
+    if fault:
+        outputs.display.say(f"NOT SAVED at update {learner.state.step}: {fault}")
+    return fault
 
 
 def _log_limit(outputs: Outputs, clock: Clock, plan: Plan, num_done: int) -> None:

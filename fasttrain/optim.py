@@ -13,16 +13,20 @@ from fasttrain import config
 def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
     """SGD that decays the weights of convolutions and linear layers, not biases and BatchNorm.
 
-    The learning rate is set on every group before each update (`schedule.lr_at`).
+    The learning rate is set on every group before each update (`schedule.lr_at`). Momentum starts
+    from zeros: the fused SGD would otherwise go on from memory that a skipped first step never set.
     """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=optim.warmup_lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
     )
+    for parameter in parameters if optim.momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class WeightAverage:
@@ -43,52 +47,25 @@ class WeightAverage:
         return 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, weight: float | Tensor) -> None:
-        """Takes in the weights by their part `weight`; a 0-d tensor of it lies on the device."""
+    def update(self, model: nn.Module, weight: Tensor) -> None:
+        """Takes in the weights by their part `weight`, 0-d on the device."""
         average, given = _floats(self.module), _floats(model)
-        if isinstance(weight, Tensor):  # which lerp takes no single one of
-            difference = torch._foreach_sub(given, average)
-            torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(average, difference)
-        else:
-            torch._foreach_lerp_(average, given, weight)
+        # lerp takes no single tensor of a weight.
+        difference = torch._foreach_sub(given, average)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(average, difference)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
     return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
 
-class BatchNormAverage:
-    """Averages BatchNorm's running statistics over the processes: one small all-reduce a step.
-
-    DistributedDataParallel would let each process evaluate its own, or hand round those of rank 0.
-    Doing it every step keeps the run a function of the step alone: nothing depends on when it was
-    evaluated or saved. The statistics become views of one flat tensor, so nothing is packed.
-    """
-
-    def __init__(self, model: nn.Module, world_size: int) -> None:
-        self.world_size = world_size
-        if world_size == 1:
-            return
-        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        buffers = [(layer, name) for layer in layers for name in ("running_mean", "running_var")]
-        tensors = [getattr(layer, name) for layer, name in buffers]
-        self.flat = torch.cat(tensors)
-        views = self.flat.split([len(t) for t in tensors])
-        for (layer, name), view in zip(buffers, views, strict=True):
-            setattr(layer, name, view)
-
-    def update(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(self.flat)
-            self.flat /= self.world_size
-
-
 @dataclass(slots=True)
 class TrainState:
     """The counters of a run; `step` is the whole state of its data."""
 
-    step: int = 0  # updates done
+    step: int = 0  # updates done, or skipped
+    skipped_steps: int = 0  # as their loss or gradient was not finite
     loss_sum: float = 0.0  # over the images since the last train line
     loss_images: int = 0
     last_eval: dict[str, Any] = field(default_factory=dict)  # the record of the last evaluation

@@ -4,13 +4,24 @@
     environment.json        one entry per start: versions, hardware, commit, command
     metrics.jsonl           one line per event: train, eval, done
     samples-rank0.jsonl     with log.samples: what each update of that process was fed
+    skipped_step_....json   the first of updates whose loss was not finite, with its samples
     checkpoints/            step_00012512/ and so on
     DONE                    the closing event; written last
+    lock                    held by the process that trains here
+    stop                    made by a user, asks the run to save and stop
+    before-20261124T1530/   what `checkpoint.resume` has put out of the way
 
 `step` in a line is the 0-based index of the last update that it speaks of.
 """
 
+import contextlib
+import fcntl
 import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +33,10 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 DONE = "DONE"
+LOCK = "lock"
+STOP = "stop"
+RESUME = ("auto", "force", "anew")
+LOCK_WAIT_S = 30.0  # for the process of a stopped job to leave
 
 
 def samples_file(rank: int) -> str:
@@ -33,15 +48,24 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
     """Whether the recipe may run in its folder; returns the closing event if it already has.
 
     Raises:
-        ConfigError: the folder holds a run of another recipe.
+        ConfigError: the folder holds a run of another recipe, or the checkpoint to go on from is
+            none.
     """
-    folder = run_dir(recipe)
+    folder, resume = run_dir(recipe), recipe.checkpoint.resume
+    if resume not in RESUME and not Path(resume).is_dir():
+        raise config.ConfigError(
+            f'[checkpoint] resume = "{resume}": there is no such checkpoint; must be '
+            f"{', '.join(RESUME)}, or the folder of a checkpoint"
+        )
+    if resume != "auto":
+        return None
     if (folder / RECIPE).exists():
         changed = config.differences(config.load(folder / RECIPE), recipe)
         if changed:
             raise config.ConfigError(
                 "\n  ".join([f"{folder} holds a run of another recipe:", *changed])
-                + "\nuse the old values, or another folder with --set log.run_dir=..."
+                + "\nuse the old values, or another folder with --set log.run_dir=..., or go on "
+                "regardless with --set checkpoint.resume=force"
             )
     if not (folder / DONE).exists():
         return None
@@ -56,16 +80,78 @@ def run_dir(recipe: Recipe) -> Path:
     return recipe.log.run_dir
 
 
-def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Creates the folder, or notes another start in it. For one process of the run."""
+@contextlib.contextmanager
+def locked(recipe: Recipe) -> Iterator[None]:
+    """Makes the folder and takes it for this process. For one process of the run.
+
+    Raises:
+        ConfigError: another run has it, or the folder cannot be written.
+    """
     folder = run_dir(recipe)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    (folder / DONE).unlink(missing_ok=True)
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise config.ConfigError(
+            f'[log] run_dir = "{folder}": cannot be written ({error.strerror}); choose another '
+            "with --set log.run_dir=..."
+        ) from None
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+            raise config.ConfigError(
+                f"{folder} is in use by {holder or 'another process'}; wait for it, stop it, or "
+                "choose another folder with --set log.run_dir=..."
+            ) from None
+        except OSError:  # a file system without locks
+            break
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        break
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
+    """Notes a start in the folder, and clears the way for it. For one process of the run."""
+    folder, resume = run_dir(recipe), recipe.checkpoint.resume
+    if resume not in ("auto", "force"):
+        _put_aside(folder, None if resume == "anew" else Path(resume))
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    for name in (DONE, STOP):
+        (folder / name).unlink(missing_ok=True)
+    lasting = recipe.checkpoint.model_copy(update={"resume": "auto"})
+    recipe = recipe.model_copy(update={"checkpoint": lasting})
     write_text(folder / RECIPE, config.dumps(recipe))
     starts = []
     if (folder / ENVIRONMENT).exists():
         starts = json.loads((folder / ENVIRONMENT).read_text())
     write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
+
+
+def _put_aside(folder: Path, named: Path | None) -> None:
+    """Moves what an earlier run left; of a checkpoint's own run, only what came after it."""
+    aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S}"
+    aside.mkdir()
+    if named and named.resolve().parent == (folder / CHECKPOINTS).resolve():
+        (aside / CHECKPOINTS).mkdir()
+        for path in (folder / CHECKPOINTS).iterdir():
+            if path.name > named.name:
+                path.rename(aside / CHECKPOINTS / path.name)
+        for path in folder.glob("*.jsonl"):  # whose later lines are cut
+            shutil.copy(path, aside)
+        return
+    for path in folder.iterdir():
+        if path.name != LOCK and not path.name.startswith("before-"):
+            path.rename(aside / path.name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,28 +161,46 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def cut_lines(folder: Path, first_step: int) -> None:
-    """Drops all lines at or past `first_step`, of every process: they will be written again."""
+def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:
+    """Drops all lines at or past `first_step`, of every process, and of evaluations those after
+    `last_eval`: they will be written again."""
     for path in [folder / METRICS, *folder.glob("samples-rank*.jsonl")]:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _before(line, first_step)]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _before(line, first_step, last_eval)]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _before(line: str, first_step: int) -> bool:
+def _before(line: str, first_step: int, last_eval: int) -> bool:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:  # half a line, from a process that was killed
+        return False
+    if record["event"] == "eval" and record["step"] > last_eval:
         return False
     return bool(record["event"] != "done" and record["step"] < first_step)
 
 
 class JsonLines:
-    """Appends records to a file, each a line that other programs see at once."""
+    """Appends records to a file, each a line that other programs see at once.
+
+    What a full disk refuses is kept and written with the next line: no line is lost or cut in two.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.rest = b""
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self.rest += json.dumps(record).encode() + b"\n"
+        with contextlib.suppress(OSError):  # `flush` tells
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            OSError: the file system refused.
+        """
+        while self.rest:
+            self.rest = self.rest[os.write(self.file, self.rest) :]

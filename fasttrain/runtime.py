@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import platform
 import resource
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +25,9 @@ from accelerate import Accelerator
 from torch import distributed
 
 from fasttrain import config, forecast, rng
+
+STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
+ORPHAN_S = 45  # that a process has to save and end once its launcher is gone
 
 
 class LaunchError(config.Fault, RuntimeError):
@@ -55,6 +61,7 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     _follow_launcher(environ)
+    faulthandler.enable()  # a mapped tar that lost its bytes means SIGBUS
     raise_file_limit()
     keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
@@ -62,7 +69,10 @@ def start(
     torch.set_num_threads(cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not train.deterministic
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":
@@ -99,13 +109,19 @@ def has_gpu(environ: Mapping[str, str]) -> bool:
     return not on_cpu and torch.cuda.device_count() > 0
 
 
-def check_device(train: config.Train, environ: Mapping[str, str]) -> None:
+def check_device(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
     """Whether this machine can train as the recipe asks; asks without touching a GPU.
 
     Raises:
         LaunchError: it cannot.
     """
+    train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
+        if train.deterministic and decode.startswith("gpu"):
+            raise LaunchError(
+                "[train] deterministic = true: decoding on a GPU is not known to repeat; use "
+                f"[data] decode = cpu or auto instead of {decode}"
+            )
         return
     if train.precision == "fp16":
         raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
@@ -119,10 +135,21 @@ def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
 
 
 def _follow_launcher(environ: Mapping[str, str]) -> None:
-    """Asks the kernel for SIGTERM when `accelerate launch` ends: it does not pass signals on."""
-    if "ACCELERATE_MIXED_PRECISION" in environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    """Ends with `accelerate launch`, which does not pass signals on: by the kernel's SIGTERM, and
+    where that is not heard, say in an exchange that never ends, a little later for good."""
+    if "ACCELERATE_MIXED_PRECISION" not in environ:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(ORPHAN_S)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def keep_memory() -> None:
@@ -158,32 +185,45 @@ def keep_compiled() -> None:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: all processes agree at a step boundary; a second Ctrl-C leaves at once."""
+    """SIGTERM, SIGINT, SIGUSR1 or a file: all processes agree at the next step. Before the first,
+    where there is nothing to save, a signal ends the process; as does a second Ctrl-C."""
 
-    def __init__(self, world_size: int) -> None:
-        self.signal = 0  # that this process received
-        self.decision = 0  # that all agreed on
+    def __init__(self, world_size: int, file: Path) -> None:
+        self.file = file  # that asks to stop
+        self.file_seen_at = 0.0  # when it was last looked for
+        self.received = 0  # the exit status that this process was asked for
+        self.decision = 0  # and that all agreed on
+        self.training = False
         self.group: Any = distributed.new_group(backend="gloo") if world_size > 1 else None
         self.pending: tuple[torch.Tensor, Any] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+        status = 128 + number
+        if not self.training or (number == signal.SIGINT and self.received == status):
+            sys.stderr.write(f"stopped by {signal.Signals(number).name}, without saving\n")
+            sys.stderr.flush()
+            os._exit(status)
+        self.received = status
 
     def agreed(self) -> int:
-        """The signal that all processes agreed to stop for, or 0; call it once a step.
+        """The exit status that all processes agreed to stop with, or 0; call it once a step.
 
         Over several processes it is known one step later: the exchange runs on the CPU beside the
         step, and nothing waits for the device.
         """
+        self.training = True
+        now = time.monotonic()
+        if now - self.file_seen_at > 1:  # not to trouble a shared file system
+            self.file_seen_at = now
+            if self.file.exists():
+                self.received = self.received or STOP_FILE_STATUS
         if self.group is None:
-            self.decision = self.signal
+            self.decision = self.received
             return self.decision
         previous = self.pending
-        flag = torch.tensor([self.signal])
+        flag = torch.tensor([self.received])
         work = distributed.all_reduce(
             flag, distributed.ReduceOp.MAX, group=self.group, async_op=True
         )

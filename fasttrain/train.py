@@ -5,6 +5,7 @@
 What is wrong with the recipe, the data or the run folder is found before torch is imported.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fasttrain import config, forecast, run_folder, schedule, shards
+from fasttrain import config, forecast, run_folder, sampling, schedule, shards
 from fasttrain.config import Recipe
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
@@ -28,17 +29,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = config.load_or_exit(argv)
     started = False
     try:
+        is_main = os.environ.get("RANK", "0") == "0"
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # or it would lose what it did before
+            again = recipe.checkpoint.model_copy(update={"resume": "auto"})
+            recipe = recipe.model_copy(update={"checkpoint": again})
         done = run_folder.check(recipe)
         if done:
-            if os.environ.get("RANK", "0") == "0":
+            if is_main:
                 folder = run_folder.run_dir(recipe)
                 sys.stdout.write(f"{folder} is done, nothing to do\n{json.dumps(done)}\n")
             return
         train_set, val_set = open_data(recipe.data)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         plan = schedule.make_plan(recipe.train, recipe.optim, train_set.num_samples, world_size)
-        started = True
-        train(recipe, plan, train_set, val_set)
+        with run_folder.locked(recipe) if is_main else contextlib.nullcontext():
+            started = True
+            train(recipe, plan, train_set, val_set)
     except config.Fault as fault:
         config.stop(str(fault), everywhere=started)  # up to there all processes say the same
 
@@ -69,7 +75,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
-    runtime.check_device(recipe.train, os.environ)
+    runtime.check_device(recipe, os.environ)
+    if recipe.train.deterministic and recipe.data.decode == "auto":
+        repeats = recipe.data.model_copy(update={"decode": "cpu"})
+        recipe = recipe.model_copy(update={"data": repeats})
     # Before anything touches the GPU, as it tries decoders that may crash.
     threads = runtime.data_threads(recipe.data, os.environ)
     chosen, why_decode = decoding.choose(
@@ -82,6 +91,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
     input_settings = recipe.data.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
+    stop = runtime.StopRequest(process.world_size, folder / run_folder.STOP)
     if accelerator.is_main_process:
         run_folder.begin(recipe, runtime.environment(process))
     accelerator.wait_for_everyone()
@@ -91,7 +101,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     root = folder / run_folder.CHECKPOINTS
     kind = runtime.device_name(process.device)
     newest, before = None, None
-    if accelerator.is_main_process and (newest := checkpoint.newest_good(root, view.say)):
+    if accelerator.is_main_process and (newest := checkpoint.choose(root, recipe, view.say)):
         before = checkpoint.read_state(newest).get("execution", {}).get(kind)
     newest, before = broadcast_object_list([newest, before])
     num_classes = len(train_set.classes)
@@ -131,10 +141,12 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         "execution": {kind: mode},
     }
     if newest:
-        checkpoint.restore(newest, learner, about, view.say)
+        force = recipe.checkpoint.resume == "force"
+        checkpoint.restore(newest, learner, about, view.say, force)
         view.say(f"going on from {newest}")
+    state = learner.state
     if accelerator.is_main_process:
-        run_folder.cut_lines(folder, learner.state.step)
+        run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     accelerator.wait_for_everyone()
 
     # ---- go
@@ -144,14 +156,15 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         about=about,
         save_every_steps=recipe.checkpoint.every_steps,
         keep=recipe.checkpoint.keep,
+        max_failures=recipe.checkpoint.max_failures,
         log_every_steps=recipe.log.every_steps,
         display=view,
         metrics=JsonLines(folder / run_folder.METRICS) if accelerator.is_main_process else None,
         samples=JsonLines(samples) if recipe.log.samples else None,
         forecast=outlook,
+        keys_of=partial(_samples_of, train_set, recipe.data, plan),
     )
     updater = execution.build(mode, accelerator, learner, plan, recipe.train)
-    stop = runtime.StopRequest(process.world_size)
     with view:
         done = loop.fit(
             accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
@@ -159,14 +172,27 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         )  # fmt: skip
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
-    saved = checkpoint.find(root)[0]
+    saved = next(iter(checkpoint.find(root)), None)
     if done:
-        view.say(f"done: {saved / 'model.safetensors'}\n{json.dumps(done)}")
+        view.say(
+            f"done: {root / f'step_{state.step:08d}' / 'model.safetensors'}\n{json.dumps(done)}"
+        )
     else:
-        view.say(f"stopped and saved as {saved}; the same command goes on from there")
+        where = f"and saved as {saved}" if saved else "before the first update"
+        view.say(f"stopped {where}; the same command goes on from there")
+    if accelerator.is_main_process:
+        (folder / run_folder.STOP).unlink(missing_ok=True)
     accelerator.end_training()
     if not done:
-        raise SystemExit(128 + stop.decision)
+        raise SystemExit(stop.decision)
+
+
+def _samples_of(train_set: Split, data: config.Data, plan: Plan, step: int) -> list[str]:
+    """Where the samples of update `step` lie, of all processes."""
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    order = sampling.epoch_order(plan.seed, epoch, train_set, sampling.block_size(data))
+    first = place * plan.global_batch_size
+    return [train_set.describe(int(i)) for i in order[first : first + plan.global_batch_size]]
 
 
 def _forecast(

@@ -1,8 +1,14 @@
 """Checkpoints appear whole or not at all, and a damaged one is never loaded."""
 
+import errno
+import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +72,134 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_100000000", "step_00000012"]
 
 
-def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, learner(0, 4), ABOUT, keep=2)
-    second = learner(1, 4)
-    checkpoint.save(tmp_path, second, ABOUT, keep=2)
-    found = learner(2)
-    checkpoint.restore(tmp_path / "step_00000004", found, ABOUT, quiet)
-    assert same(second, found)
+def test_saving_the_same_step_again_replaces_a_damaged_one(tmp_path: Path) -> None:
+    saved = learner(0, 4)
+    folder = checkpoint.save(tmp_path, saved, ABOUT, keep=2)
+    before = (folder / "SHA256SUMS").stat().st_mtime_ns
+    checkpoint.save(tmp_path, saved, ABOUT, keep=2)
+    assert (folder / "SHA256SUMS").stat().st_mtime_ns == before
+    (folder / "training.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, saved, ABOUT, keep=2)
+    assert not checkpoint.faults_of(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_save_that_dies_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    first = learner(0, 4)
-    checkpoint.save(tmp_path, first, ABOUT, keep=2)
+CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "rmdir", "unlink", "scandir", "stat")
 
-    def die(*_: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), die)
-        with pytest.raises(OSError, match="No space left"):
-            checkpoint.save(tmp_path, learner(1, 8), ABOUT, keep=2)
-    assert checkpoint.newest_good(tmp_path, quiet) == tmp_path / "step_00000004"
-    checkpoint.save(tmp_path, learner(1, 8), ABOUT, keep=2)  # and what was left is cleared away
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000008"]
+def counted(at: int, act: Callable[[], object]) -> list[str]:
+    """Has `act` happen before the file-system call of that number; returns the calls so far.
+
+    A write that is hit has written half before.
+    """
+    calls: list[str] = []
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) - 1 == at:
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                act()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrap(name, getattr(os, name)))
+    return calls
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    """The exit status of a forked process that does some work."""
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            status = work()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_killed_at_any_file_system_call_of_a_save(tmp_path: Path) -> None:
+    """With everything that a save does: clearing up, writing, renaming, pruning."""
+    steps = (4, 8, 12, 16)
+    learners = {step: learner(seed, step) for seed, step in enumerate(steps)}
+    before = tmp_path / "before"
+    before.mkdir()
+    for step in steps[:3]:
+        checkpoint.save(before, learners[step], ABOUT, keep=3)
+    shutil.copytree(before / "step_00000004", before / "step_00000014.tmp")  # of an earlier kill
+    root, told = tmp_path / "checkpoints", tmp_path / "calls"
+
+    def save(at: int) -> int:
+        calls = counted(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        checkpoint.save(root, learners[16], ABOUT, keep=2)
+        told.write_text(" ".join(calls))
+        return 0
+
+    deaths = 0
+    for at in itertools.count():
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(before, root)
+        status = in_a_child(partial(save, at))
+        good = [path for path in checkpoint.find(root) if not checkpoint.faults_of(path)]
+        assert len(good) >= 2 and good == checkpoint.find(root), f"after {at} calls"
+        assert good[0].name in ("step_00000012", "step_00000016")
+        if deaths % 7 == 0 or not status:  # it goes on from there, whatever lies about
+            found = learner(9)
+            checkpoint.restore(good[0], found, ABOUT, quiet)
+            assert same(found, learners[int(good[0].name[5:])])
+            checkpoint.save(root, learners[16], ABOUT, keep=2)
+            names = ["step_00000012", "step_00000016"]
+            assert sorted(path.name for path in root.iterdir()) == names
+        if not status:
+            break
+        assert status == -signal.SIGKILL
+        deaths += 1
+    calls = told.read_text().split()
+    assert deaths == len(calls) > 60 and {"write", "fsync", "rename", "rmdir"} <= set(calls)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_call_of_a_save_that_fails_leaves_what_was(tmp_path: Path, code: int) -> None:
+    saved, root = learner(0, 8), tmp_path / "checkpoints"
+    root.mkdir()
+    checkpoint.save(root, learner(1, 4), ABOUT, keep=2)
+
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    def save(at: int) -> int:
+        calls = counted(at, fail)
+        try:
+            checkpoint.save(root, saved, ABOUT, keep=2)
+        except OSError as error:
+            return 1 if error.errno == code else 99
+        return 2 if len(calls) > at else 0
+
+    for at in itertools.count(step=3):
+        status = in_a_child(partial(save, at))
+        assert status in (0, 1, 2)
+        good = [path for path in checkpoint.find(root) if not checkpoint.faults_of(path)]
+        assert good == checkpoint.find(root) and (root / "step_00000004") in good
+        assert status != 2 or good[0].name == "step_00000008"
+        if not status:
+            break
+        shutil.rmtree(root / "step_00000008", ignore_errors=True)
+
+
+def test_damaged_ones_do_not_count_in_pruning(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        checkpoint.save(tmp_path, learner(step=step), ABOUT, keep=3)
+    (tmp_path / "step_00000008" / "model.safetensors").unlink()
+    checkpoint.save(tmp_path, learner(step=16), ABOUT, keep=3)
+    names = [path.name for path in checkpoint.find(tmp_path)]
+    assert names == ["step_00000016", "step_00000012", "step_00000008", "step_00000004"]
+    checkpoint.save(tmp_path, learner(step=20), ABOUT, keep=3)
+    names = [path.name for path in checkpoint.find(tmp_path)]
+    assert names == ["step_00000020", "step_00000016", "step_00000012"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "SHA256SUMS"])
@@ -132,10 +239,17 @@ def test_none_at_all_starts_anew(tmp_path: Path) -> None:
 
 def test_other_data_and_threads(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
-    with pytest.raises(CheckpointError, match="was trained on other data: the val index at shards"):
-        other = ABOUT | {"data": {"train": "1", "val": "3"}}
+    other = ABOUT | {"data": {"train": "1", "val": "3"}}
+    with pytest.raises(CheckpointError, match="the val index at shards is not the one it saw"):
         checkpoint.restore(folder, learner(), other, quiet)
+    changed = ABOUT | {"recipe": {"train": {"seed": 1, "global_batch_size": 512}}}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.restore(folder, learner(), changed, quiet)
+    assert "train.global_batch_size: 1024 -> 512\n  train.seed: 0 -> 1" in str(error.value)
+    assert "--set checkpoint.resume=force" in str(error.value)
     warnings: list[str] = []
+    checkpoint.restore(folder, learner(), other | changed, warnings.append, force=True)
+    assert "was made otherwise" in warnings.pop() and not warnings
     checkpoint.restore(folder, learner(), ABOUT | {"cpu_threads": 4}, warnings.append)
     assert "saved with 1 CPU threads, going on with 4" in warnings[0]
 

@@ -82,8 +82,8 @@ def carry_out(
             images, labels = (t.to(accelerator.device) for t in next(given))
             updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
         updater.update(0.02 + 0.001 * step)
-        losses.append(float(updater.loss_sum) / plan.micro_batch_size / plan.accumulation)
-        updater.loss_sum.zero_()
+        losses.append(float(updater.guard.loss_sum) / plan.micro_batch_size / plan.accumulation)
+        updater.guard.loss_sum.zero_()
     return losses, learner
 
 

@@ -14,7 +14,7 @@ ROWS = (
     {"train"},
     {"loop", "decoding"},
     {"checkpoint", "execution"},
-    {"data", "display", "metrics", "mixing", "optim", "runtime", "model"},
+    {"data", "display", "guard", "metrics", "mixing", "optim", "runtime", "model"},
     {"reading", "resize"},
     {"augment", "digits", "depthwise", "run_folder", "forecast"},
     {"sampling"},

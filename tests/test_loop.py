@@ -1,6 +1,8 @@
 """The loop on lists of batches: no files, no DALI pipeline."""
 
+import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,22 +46,25 @@ def run_fit(
     label_smoothing: float = 0.0,
     ema: bool = False,
     mix: Mix | None = None,
+    max_skipped_steps: int = 0,
+    **reports: int,
 ) -> tuple[Learner, dict | None]:
     accelerator = Accelerator(cpu=True)
     recipe = Recipe(
         optim=optim or Optim(ema_decay=0.9 if ema else 0.0),
-        train=Train(label_smoothing=label_smoothing, precision="no"),
+        train=Train(
+            label_smoothing=label_smoothing, precision="no", max_skipped_steps=max_skipped_steps
+        ),
     )
     learner = execution.prepare("eager", accelerator, model, recipe, plan)
     updater = execution.build("eager", accelerator, learner, plan, recipe.train)
     outputs = Outputs(
         checkpoints=folder,
         about={},
-        save_every_steps=1000,
-        keep=2,
-        log_every_steps=1,
         display=TrainDisplay(plan, enabled=False),
         metrics=JsonLines(folder / "metrics.jsonl"),
+        keys_of=lambda step: [f"sample of update {step}"],
+        **{"save_every_steps": 1000, "keep": 2, "log_every_steps": 1} | reports,
     )
 
     def repeat(step: int) -> Iterator[Batch]:
@@ -158,7 +163,7 @@ def test_lines_say_what_was_done(tmp_path: Path) -> None:
 
 
 def test_stopping_saves(tmp_path: Path) -> None:
-    asked = iter([0, 0, 15])
+    asked = iter([0, 0, 0, 15])
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
     torch.manual_seed(0)
     _, done = run_fit(
@@ -173,9 +178,116 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     batches = random_batches(4, 8)
     batches[2].images.fill_(math.inf)
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
-    with pytest.raises(loop.NonFiniteLoss, match="the loss up to update 2 is nan"):
-        run_fit(mobilenetv3_small(0.35, num_classes=4), batches, plan, tmp_path)
-    assert checkpoint.find(tmp_path) == []
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(loop.NonFiniteLoss, match="update 2 has loss nan and gradient norm nan"):
+        run_fit(mobilenetv3_small(0.35, num_classes=4), batches, plan, folder)
+    assert checkpoint.find(folder) == []
+    (record,) = lines(folder / "metrics.jsonl", "skipped")
+    assert (record["step"], record["number"], record["loss"]) == (2, 1, ["nan"])
+    told = json.loads((tmp_path / "skipped_step_00000002.json").read_text())
+    assert told["samples"] == ["sample of update 2"] and told["lr"] == lr_at(2, plan)
+    assert 0 < told["weight_norm"] < math.inf
+
+
+def test_bad_updates_are_skipped_and_counted(tmp_path: Path) -> None:
+    batches = random_batches(4, 8)
+    batches[2].images.fill_(math.inf)
+    plan = make_plan(Train(epochs=2, global_batch_size=8), Optim(), 32, 1)
+    torch.manual_seed(0)
+    model = mobilenetv3_small(0.35, num_classes=4)
+    learner, done = run_fit(model, batches, plan, tmp_path, max_skipped_steps=2, log_every_steps=2)
+    assert done and done["skipped_steps"] == learner.state.skipped_steps == 2
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl", "skipped")] == [2, 6]
+    losses = [line["loss"] for line in lines(tmp_path / "metrics.jsonl", "train")]
+    assert len(losses) == 4 and all(0.5 < loss < 3 for loss in losses)
+    assert all(value.isfinite().all() for value in learner.module.state_dict().values())
+
+
+@pytest.mark.parametrize("number", [28, 30, 122])  # no space, read-only, quota
+def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Fails twice and is mended; then fails until it must stop."""
+    failing = {4, 6, 10, 12, 14}
+    real, tried = checkpoint._write, []
+
+    def write(path: Path, data: bytes) -> None:
+        step = int(path.parent.name[5:13])
+        if step in failing:
+            if step not in tried:
+                tried.append(step)
+            raise OSError(number, os.strerror(number))
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
+    with pytest.raises(loop.Unsaved, match="that was saved is that of update 8;") as error:
+        run_fit(
+            mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, tmp_path,
+            save_every_steps=2, max_failures=3,
+        )  # fmt: skip
+    assert os.strerror(number) in str(error.value)
+    assert tried == [4, 6, 10, 12, 14]
+    assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000008", "step_00000002"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_folder_that_vanishes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    asked = iter(range(100))
+
+    def vanish() -> int:
+        if next(asked) == 5:
+            folder.rename(tmp_path / "elsewhere")
+        return 0
+
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
+    with pytest.raises(loop.Unsaved, match="No such file or directory"):
+        run_fit(
+            mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, folder,
+            stop_requested=vanish, save_every_steps=2, max_failures=2,
+        )  # fmt: skip
+    assert [p.name for p in checkpoint.find(tmp_path / "elsewhere")] == ["step_00000002"]
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, real, room = JsonLines(tmp_path / "x.jsonl"), os.write, 20
+
+    def write(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(28, "No space left on device")
+        done = real(descriptor, data[:room])
+        room -= done
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        for step in range(5):
+            file.write({"event": "train", "step": step})
+        with pytest.raises(OSError, match="No space"):
+            file.flush()
+    assert (tmp_path / "x.jsonl").stat().st_size == 20
+    file.write({"event": "train", "step": 5})
+    assert [line["step"] for line in lines(tmp_path / "x.jsonl")] == list(range(6))
+
+
+def test_an_evaluation_is_cut_short(tmp_path: Path) -> None:
+    """And is made up for before anything else when the run goes on."""
+    asked = iter([0, 0, 0, 0, 0, 0, 75])
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
+    torch.manual_seed(0)
+    learner, done = run_fit(
+        mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, tmp_path,
+        evaluate_on=random_batches(4, 8), stop_requested=lambda: next(asked),
+    )  # fmt: skip
+    assert done is None and learner.module.training
+    assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000004"]
+    assert not lines(tmp_path / "metrics.jsonl", "eval") and not learner.state.last_eval
 
 
 def test_evaluation_must_see_every_image() -> None:

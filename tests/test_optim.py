@@ -1,7 +1,5 @@
 """Parameter groups, the moving average, and the averaging of BatchNorm's statistics."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasttrain.config import Optim
 from fasttrain.model import mobilenetv3_small
-from fasttrain.optim import BatchNormAverage, WeightAverage, build_optimizer
+from fasttrain.optim import WeightAverage, build_optimizer
 
 
 def test_each_parameter_is_in_one_group_and_only_weights_decay() -> None:
@@ -60,7 +58,7 @@ def test_moving_average_equals_torchs() -> None:
             model(torch.randn(2, 3, 32, 32))
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        ours.update(model, ours.weight(number))
+        ours.update(model, torch.tensor(ours.weight(number)))
         reference.update_parameters(model)
     expected = reference.module.state_dict()
     for name, found in ours.module.state_dict().items():
@@ -74,22 +72,5 @@ def test_decay_grows() -> None:
     with torch.no_grad():
         average.module.weight.zero_()  # type: ignore[operator, union-attr]
         model.weight.fill_(1.0)
-    average.update(model, average.weight(1))
+    average.update(model, torch.tensor(average.weight(1)))
     assert average.module.weight.item() == pytest.approx(1 - 2 / 11)  # type: ignore[operator]
-
-
-def test_statistics_become_views_that_batch_norm_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = mobilenetv3_small(0.35, num_classes=4).train()
-    alone = copy.deepcopy(model)
-    averaged = BatchNormAverage(model, world_size=2)
-    # Another process with the same statistics: their average is unchanged.
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))
-    images = torch.randn(4, 3, 32, 32)
-    for network in (model, alone):
-        network(images)
-    averaged.update()
-    for name, found in model.state_dict().items():
-        assert torch.equal(found, alone.state_dict()[name])
-    averaged.flat.fill_(3.0)
-    assert all(m.running_var.eq(3).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))

@@ -165,8 +165,8 @@ def fasttrain_update(job: StepJob) -> Update:
         runtime.seed_torch(0, Stream.TORCH, learner.state.step, 0)
         updater.micro(images, labels, is_last=True)
         updater.update(0.1)
-        loss = updater.loss_sum / job.batch
-        updater.loss_sum.zero_()
+        loss = updater.guard.loss_sum / job.batch
+        updater.guard.loss_sum.zero_()
         return loss
 
     return update
