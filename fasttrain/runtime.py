@@ -61,7 +61,7 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     _follow_launcher(environ)
-    faulthandler.enable()  # a mapped tar that lost its bytes means SIGBUS
+    faulthandler.enable(sys.__stderr__)  # a mapped tar that lost its bytes means SIGBUS
     raise_file_limit()
     keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from conftest import REPO, TIMEOUT_S, environment, lines, run
 from safetensors.torch import load_file
 
-from fasttrain import checkpoint, config, runtime, train
+from fasttrain import checkpoint, config, run_folder, runtime, sampling, shards, train
 from fasttrain.model import mobilenetv3_small
+from fasttrain.schedule import make_plan
 
 sys.path.insert(0, str(REPO / "tools"))
 import evaluate
@@ -193,6 +195,12 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_equal(
     assert_same_result(straight, killed)
 
 
+def num_updates(folder: Path) -> int:
+    """Of a run that logs each."""
+    path = folder / "metrics.jsonl"
+    return len(lines(path, "train")) if path.exists() else 0
+
+
 def newest_step(folder: Path) -> int:
     return max((int(p.name[5:]) for p in checkpoint.find(folder / "checkpoints")), default=0)
 
@@ -288,6 +296,157 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert_same_result(folder, tmp_path / "b")
 
 
+def test_a_file_and_a_signal_stop_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The file by a status that says "try again"; SIGUSR1 as SLURM sends it before the limit."""
+    recipe = tiny(
+        train={"epochs": 60, "eval_every_epochs": 60},
+        checkpoint={"every_steps": 1000},
+        log={"every_steps": 1},
+    )
+    folder = tmp_path / "run"
+    for number, (status, stop) in enumerate(
+        [
+            (75, lambda pid: (folder / "stop").touch()),
+            (128 + signal.SIGUSR1, lambda pid: os.kill(pid, signal.SIGUSR1)),
+        ]
+    ):
+        trainer = subprocess.Popen(
+            [sys.executable, "fasttrain/train.py", recipe],
+            cwd=REPO,
+            env=environment(ACCELERATE_USE_CPU="1"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        some = num_updates(folder) + 5
+        wait_until(lambda some=some: num_updates(folder) > some, "a few updates")
+        stop(trainer.pid)
+        output = trainer.communicate()[0]
+        assert trainer.returncode == status
+        saved = checkpoint.find(folder / "checkpoints")
+        assert len(saved) == number + 1 and f"stopped and saved as {saved[0]}" in output
+        assert not (folder / "stop").exists() and not (folder / "DONE").exists()
+
+
+def test_before_the_first_update_a_signal_ends_it_at_once(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from fasttrain import runtime
+stop = runtime.StopRequest(1, Path("stop"))
+if "training" in sys.argv:
+    assert stop.agreed() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed() == 143
+    os.kill(os.getpid(), signal.SIGINT)  # the first of them
+    assert stop.agreed() == 130
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    for words in ([], ["training"]):
+        ended = run([sys.executable, "-c", program, *words], code=130)
+        assert ended.stderr == "stopped by SIGINT, without saving\n"
+
+
+def test_a_folder_in_use_is_refused(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny()
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.3)
+    with run_folder.locked(config.load(path)), pytest.raises(SystemExit):
+        train.main([str(path)])
+    assert f"is in use by process {os.getpid()} on {os.uname().nodename}" in capsys.readouterr().err
+
+
+def test_another_start_is_forced_anew_or_named(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, folder = str(tiny(train={"max_steps": 6}, checkpoint={"keep": 9})), tmp_path / "run"
+    root = folder / "checkpoints"
+
+    def go(*settings: str, code: int | None = None) -> str:
+        words = [word for setting in settings for word in ("--set", setting)]
+        if code is None:
+            train.main([recipe, *words])
+        else:
+            with pytest.raises(SystemExit) as status:
+                train.main([recipe, *words])
+            assert status.value.code == code
+        return "".join(capsys.readouterr())
+
+    def steps() -> list[int]:
+        return [line["step"] for line in lines(folder / "metrics.jsonl", "train")]
+
+    go()
+    assert steps() == [2, 5]
+    output = go("train.seed=1", "train.max_steps=9", code=2)
+    assert "train.seed: 0 -> 1" in output and "--set checkpoint.resume=force" in output
+    output = go("train.seed=1", "train.max_steps=9", "checkpoint.resume=force")
+    assert "WARNING" in output and "train.seed: 0 -> 1" in output
+    assert f"going on from {root / 'step_00000006'}" in output and steps() == [2, 5, 8]
+    assert config.load(folder / "recipe.toml").checkpoint.resume == "auto"
+
+    named = root / "step_00000004"
+    output = go("train.max_steps=9", f"checkpoint.resume={named}")  # of the first recipe
+    assert f"going on from {named}" in output and steps() == [2, 5, 8]
+    (aside,) = folder.glob("before-*")
+    assert {p.name for p in (aside / "checkpoints").iterdir()} >= {"step_00000009"}
+    assert len(lines(aside / "metrics.jsonl", "train")) == 3
+
+    output = go("train.max_steps=3", "train.seed=2", "checkpoint.resume=anew")
+    assert "going on" not in output and steps() == [2]
+    assert [p.name for p in checkpoint.find(root)] == ["step_00000003"]
+    assert len([*folder.glob("before-*")]) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # as the same command when it is requeued
+    output = go("train.max_steps=5", "train.seed=2", "checkpoint.resume=anew")
+    assert f"going on from {root / 'step_00000003'}" in output
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+
+    output = go("checkpoint.resume=/nowhere", code=2)
+    assert 'resume = "/nowhere": there is no such checkpoint; must be auto, force, anew' in output
+    (root / "step_00000005" / "training.pt").unlink()
+    output = go(f"checkpoint.resume={root / 'step_00000005'}", code=2)
+    assert "training.pt: No such file or directory" in output
+
+
+def test_a_process_that_dies_takes_the_others_along(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Within a minute, and its own traceback is the message."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "from fasttrain import loop, train\n"
+        "real = loop._update\n"
+        "def update(accelerator, learner, *rest):\n"
+        "    if learner.state.step == 3 and os.environ['RANK'] == '1':\n"
+        "        raise ZeroDivisionError('of rank 1')\n"
+        "    return real(accelerator, learner, *rest)\n"
+        "loop._update = update\n"
+        "train.main()\n"
+    )
+    launched = subprocess.Popen(
+        [*MULTI, program, tiny()],
+        cwd=REPO,
+        env=environment(ACCELERATE_USE_CPU="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(children_of(launched.pid)) == 2, "both processes")
+    workers = children_of(launched.pid)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and lines(metrics, "train"), "update 3")
+    begun = time.monotonic()
+    errors = launched.communicate(timeout=TIMEOUT_S)[1]
+    assert launched.returncode and time.monotonic() - begun < 60
+    assert "ZeroDivisionError: of rank 1" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
 def test_two_processes_see_the_global_batches_of_one(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -314,6 +473,79 @@ def test_two_processes_see_the_global_batches_of_one(
             torch.testing.assert_close(tensor, b[name], rtol=2e-3, atol=2e-4, msg=name)
     losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in folders.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def launch(world: int) -> list[str]:
+    if world == 1:
+        return ["accelerate", "launch"]
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(world)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_global_batches_are_the_same_on_any_number_of_processes(
+    tiny: Callable[..., Path], tmp_path: Path, world: int
+) -> None:
+    """In real runs, for every accumulation that fits, as each process has logged."""
+    batch = 24
+    per_process = batch // world
+    for micro in (n for n in range(1, per_process + 1) if per_process % n == 0):
+        train_table = {"global_batch_size": batch, "micro_batch_size": micro, "max_steps": 2}
+        folder = tmp_path / f"{micro}"
+        recipe = tiny(
+            train=train_table, log={"samples": True, "run_dir": str(folder)}, optim={"lr": 0.01}
+        )
+        port = ["--main_process_port", "0"] if world > 1 else []
+        run([*launch(world), *port, "fasttrain/train.py", recipe], ACCELERATE_USE_CPU="1")
+        given = config.load(recipe)
+        split = shards.open_split(given.data.root, "train")
+        plan = make_plan(given.train, given.optim, split.num_samples, 1)
+        ranks = [lines(folder / f"samples-rank{rank}.jsonl") for rank in range(world)]
+        for step in range(2):
+            whole = (
+                plan if micro == batch else replace(plan, micro_batch_size=batch, accumulation=1)
+            )
+            expected = sampling.train_draw(split, given.data, whole, step, 0, 0)
+            for name, values in zip(("ids", "windows", "flips"), expected[:3], strict=True):
+                found: list[Any] = []
+                for group in range(batch // micro):  # micro-batches, dealt in turn
+                    first = group // world * micro
+                    found += ranks[group % world][step][name][first : first + micro]
+                assert found == values.tolist()
+
+
+@pytest.mark.slow
+def test_begun_on_four_processes_and_continued_on_two_and_three(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the middle of an epoch, asked to stop by a file; each image is seen exactly once."""
+    folder = tmp_path / "run"
+    recipe = tiny(
+        train={"global_batch_size": 12, "epochs": 40, "eval_every_epochs": 7},
+        log={"samples": True, "every_steps": 1},
+    )
+    for world in (4, 2, 3):
+        command = [*launch(world), *(["--main_process_port", "0"] if world > 1 else [])]
+        launched = subprocess.Popen(
+            [*command, "fasttrain/train.py", recipe],
+            cwd=REPO,
+            env=environment(ACCELERATE_USE_CPU="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if world != 3:
+            some = num_updates(folder) + 4
+            wait_until(lambda some=some: num_updates(folder) >= some, f"update {some}")
+            (folder / "stop").touch()
+        output = launched.communicate(timeout=TIMEOUT_S)[0]
+        assert (launched.returncode == 0) == (world == 3), output
+        assert world == 4 or "going on from" in output
+    records = [r for path in folder.glob("samples-*.jsonl") for r in lines(path)]
+    assert len({r["step"] for r in records}) == 120
+    for epoch in range(40):
+        ids = [i for r in records if r["step"] // 3 == epoch for i in r["ids"]]
+        assert len(ids) == 36 and len(set(ids)) == 36
 
 
 def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
