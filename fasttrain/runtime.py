@@ -73,6 +73,7 @@ def start(
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs, and hides nothing
     seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":
