@@ -280,12 +280,14 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
 def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int) -> None:
     recipe = recipe_for(micro_batch_size=micro)
     plan = plan_for(recipe)
-    batches = batches_for(plan, 20, sizes=(32, 48))
     accelerator = Accelerator(mixed_precision="no")
-    expected, eager = carry_out("eager", recipe, plan, batches, None, accelerator)
-    found, other = carry_out(mode, recipe, plan, batches, None, accelerator, record=True)
-    assert found == pytest.approx(expected, rel=1e-2)
-    assert_same(other, eager, rtol=1e-2, atol=1e-2)
+    for updates, rel in ((5, 1e-3), (20, 1e-2)):  # weights: see the compiled network above
+        batches = batches_for(plan, updates, sizes=(32, 48))
+        expected, eager = carry_out("eager", recipe, plan, batches, None, accelerator)
+        found, other = carry_out(mode, recipe, plan, batches, None, accelerator, record=True)
+        assert found == pytest.approx(expected, rel=rel)
+        if updates == 5:
+            assert_same(other, eager, rtol=1e-2, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
