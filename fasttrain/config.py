@@ -113,6 +113,14 @@ class Data(Section):
     before the run, each in a process of its own, and takes the fastest that works."""
     hw_decoder_load: Fraction = 0.65
     """Part of a batch given to the GPU's JPEG decoder, where it has one; its cores do the rest."""
+    verify: Literal["off", "first_epoch", "always"] = "off"
+    """Compare the crc32 of each image's bytes with the index before they are decoded: never, in
+    the run's first epoch and each process's first evaluation, or always."""
+    on_bad_sample: Literal["stop", "replace"] = "stop"
+    """What a damaged training image does: end the run, or be replaced by another one, always the
+    same. In an evaluation it ends the run."""
+    max_bad_samples: Positive = 100
+    """Images that each process may replace, and no more than half of all, before the run ends."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
     queue_depth: Positive = 2
@@ -278,6 +286,9 @@ MAY_CHANGE = frozenset(
         "data.read_threads",
         "data.decode",
         "data.hw_decoder_load",
+        "data.verify",
+        "data.on_bad_sample",
+        "data.max_bad_samples",
         "data.threads",
         "data.queue_depth",
         "train.execution",

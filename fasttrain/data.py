@@ -12,7 +12,9 @@ One thread per loader drives this and keeps a queue of finished batches; the tra
 takes from it.
 """
 
+import io
 import queue
+import sys
 import threading
 import time
 import zlib
@@ -26,11 +28,12 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU
+from PIL import Image
 from torch import Tensor
 
 from fasttrain import augment, config, sampling
 from fasttrain.forecast import Stages
-from fasttrain.reading import DataError, Feed
+from fasttrain.reading import BadSamples, DataError, Feed, remedy
 from fasttrain.resize import MEAN, STD, Pending, Resizer
 from fasttrain.sampling import Augment, Draw, Piece
 from fasttrain.schedule import Plan
@@ -160,6 +163,9 @@ class Loader:
 
     Each iteration starts at batch 0. Batches come in order; an error of the thread is raised where
     its batch would have come. `stages` adds up over all iterations.
+
+    Where `replace` is given, samples that turn out to be damaged are reported to it: if it returns,
+    the batches are made anew from the one that failed, by draws without them.
     """
 
     def __init__(
@@ -173,8 +179,13 @@ class Loader:
         batch_size: int,  # of the largest batch
         pieces_of: Callable[[int], Sequence[Piece]] | None = None,
         stages: Stages | None = None,
+        verify: Callable[[int, int], bool] = lambda number, passes: False,
+        replace: Callable[[BadSamples], None] | None = None,
     ) -> None:
+        """`verify` says whether checksums are compared in a batch, of the how manieth iteration."""
         self.split = split
+        self.passes = 0
+        self.replace = replace
         self.data = data
         self.place = place
         self.num_batches = num_batches
@@ -191,10 +202,12 @@ class Loader:
         )
         self.kind = "windows" if self.on_cpu else "train" if training else "val"
         self.open_feed = partial(
-            Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of
-        )
+            Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of,
+            lambda number: verify(number, self.passes),
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
+        self.passes += 1
         ready: queue.Queue[Batch | BaseException] = queue.Queue(self.data.queue_depth)
         closed = threading.Event()
         thread = threading.Thread(target=self._produce, args=(ready, closed), daemon=True)
@@ -221,13 +234,30 @@ class Loader:
                 except queue.Full:
                     continue
 
-        feed = self.open_feed()
+        done = 0
         try:
             if self.place.device.type == "cuda":
                 # Per thread: from_dlpack waits on its stream.
                 torch.cuda.set_device(self.place.device)
-            make = self._resized if self.on_cpu else self._by_dali
-            begun, cpu_begun, waited_s = time.perf_counter(), time.thread_time(), 0.0
+            while done < self.num_batches and not closed.is_set():
+                try:
+                    for _ in self._made(done, put, closed):
+                        done += 1
+                except BadSamples as error:
+                    if self.replace is None:
+                        raise
+                    self.replace(error)
+        except BaseException as error:
+            put(error)
+
+    def _made(
+        self, first: int, put: Callable[[Batch], None], closed: threading.Event
+    ) -> Iterator[None]:
+        """Makes the batches from `first` on, each of which it has `put`."""
+        feed = self.open_feed(first=first)
+        make = self._resized if self.on_cpu else self._by_dali
+        begun, cpu_begun, waited_s = time.perf_counter(), time.thread_time(), 0.0
+        try:
             for batch in make(feed, closed):
                 made, storage_s = time.perf_counter(), feed.reader.waited_s - waited_s
                 put(batch)
@@ -240,8 +270,7 @@ class Loader:
                 self.stages.thread_s += cpu_now - cpu_begun
                 self.stages.images += len(batch.labels)
                 begun, cpu_begun, waited_s = now, cpu_now, feed.reader.waited_s
-        except BaseException as error:
-            put(error)
+                yield
         finally:
             feed.close()
 
@@ -278,7 +307,7 @@ class Loader:
             for images, draw in self._run_dali(feed, closed):
                 yield [np.asarray(images[place]) for place in range(len(draw.ids))], draw, images
             return
-        for number in range(self.num_batches):
+        for number in range(feed.num_batches):
             draw, rows = feed(number)
             widths, windows = self.split.width[draw.ids].tolist(), draw.windows.tolist()
             yield (
@@ -298,7 +327,7 @@ class Loader:
 
         def source(number: int) -> tuple[Any, ...]:
             # An empty batch would kill DALI, so a process without a share never gets here.
-            if number >= self.num_batches or closed.is_set():
+            if number >= feed.num_batches or closed.is_set():
                 raise StopIteration
             draw, views = feed(number)
             x, y, w, h = draw.windows.T
@@ -330,13 +359,13 @@ class Loader:
             enable_conditionals=self.kind == "train" and self.data.augment != "none",
         )
         pipeline.build()
-        for number in range(self.num_batches):
+        for number in range(feed.num_batches):
             try:
                 (images,) = pipeline.run()
             except DataError:  # of our own source, and already clear
                 raise
             except RuntimeError as error:
-                raise self._at_fault(feed, number, error) from error
+                raise self._at_fault(feed, error) from error
             yield images, feed.done(number)
 
     def _pixels(self, draw: Draw, views: list[memoryview]) -> list[Any]:
@@ -351,18 +380,32 @@ class Loader:
         labels = torch.from_numpy(self.split.label[draw.ids].astype(np.int64))
         return labels.to(self.place.device, non_blocking=True)
 
-    def _at_fault(self, feed: Feed, number: int, error: RuntimeError) -> DataError:
-        """DALI rarely names the sample it could not decode, so the checksums are asked."""
-        draw, views = feed(number)
-        damaged = [
-            self.split.describe(int(sample))
-            for sample, data in zip(draw.ids, views, strict=True)
-            if self.split.store == "jpeg" and zlib.crc32(data) != self.split.crc32[sample]
+    def _at_fault(self, feed: Feed, error: RuntimeError) -> DataError:
+        """DALI rarely names the sample that it could not decode: asks checksums, then headers."""
+        split = self.split
+        given = [
+            (int(sample), view)
+            for number in feed.reader.started
+            for sample, view in zip(feed.draws[number].ids, feed.reader.take(number), strict=True)
         ]
-        if damaged:
-            listed = "\n  ".join(damaged)
-            return DataError(f"these samples are not as they were written:\n  {listed}")
-        return DataError(f"DALI could not decode a batch, though its bytes are intact: {error}")
+        if split.store == "jpeg":
+            damaged = [s for s, view in given if zlib.crc32(view) != split.crc32[s]]
+            if damaged:
+                return BadSamples(split, damaged, "these samples are not as they were written")
+            others = [s for s, view in given if _size_of(view) != (split.width[s], split.height[s])]
+            if others:
+                return BadSamples(split, others, f"{split.name}.index gives another size of these")
+        return DataError(
+            f"DALI could not decode a batch, though its bytes are intact: {error}{remedy(split)}"
+        )
+
+
+def _size_of(view: memoryview) -> tuple[int, int]:
+    """Width and height, by the header of a JPEG."""
+    try:
+        return Image.open(io.BytesIO(view)).size
+    except OSError:
+        return 0, 0
 
 
 def train_batches(
@@ -373,8 +416,27 @@ def train_batches(
     place: Placement,
     first_step: int,
     stages: Stages | None = None,
+    warn: Callable[[str], object] = sys.stderr.write,
 ) -> Iterator[Batch]:
-    """The training micro-batches of process `rank`, from update `first_step` to the run's end."""
+    """The training micro-batches of process `rank`, from update `first_step` to the run's end.
+
+    `warn` is told of samples that are replaced.
+
+    Raises:
+        DataError: while iterating; a batch could not be made.
+    """
+    bad: set[int] = set()
+
+    def replace_bad(error: BadSamples) -> None:
+        new = set(error.samples) - bad
+        bad.update(new)
+        if not new or len(bad) > min(data.max_bad_samples, split.num_samples // 2):
+            raise DataError(f"{len(bad)} damaged samples are more than may be replaced; {error}")
+        warn(f"REPLACED by others, {len(bad)} so far, as {error}\n")
+
+    def verify(number: int, passes: int) -> bool:
+        epoch = plan.epoch_of(first_step + number // plan.accumulation)
+        return data.verify == "always" or (data.verify == "first_epoch" and epoch == 0)
 
     def draw_of(number: int) -> Draw:
         done, micro = divmod(number, plan.accumulation)
@@ -382,7 +444,7 @@ def train_batches(
         if micro == 0 and step % plan.steps_per_epoch == 0:  # the next epoch's order, ahead of time
             upcoming = (plan.seed, plan.epoch_of(step) + 1, split, sampling.block_size(data))
             threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
-        return sampling.train_draw(split, data, plan, step, rank, micro)
+        return sampling.train_draw(split, data, plan, step, rank, micro, bad)
 
     def pieces_of(number: int) -> Sequence[Piece]:
         done, micro = divmod(number, plan.accumulation)
@@ -394,7 +456,8 @@ def train_batches(
     return iter(
         Loader(
             split, data, place, True, draw_of, num_batches, plan.micro_batch_size,
-            pieces_of if data.shuffle == "blocks" else None, stages,
+            pieces_of if data.shuffle == "blocks" else None, stages, verify,
+            replace_bad if data.on_bad_sample == "replace" else None,
         )
     )  # fmt: skip
 
@@ -424,4 +487,8 @@ def eval_loader(
     """Process `rank`'s share of the validation images: over all processes, each exactly once."""
     draw_of = partial(sampling.eval_draw, split, data, batch_size, rank, world_size)
     num_batches = sampling.num_eval_batches(split.num_samples, batch_size, rank, world_size)
-    return Loader(split, data, place, False, draw_of, num_batches, batch_size)
+    checked = {"off": 0, "first_epoch": 1, "always": sys.maxsize}[data.verify]
+    return Loader(
+        split, data, place, False, draw_of, num_batches, batch_size,
+        verify=lambda number, passes: passes <= checked,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -30,6 +31,23 @@ _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an e
 
 class DataError(config.Fault, RuntimeError):
     """A batch could not be read; names the samples at fault."""
+
+
+class BadSamples(DataError):
+    """The bytes of these samples are not those that were indexed, or do not fit the index."""
+
+    def __init__(self, split: Split, samples: Sequence[int], what: str) -> None:
+        listed = [split.describe(sample) for sample in samples]
+        super().__init__("\n  ".join([f"{what}:", *listed]) + remedy(split))
+        self.samples = samples
+
+
+def remedy(split: Split) -> str:
+    """The last line of an error about the files of a data set."""
+    return (
+        f"\nfind all that is damaged with: python tools/verify_shards.py {split.root}\n"
+        "and copy it anew or make the data set again"
+    )
 
 
 class Places(NamedTuple):
@@ -93,19 +111,26 @@ class ShardReader:
         self.ring = Ring(num_buffers)
         self.pool = ThreadPoolExecutor(data.read_threads, "read")
         self.files: dict[int, int] = {}  # descriptors, of shards that are not mapped
+        self.mmaps: dict[int, mmap.mmap] = {}
         self.maps: dict[int, memoryview] = {}
         self.addresses: dict[int, int] = {}
         self.started: dict[int, tuple[list[memoryview], list[Future[None]]]] = {}
+        self.checks: dict[int, list[Future[list[int]]]] = {}
+        self.shards: dict[int, set[int]] = {}  # of each batch that is started
         self.waited_s = 0.0  # in `take`: for storage
         self.faults = 0  # of this process, so far, that had to ask storage
         self.last_miss = 0  # the batch before which that number last rose
         self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    def start(self, number: int, places: Places) -> None:
-        """Begins to read batch `number`."""
-        for shard in set(places.shards):
+    def start(self, number: int, places: Places, samples: NDArray[np.int64] | None = None) -> None:
+        """Begins to read batch `number`, and to compare the checksums of `samples`, if given."""
+        self.shards[number] = set(places.shards)
+        for shard in self.shards[number]:
             self._open(shard)
+        if samples is not None:
+            chunks = np.split(samples, range(CHUNK, len(samples), CHUNK))
+            self.checks[number] = [self.pool.submit(self._check, c.tolist()) for c in chunks]
         triples = list(zip(*places, strict=True))
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
@@ -136,18 +161,26 @@ class ShardReader:
         """The bytes of each image of a started batch, for reading only; waits for them.
 
         Raises:
+            BadSamples: of some, the checksums were compared and are others.
             DataError: they could not be read.
         """
         views, tasks = self.started[number]
         begun = time.perf_counter()
         for task in tasks:
             task.result()
+        bad = [sample for check in self.checks.get(number, ()) for sample in check.result()]
+        if bad:
+            raise BadSamples(self.split, bad, "these samples are not as they were written")
+        for shard in self.shards[number] if self.mapped else ():
+            if self.mmaps[shard].size() != self.split.shard_bytes[shard]:  # or it would be SIGBUS
+                raise self._changed(shard)
         self.waited_s += time.perf_counter() - begun
         return views
 
     def give_back(self, number: int) -> None:
         """What `take` gave is no longer read by anybody."""
-        del self.started[number]
+        del self.started[number], self.shards[number]
+        self.checks.pop(number, None)
         if not self.mapped:
             self.ring.give_back(number)
 
@@ -164,12 +197,13 @@ class ShardReader:
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+            raise DataError(f"{path}: {error.strerror}{remedy(self.split)}") from None
         try:
             if os.fstat(file).st_size != self.split.shard_bytes[shard]:
                 raise self._changed(shard)  # a read past the end of a map would be SIGBUS
             if self.mapped:  # which keeps a descriptor of its own
-                self.maps[shard] = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ))
+                self.mmaps[shard] = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+                self.maps[shard] = memoryview(self.mmaps[shard])
                 self.addresses[shard] = np.frombuffer(self.maps[shard], np.uint8).ctypes.data
             else:
                 self.files[shard] = file
@@ -187,7 +221,9 @@ class ShardReader:
                     raise self._changed(shard)
                 else:
                     path = self.split.shard_paths[shard]
-                    raise DataError(f"{path} at byte {offset}: {os.strerror(code)}")
+                    raise DataError(
+                        f"{path} at byte {offset}: {os.strerror(code)}{remedy(self.split)}"
+                    )
 
     def _pread(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
         for (shard, offset, size), view in zip(places, views, strict=True):
@@ -197,10 +233,28 @@ class ShardReader:
                     count = os.preadv(self.files[shard], [view[done:]], offset + done)
                 except OSError as error:
                     path = self.split.shard_paths[shard]
-                    raise DataError(f"{path} at byte {offset}: {error.strerror}") from None
+                    raise DataError(
+                        f"{path} at byte {offset}: {error.strerror}{remedy(self.split)}"
+                    ) from None
                 if not count:
                     raise self._changed(shard)
                 done += count
+
+    def _check(self, samples: list[int]) -> list[int]:
+        """Those whose bytes, all of them, have another checksum than the index says."""
+        split, bad = self.split, []
+        for sample in samples:
+            shard, size = int(split.shard[sample]), int(split.size[sample])
+            place = shard, int(split.offset[sample]), size
+            if self.mapped:
+                view = self.maps[shard][place[1] : place[1] + size]
+                self._page_in([place], [view])
+            else:
+                view = memoryview(bytearray(size))
+                self._pread([place], [view])
+            if zlib.crc32(view) != split.crc32[sample]:
+                bad.append(sample)
+        return bad
 
     def _will_need(self, shard: int, offset: int, size: int) -> None:
         if self.mapped:
@@ -214,7 +268,7 @@ class ShardReader:
 
     def _changed(self, shard: int) -> DataError:
         path = self.split.shard_paths[shard]
-        return DataError(f"{path} changed its size while in use; copy it anew")
+        return DataError(f"{path} changed its size while in use{remedy(self.split)}")
 
 
 class Feed:
@@ -228,8 +282,14 @@ class Feed:
         num_batches: int,
         windows_only: bool = False,
         pieces_of: Callable[[int], Sequence[Piece]] | None = None,
+        verify: Callable[[int], bool] = lambda number: False,
+        first: int = 0,
     ) -> None:
+        """From batch `first` on, which is number 0 to the caller of this feed."""
+        num_batches -= first
         self.split = split
+        self.first = first
+        self.verify = verify
         self.draw_of = draw_of
         self.num_batches = num_batches
         self.windows_only = windows_only
@@ -244,12 +304,14 @@ class Feed:
         """The draw of batch `number` and the bytes of its images, in the order of the numbers."""
         begun = self.next
         while self.next <= min(number + self.ahead, self.num_batches - 1):
-            self.draws[self.next] = draw = self.draw_of(self.next)
-            self.reader.start(self.next, places_of(self.split, draw, self.windows_only))
+            asked = self.first + self.next
+            self.draws[self.next] = draw = self.draw_of(asked)
+            places = places_of(self.split, draw, self.windows_only)
+            self.reader.start(self.next, places, draw.ids if self.verify(asked) else None)
             self.next += 1
         if self.pieces_of:  # behind the batches themselves, which are needed sooner
             for started in range(begun, self.next):
-                self.reader.announce(self.pieces_of(started))
+                self.reader.announce(self.pieces_of(self.first + started))
         return self.draws[number], self.reader.take(number)
 
     def done(self, number: int) -> Draw:

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     ERASE_Y = 18
     MIX = 19  # seed of torch's generator before a micro-batch is mixed (MixUp, CutMix)
     BLOCKS = 20  # order of the tars within an epoch, where order is shuffled in blocks
+    STAND_IN = 21  # which sample takes the place of a damaged one
 
 
 def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

@@ -61,7 +61,7 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     _follow_launcher(environ)
-    faulthandler.enable(sys.__stderr__)  # a mapped tar that lost its bytes means SIGBUS
+    faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
     raise_file_limit()
     keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
@@ -73,7 +73,7 @@ def start(
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs, and hides nothing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":

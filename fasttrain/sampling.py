@@ -9,6 +9,7 @@ So any number W of processes sees the same global batches, and with equal `micro
 same groups of images in BatchNorm.
 """
 
+from collections.abc import Set
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -142,9 +143,15 @@ def _pieces(
 
 
 def train_draw(
-    split: Split, data: config.Data, plan: Plan, step: int, rank: int, micro: int
+    split: Split,
+    data: config.Data,
+    plan: Plan,
+    step: int,
+    rank: int,
+    micro: int,
+    bad: Set[int] = frozenset(),
 ) -> Draw:
-    """Micro-batch `micro` of process `rank` in update `step`.
+    """Micro-batch `micro` of process `rank` in update `step`; others stand in for `bad` samples.
 
     With 2 processes, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of the
     global batch first, then rows 6 and 7.
@@ -154,6 +161,8 @@ def train_draw(
     group = micro * plan.world_size + rank
     first = place * plan.global_batch_size + group * plan.micro_batch_size
     ids = order[first : first + plan.micro_batch_size].astype(np.int64)
+    if bad:
+        ids = stand_ins(plan.seed, epoch, ids, bad, split.num_samples)
     windows = crop_windows(
         plan.seed, epoch, ids, split.width[ids], split.height[ids], data.crop_area, data.crop_ratio
     )
@@ -162,6 +171,23 @@ def train_draw(
         flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
     out_px = crop_px_at(epoch, data.crop_px)
     return Draw(ids, windows, flips, out_px, augment_draw(plan.seed, epoch, ids, data, out_px))
+
+
+def stand_ins(
+    seed: int, epoch: int, ids: NDArray[np.int64], bad: Set[int], num_samples: int
+) -> NDArray[np.int64]:
+    """`ids` (B,), each that is `bad` replaced by one that is not, drawn by (seed, epoch, id).
+
+    At least some of the `num_samples` samples must not be bad.
+    """
+    ids = ids.copy()
+    for place in np.flatnonzero(np.isin(ids, [*bad])):
+        for attempt in range(2**32):
+            drawn = rng.hash64(seed, Stream.STAND_IN, epoch, ids[place : place + 1], attempt)
+            if (stand_in := int(drawn[0] % num_samples)) not in bad:
+                ids[place] = stand_in
+                break
+    return ids
 
 
 def crop_windows(

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,127 @@ def test_a_shard_that_shrank_is_named(dataset: Path, tmp_path: Path) -> None:
     split.shard_paths[1].write_bytes(split.shard_paths[1].read_bytes()[:2048])
     with pytest.raises(DataError, match=r"train-000001.tar changed its size while in use"):
         loader_for(split)[1](0, 0)
+    split.shard_paths[1].unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar: No such file(.|\n)*verify_shards.py"):
+        loader_for(split)[1](0, 0)
+
+
+def damage(split: Split, *samples: int, whole: bool = True) -> None:
+    """Zeroes half of the bytes of those images; or few, and DALI decodes them all the same."""
+    for sample in samples:
+        path, size = split.shard_paths[split.shard[sample]], int(split.size[sample])
+        tar = bytearray(path.read_bytes())
+        start = int(split.offset[sample]) + (0 if whole else size * 2 // 3)
+        number = size // 2 if whole else 40
+        tar[start : start + number] = bytes(number)
+        path.write_bytes(tar)
+
+
+@pytest.fixture
+def copied(dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "copied"))
+
+
+def batches_of(
+    split: Split,
+    world: int = 1,
+    rank: int = 0,
+    step: int = 0,
+    warn: Callable[[str], object] = print,
+    **settings: object,
+) -> list[Batch]:
+    chosen = config.Data.model_validate({"root": split.root, "crop_px": 40, **settings})
+    plan = make_plan(
+        Train(epochs=3, global_batch_size=12, micro_batch_size=3), Optim(warmup_epochs=1),
+        split.num_samples, world,
+    )  # fmt: skip
+    return list(data.train_batches(split, chosen, plan, rank, CPU, step, warn=warn))
+
+
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+def test_checksums_find_what_the_decoder_does_not(copied: Path, read: str) -> None:
+    split = shards.open_split(copied, "train")
+    damage(split, 5, whole=False)
+    assert len(batches_of(split, read=read)) == 36
+    for verify in ("first_epoch", "always"):
+        with pytest.raises(DataError) as error:
+            batches_of(split, read=read, verify=verify)
+        assert "train-000000.tar, key 000000005 at byte" in str(error.value)
+        assert f"python tools/verify_shards.py {copied}" in str(error.value)
+    assert len(batches_of(split, read=read, verify="first_epoch", step=3)) == 24  # epoch 1 and on
+    split = shards.open_split(copied, "val")
+    damage(split, 5, whole=False)
+    loader = data.eval_loader(split, config.Data(root=copied, verify="first_epoch"), 4, 0, 1, CPU)
+    with pytest.raises(DataError, match="not as they were written"):
+        list(loader)
+    assert len(list(loader)) == 4  # only the first evaluation
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify": "always"}, {"read": "pread"}, {"erase": 0.5}])
+def test_a_damaged_sample_is_replaced_and_always_by_the_same(
+    copied: Path, settings: dict[str, object]
+) -> None:
+    split = shards.open_split(copied, "train")
+    intact = batches_of(split, **settings)
+    damage(split, 5, 17, 29)
+    told: list[str] = []
+    settings = settings | {"on_bad_sample": "replace"}
+    straight = batches_of(split, warn=told.append, **settings)
+    assert len(straight) == len(intact) == 36
+    replaced = 0
+    for before, after in zip(intact, straight, strict=True):
+        assert before.draw and after.draw
+        for place, (was, now) in enumerate(zip(before.draw.ids, after.draw.ids, strict=True)):
+            if was in (5, 17, 29):
+                replaced += 1
+                assert now not in (5, 17, 29) and after.labels[place] == split.label[now]
+            else:
+                assert was == now and torch.equal(before.images[place], after.images[place])
+    assert replaced >= 6 and f"key {5:09}" in "".join(told) and len(told) <= 3
+    ranks = [batches_of(split, world=2, rank=rank, **settings) for rank in range(2)]
+    dealt = [ranks[number % 2][number // 2] for number in range(36)]
+    for found in (dealt, straight[:20] + batches_of(split, step=5, **settings)):
+        for a, b in zip(straight, found, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_replacing_has_a_limit_and_ends_at_evaluations(copied: Path) -> None:
+    split = shards.open_split(copied, "train")
+    damage(split, 5, 17, 29)
+    with pytest.raises(DataError, match="3 damaged samples are more than may be replaced"):
+        batches_of(split, on_bad_sample="replace", max_bad_samples=2)
+    assert len(batches_of(split, on_bad_sample="replace", max_bad_samples=3)) == 36
+    damage(split, *range(45))
+    with pytest.raises(DataError, match="damaged samples are more than may be replaced"):
+        batches_of(split, on_bad_sample="replace")
+    split = shards.open_split(copied, "val")
+    damage(split, 5)
+    settings = config.Data(root=copied, on_bad_sample="replace")
+    with pytest.raises(DataError, match="not as they were written"):
+        list(data.eval_loader(split, settings, 4, 0, 1, CPU))
+
+
+LIES = {  # what an index may claim of sample 5, and what is said
+    "offset": (lambda split: split.offset[6], "not as they were written"),
+    "size": (lambda split: split.size[5] // 2, "not as they were written"),
+    "shard": (lambda split: 1, "not as they were written"),
+    "width": (lambda split: 3 * split.width[5], "train.index gives another size of these"),
+    "height": (lambda split: 3 * split.height[5], "train.index gives another size of these"),
+}
+
+
+@pytest.mark.parametrize("column", LIES)
+@pytest.mark.parametrize("verify", ["off", "always"])
+def test_an_index_that_lies_is_an_error(dataset: Path, column: str, verify: str) -> None:
+    split = shards.open_split(dataset, "train")
+    lie, message = LIES[column]
+    values = np.array(getattr(split, column))
+    values[5] = lie(split)
+    lying = replace(split, **{column: values})
+    # Every window: the whole image, so that DALI has to find all of it.
+    with pytest.raises(DataError, match=message) as error:
+        batches_of(lying, crop_area=(1.0, 1.0), crop_ratio=(0.2, 5.0), verify=verify)
+    assert "key" in str(error.value) and "tools/verify_shards.py" in str(error.value)
 
 
 def test_pixels_do_not_depend_on_the_batch_they_came_in(dataset: Path) -> None:

@@ -1,5 +1,6 @@
 """Bytes of the shards: equal by every way of reading, guarded, and faults that name the place."""
 
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_what_is_in_memory_is_not_paged_in_again(
     assert [is_paged_in(number) for number in range(6)] == [True] * 4 + [False] * 2
     faults = 1
     assert [is_paged_in(number) for number in range(6, 12)] == [True] * 4 + [False] * 2
+    reader.close()
+
+
+def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SUSPICION", -1)
+    root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
+    split = shards.open_split(root, "train")
+    reader = ShardReader(split, config.Data(root=root), num_buffers=4)
+    places = places_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
+    reader.start(0, places)
+    assert not reader.started[0][1]
+    os.truncate(split.shard_paths[0], 4096)
+    with pytest.raises(DataError, match=r"train-000000.tar changed its size while in use"):
+        reader.take(0)  # and not SIGBUS
     reader.close()
 
 
