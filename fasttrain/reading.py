@@ -25,6 +25,7 @@ from fasttrain.shards import Split
 
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
+RECHECK_S = 0.05  # sizes of mapped tars: at every batch, but no more often; 0.8 us a tar
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
@@ -117,6 +118,7 @@ class ShardReader:
         self.started: dict[int, tuple[list[memoryview], list[Future[None]]]] = {}
         self.checks: dict[int, list[Future[list[int]]]] = {}
         self.shards: dict[int, set[int]] = {}  # of each batch that is started
+        self.looked_at = 0.0  # when the sizes of mapped tars were last looked at
         self.waited_s = 0.0  # in `take`: for storage
         self.faults = 0  # of this process, so far, that had to ask storage
         self.last_miss = 0  # the batch before which that number last rose
@@ -171,9 +173,7 @@ class ShardReader:
         bad = [sample for check in self.checks.get(number, ()) for sample in check.result()]
         if bad:
             raise BadSamples(self.split, bad, "these samples are not as they were written")
-        for shard in self.shards[number] if self.mapped else ():
-            if self.mmaps[shard].size() != self.split.shard_bytes[shard]:  # or it would be SIGBUS
-                raise self._changed(shard)
+        self._look_at_sizes(number)
         self.waited_s += time.perf_counter() - begun
         return views
 
@@ -239,6 +239,14 @@ class ShardReader:
                 if not count:
                     raise self._changed(shard)
                 done += count
+
+    def _look_at_sizes(self, number: int) -> None:
+        """A mapped tar that has shrunk would mean SIGBUS."""
+        if self.mapped and time.monotonic() - self.looked_at > RECHECK_S:
+            self.looked_at = time.monotonic()
+            for shard in self.shards[number]:
+                if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
+                    raise self._changed(shard)
 
     def _check(self, samples: list[int]) -> list[int]:
         """Those whose bytes, all of them, have another checksum than the index says."""
