@@ -110,12 +110,17 @@ def has_gpu(environ: Mapping[str, str]) -> bool:
     return not on_cpu and torch.cuda.device_count() > 0
 
 
-def check_device(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
-    """Whether this machine can train as the recipe asks; asks without touching a GPU.
+def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
+    """Whether this machine can train as the recipe and the launcher ask; touches no GPU.
 
     Raises:
         LaunchError: it cannot.
     """
+    if environ.get("WORLD_SIZE", "1") != "1" and not environ.get("MASTER_ADDR"):
+        raise LaunchError(
+            f"WORLD_SIZE = {environ['WORLD_SIZE']} in the environment, but no MASTER_ADDR: start "
+            "processes with accelerate launch, or unset it for one process"
+        )
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
         if train.deterministic and decode.startswith("gpu"):

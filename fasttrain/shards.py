@@ -21,10 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fasttrain import config
 
@@ -52,6 +60,58 @@ class ShardError(config.Fault, ValueError):
 # --------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------
+
+
+def _file_name(name: str) -> str:
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no file in the data set's folder")
+    return name
+
+
+_FileName = Annotated[str, AfterValidator(_file_name)]
+_Count = Annotated[int, Field(ge=1, lt=2**40)]
+_MOST = 2**16  # shards, classes: an index has 16 bits for them
+
+
+class _Entry(BaseModel):
+    """Part of a manifest that is read here; others may be added to it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Entry):
+    name: _FileName
+    size: _Count
+    sha256: str
+
+
+class _Shard(_File):
+    num_samples: _Count
+
+
+class _Split(_Entry):
+    num_samples: _Count
+    index: _File
+    shards: Annotated[list[_Shard], Field(min_length=1, max_length=_MOST)]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if sum(shard.num_samples for shard in self.shards) != self.num_samples:
+            raise ValueError("its shards have another number of samples in all")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        return self
+
+
+class _Policy(_Entry):
+    store: Literal["jpeg", "raw"]
+    short_side: int | None
+
+
+class _Manifest(_Entry):
+    policy: _Policy
+    classes: Annotated[list[str], Field(min_length=1, max_length=_MOST)]
+    splits: dict[str, _Split]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,20 +168,32 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
             f"no data set at {root} (looked for {path.absolute()}); make one with\n"
             f"    python tools/make_shards.py /path/to/imagenet {root}\n"
             "or name the folder of existing shards with --set data.root=/path/to/shards"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ShardError(f"{path} is damaged; make the data set again") from None
     if version != FORMAT_VERSION:
         raise ShardError(
             f"{path} has format version {version}, this fasttrain reads {FORMAT_VERSION}; "
             "make the data set again or install the fasttrain that wrote it"
         )
-    return manifest
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"])).replace(".[key]", "")
+        raise ShardError(
+            f"{path} is damaged: {place}: {detail['msg'].removeprefix('Value error, ')}; make the "
+            "data set again"
+        ) from None
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
@@ -157,13 +229,12 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
             )
     columns = _read_index(root / entry["index"]["name"], entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
-    # DALI takes a lie in these for a crash of the process, so they are checked here.
-    if not (
-        (columns["shard"] < len(paths)).all()
-        and (columns["label"] < len(manifest["classes"])).all()
-        and (columns["offset"] + columns["size"] <= sizes[columns["shard"]]).all()
-    ):
-        raise ShardError(f"{root / entry['index']['name']} is damaged; make the data set again")
+    for what, wrong in _lies(columns, manifest, entry, sizes):
+        if wrong.any():
+            raise ShardError(
+                f"{root / entry['index']['name']} is damaged: {what}, first of sample "
+                f"{int(wrong.argmax())}; make the data set again"
+            )
     return Split(
         root=root,
         name=name,
@@ -176,12 +247,42 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
     )
 
 
+def _lies(
+    columns: dict[str, NDArray[Any]],
+    manifest: dict[str, Any],
+    entry: dict[str, Any],
+    sizes: NDArray[np.uint64],
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """What may be wrong in an index, and of which samples it is: DALI takes it for a crash of the
+    process, and the order of an epoch relies on it."""
+    offset, size, shard = (columns[name] for name in ("offset", "size", "shard"))
+    yield "there is no such shard", shard >= len(sizes)
+    yield "there is no such class", columns["label"] >= len(manifest["classes"])
+    ends = sizes[shard]
+    # Not offset + size, which may pass the largest number there is.
+    yield "its bytes lie outside of its tar", (offset > ends) | (size > ends - offset)
+    yield (
+        "it has no bytes or no pixels",
+        ~((size > 0) & (columns["width"] > 0) & (columns["height"] > 0)),
+    )
+    yield "shards do not follow one another", shard < np.concatenate([shard[:1], shard[:-1]])
+    expected = np.repeat(
+        np.arange(len(sizes)), [part["num_samples"] for part in entry["shards"]]
+    ).astype(np.uint16)
+    yield f"{MANIFEST} gives its shard other samples", shard != expected
+    if manifest["policy"]["store"] == "raw":
+        pixels = columns["width"].astype(np.int64) * columns["height"]
+        yield "it has fewer bytes than pixels", size < 3 * pixels
+
+
 def _read_index(path: Path, num_samples: int) -> dict[str, NDArray[Any]]:
     offset = len(_INDEX_MAGIC) + 8
     columns: dict[str, NDArray[Any]] = {}
     with path.open("rb") as file:
         header = file.read(offset)
-    if header != _INDEX_MAGIC + num_samples.to_bytes(8, "little"):
+        size = os.fstat(file.fileno()).st_size
+    whole = offset + num_samples * sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
+    if header != _INDEX_MAGIC + num_samples.to_bytes(8, "little") or size != whole:
         raise ShardError(f"{path} is damaged or of another version; make the data set again")
     for name, dtype in _COLUMNS:
         columns[name] = np.memmap(path, dtype, "r", offset, (num_samples,))

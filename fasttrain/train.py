@@ -75,7 +75,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
-    runtime.check_device(recipe, os.environ)
+    runtime.check_launch(recipe, os.environ)
     if recipe.train.deterministic and recipe.data.decode == "auto":
         repeats = recipe.data.model_copy(update={"decode": "cpu"})
         recipe = recipe.model_copy(update={"data": repeats})

@@ -276,7 +276,9 @@ def test_imagenet_opens_in_no_time_and_little_memory(tmp_path: Path) -> None:
         path = tmp_path / f"train-{place:06d}.tar"
         with path.open("wb") as file:
             file.truncate(1024 * per_shard)
-        entries.append({"name": path.name, "size": 1024 * per_shard, "sha256": ""})
+        there = min(per_shard, count - place * per_shard)
+        size = 1024 * per_shard
+        entries.append({"name": path.name, "size": size, "sha256": "", "num_samples": there})
     index = shards.write_index(tmp_path / "train.index", [rows])
     entry = {"num_samples": count, "index": index, "shards": entries}
     policy = {"short_side": None, "store": "jpeg"}
@@ -293,4 +295,4 @@ def test_imagenet_opens_in_no_time_and_little_memory(tmp_path: Path) -> None:
     seconds, mib, samples = run([sys.executable, "-c", code]).stdout.split()
     assert int(samples) == count
     assert float(mib) < 100
-    assert float(seconds) < 1  # 0.04 s on an idle machine
+    assert float(seconds) < 1  # 0.05 s on an idle machine
