@@ -1,0 +1,63 @@
+"""Coverage-guided fuzzing of the readers of manifest and index.
+
+    pip install atheris
+    python tests/fuzz_shards.py -max_total_time=300
+
+The first byte of an input says which file it is; what must hold is in test_properties.py.
+"""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["fasttrain.shards"]):
+    from fasttrain import shards  # noqa: F401
+
+from PIL import Image
+from test_properties import open_with
+
+from fasttrain import sharding, sources
+
+NAMES = ("manifest.json", "train.index")
+
+
+def make(root: Path) -> Path:
+    """A data set of two classes and a few images."""
+    for split, count in (("train", 6), ("val", 2)):
+        for number in range(count):
+            path = root / "folder" / split / "ab"[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = io.BytesIO()
+            Image.new("RGB", (8 + number, 9), (number, 2, 3)).save(data, "JPEG")
+            path.write_bytes(data.getvalue())
+    out = root / "shards"
+    out.mkdir()
+    form = sources.recognise(root / "folder")
+    listed = sources.scan(root / "folder", form, out, lambda tasks: [t() for t in tasks], len)
+    sharding.write_dataset(listed, out, shard_size=3)
+    return out
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = make(Path(folder))
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        for place, name in enumerate(NAMES):
+            (corpus / name).write_bytes(bytes([place]) + (root / name).read_bytes())
+
+        def one_input(data: bytes) -> None:
+            if data:
+                open_with(root, NAMES[data[0] % 2], data[1:])
+
+        atheris.Setup(
+            [*sys.argv, "-max_len=8192", "-keep_seed=1", "-len_control=0", str(corpus)], one_input
+        )
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
