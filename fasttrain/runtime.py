@@ -194,8 +194,8 @@ class StopRequest:
     """SIGTERM, SIGINT, SIGUSR1 or a file: all processes agree at the next step. Before the first,
     where there is nothing to save, a signal ends the process; as does a second Ctrl-C."""
 
-    def __init__(self, world_size: int, file: Path) -> None:
-        self.file = file  # that asks to stop
+    def __init__(self, world_size: int, file: Path | None) -> None:
+        self.file = file  # that asks to stop; one process looks for it
         self.file_seen_at = 0.0  # when it was last looked for
         self.received = 0  # the exit status that this process was asked for
         self.decision = 0  # and that all agreed on
@@ -221,7 +221,7 @@ class StopRequest:
         """
         self.training = True
         now = time.monotonic()
-        if now - self.file_seen_at > 1:  # not to trouble a shared file system
+        if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
             self.file_seen_at = now
             if self.file.exists():
                 self.received = self.received or STOP_FILE_STATUS

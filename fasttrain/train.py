@@ -91,7 +91,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
     input_settings = recipe.data.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
-    stop = runtime.StopRequest(process.world_size, folder / run_folder.STOP)
+    stop_file = folder / run_folder.STOP
+    stop = runtime.StopRequest(
+        process.world_size, stop_file if accelerator.is_main_process else None
+    )
     if accelerator.is_main_process:
         run_folder.begin(recipe, runtime.environment(process))
     accelerator.wait_for_everyone()
@@ -181,7 +184,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         where = f"and saved as {saved}" if saved else "before the first update"
         view.say(f"stopped {where}; the same command goes on from there")
     if accelerator.is_main_process:
-        (folder / run_folder.STOP).unlink(missing_ok=True)
+        stop_file.unlink(missing_ok=True)
     accelerator.end_training()
     if not done:
         raise SystemExit(stop.decision)
