@@ -114,11 +114,12 @@ class Data(Section):
     hw_decoder_load: Fraction = 0.65
     """Part of a batch given to the GPU's JPEG decoder, where it has one; its cores do the rest."""
     verify: Literal["off", "first_epoch", "always"] = "off"
-    """Compare the crc32 of each image's bytes with the index before they are decoded: never, in
-    the run's first epoch and each process's first evaluation, or always."""
+    """Compare the crc32 of each image's bytes, and its size, with the index before it is decoded:
+    never, in the run's first epoch and each process's first evaluation, or always."""
     on_bad_sample: Literal["stop", "replace"] = "stop"
-    """What a damaged training image does: end the run, or be replaced by another one, always the
-    same. In an evaluation it ends the run."""
+    """What a damaged training image does: end the run, or be replaced by another one: the same on
+    any number of processes and, with `verify = "always"`, after any restart. In an evaluation it
+    ends the run."""
     max_bad_samples: Positive = 100
     """Images that each process may replace, and no more than half of all, before the run ends."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -138,6 +139,11 @@ class Data(Section):
             value = getattr(self, key)
             if self.augment != "rand" and value != type(self).model_fields[key].default:
                 raise ValueError(f'{key} = {value}: only RandAugment has it; set augment = "rand"')
+        number, default = self.max_bad_samples, type(self).model_fields["max_bad_samples"].default
+        if self.on_bad_sample == "stop" and number != default:
+            raise ValueError(
+                f'max_bad_samples = {number}: none is replaced; set on_bad_sample = "replace"'
+            )
         if self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"color_jitter[3] = {self.color_jitter[3]:g}: the hue turns by at most 0.5"

@@ -12,12 +12,10 @@ One thread per loader drives this and keeps a queue of finished batches; the tra
 takes from it.
 """
 
-import io
 import queue
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,12 +26,11 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU
-from PIL import Image
 from torch import Tensor
 
 from fasttrain import augment, config, sampling
 from fasttrain.forecast import Stages
-from fasttrain.reading import BadSamples, DataError, Feed, remedy
+from fasttrain.reading import BadSamples, DataError, Feed, faults_of, remedy
 from fasttrain.resize import MEAN, STD, Pending, Resizer
 from fasttrain.sampling import Augment, Draw, Piece
 from fasttrain.schedule import Plan
@@ -182,7 +179,8 @@ class Loader:
         verify: Callable[[int, int], bool] = lambda number, passes: False,
         replace: Callable[[BadSamples], None] | None = None,
     ) -> None:
-        """`verify` says whether checksums are compared in a batch, of the how manieth iteration."""
+        """`verify` says whether a batch is verified, given its number and that of the iteration,
+        from 1."""
         self.split = split
         self.passes = 0
         self.replace = replace
@@ -330,6 +328,11 @@ class Loader:
             if number >= feed.num_batches or closed.is_set():
                 raise StopIteration
             draw, views = feed(number)
+            if self.kind == "val" and not self.raw:
+                # Windows that are not all within their image are a crash of the process.
+                faults = faults_of(self.split, draw.ids.tolist(), views, checksums=False)
+                if faults:
+                    raise BadSamples(self.split, faults)
             x, y, w, h = draw.windows.T
             if self.raw:
                 images = self._pixels(draw, views)
@@ -382,30 +385,21 @@ class Loader:
 
     def _at_fault(self, feed: Feed, error: RuntimeError) -> DataError:
         """DALI rarely names the sample that it could not decode: asks checksums, then headers."""
-        split = self.split
-        given = [
-            (int(sample), view)
-            for number in feed.reader.started
-            for sample, view in zip(feed.draws[number].ids, feed.reader.take(number), strict=True)
-        ]
-        if split.store == "jpeg":
-            damaged = [s for s, view in given if zlib.crc32(view) != split.crc32[s]]
-            if damaged:
-                return BadSamples(split, damaged, "these samples are not as they were written")
-            others = [s for s, view in given if _size_of(view) != (split.width[s], split.height[s])]
-            if others:
-                return BadSamples(split, others, f"{split.name}.index gives another size of these")
+        faults: dict[int, str] = {}
+        for number in feed.reader.started if not self.raw else ():
+            faults |= faults_of(
+                self.split, feed.draws[number].ids.tolist(), feed.reader.take(number)
+            )
+        if faults:
+            return BadSamples(self.split, faults)
         return DataError(
-            f"DALI could not decode a batch, though its bytes are intact: {error}{remedy(split)}"
+            f"DALI could not decode a batch, though its bytes are intact: {error}"
+            f"{remedy(self.split)}"
         )
 
 
-def _size_of(view: memoryview) -> tuple[int, int]:
-    """Width and height, by the header of a JPEG."""
-    try:
-        return Image.open(io.BytesIO(view)).size
-    except OSError:
-        return 0, 0
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def train_batches(
@@ -416,23 +410,24 @@ def train_batches(
     place: Placement,
     first_step: int,
     stages: Stages | None = None,
-    warn: Callable[[str], object] = sys.stderr.write,
+    warn: Callable[[str], object] = _to_stderr,
 ) -> Iterator[Batch]:
     """The training micro-batches of process `rank`, from update `first_step` to the run's end.
 
-    `warn` is told of samples that are replaced.
+    `warn` is told once of each sample that is replaced, in a thread of the loader.
 
     Raises:
         DataError: while iterating; a batch could not be made.
     """
-    bad: set[int] = set()
+    bad: dict[int, str] = {}  # samples that are replaced from here on, and why
 
     def replace_bad(error: BadSamples) -> None:
-        new = set(error.samples) - bad
-        bad.update(new)
-        if not new or len(bad) > min(data.max_bad_samples, split.num_samples // 2):
-            raise DataError(f"{len(bad)} damaged samples are more than may be replaced; {error}")
-        warn(f"REPLACED by others, {len(bad)} so far, as {error}\n")
+        assert not error.faults.keys() <= bad.keys()  # or it would never end
+        bad.update(error.faults)
+        if len(bad) > min(data.max_bad_samples, split.num_samples // 2):
+            what = "damaged, and more than may be replaced (data.max_bad_samples, or half of all)"
+            raise BadSamples(split, bad, what) from error
+        warn(f"{error}\n{len(bad)} damaged samples so far are replaced by others")
 
     def verify(number: int, passes: int) -> bool:
         epoch = plan.epoch_of(first_step + number // plan.accumulation)
@@ -444,7 +439,7 @@ def train_batches(
         if micro == 0 and step % plan.steps_per_epoch == 0:  # the next epoch's order, ahead of time
             upcoming = (plan.seed, plan.epoch_of(step) + 1, split, sampling.block_size(data))
             threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
-        return sampling.train_draw(split, data, plan, step, rank, micro, bad)
+        return sampling.train_draw(split, data, plan, step, rank, micro, bad.keys())
 
     def pieces_of(number: int) -> Sequence[Piece]:
         done, micro = divmod(number, plan.accumulation)

@@ -7,17 +7,19 @@ pread    copies into buffers of our own, each lent to one batch at a time
 
 import ctypes
 import errno
+import io
 import mmap
 import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from fasttrain import config
 from fasttrain.sampling import Draw, Piece
@@ -25,8 +27,9 @@ from fasttrain.shards import Split
 
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
-RECHECK_S = 0.05  # sizes of mapped tars: at every batch, but no more often; 0.8 us a tar
+RECHECK_S = 0.2  # the sizes of mapped tars are looked at again; 0.6 us a tar
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
+PPM_HEADER = 32  # bytes, at most, before the pixels of a raw image
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
 
@@ -35,12 +38,13 @@ class DataError(config.Fault, RuntimeError):
 
 
 class BadSamples(DataError):
-    """The bytes of these samples are not those that were indexed, or do not fit the index."""
+    """Samples whose bytes are not those that were indexed, or do not fit the index."""
 
-    def __init__(self, split: Split, samples: Sequence[int], what: str) -> None:
-        listed = [split.describe(sample) for sample in samples]
+    def __init__(self, split: Split, faults: Mapping[int, str], what: str = "damaged") -> None:
+        """`faults` says of each sample what is wrong with it."""
+        listed = [f"sample {s}, {split.describe(s)}: {fault}" for s, fault in faults.items()]
         super().__init__("\n  ".join([f"{what}:", *listed]) + remedy(split))
-        self.samples = samples
+        self.faults = faults
 
 
 def remedy(split: Split) -> str:
@@ -51,6 +55,49 @@ def remedy(split: Split) -> str:
     )
 
 
+def faults_of(
+    split: Split, samples: Iterable[int], images: Iterable[memoryview], checksums: bool = True
+) -> dict[int, str]:
+    """What is wrong with samples, of each that is not right, by its checksum and its header.
+
+    Args:
+        images: all bytes of each of the samples.
+    """
+    faults = {}
+    for sample, image in zip(samples, images, strict=True):
+        if checksums and zlib.crc32(image) != split.crc32[sample]:
+            faults[sample] = "not as it was written, its crc32 is not the index's"
+        elif fault := _size_fault(split, sample, image):
+            faults[sample] = fault
+    return faults
+
+
+def _size_fault(split: Split, sample: int, image: memoryview) -> str:
+    """How the index is wrong about the size of an image with these bytes; empty if it is right."""
+    listed = int(split.width[sample]), int(split.height[sample])
+    if _frame_size(image) == listed:
+        return ""
+    try:
+        found = Image.open(io.BytesIO(image)).size
+    except OSError:
+        return "no header of an image"
+    return "" if found == listed else f"{found} pixels, but {listed} in {split.name}.index"
+
+
+def _frame_size(image: memoryview) -> tuple[int, int]:
+    """Width and height in the frame header of a JPEG; zeros where it is not easy to find.
+
+    1 us an image, where Pillow takes 50.
+    """
+    at = 2
+    while at + 9 <= len(image) and image[at] == 0xFF:
+        marker, high, low = image[at + 1 : at + 4]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return image[at + 7] << 8 | image[at + 8], image[at + 5] << 8 | image[at + 6]
+        at += 2 + (high << 8 | low)
+    return 0, 0
+
+
 class Places(NamedTuple):
     """Where the bytes of a batch's images lie."""
 
@@ -59,16 +106,27 @@ class Places(NamedTuple):
     sizes: list[int]
 
 
-def places_of(split: Split, draw: Draw, windows_only: bool) -> Places:
-    """The bytes of a draw's images; of raw images, where asked, only the rows of their windows."""
+def places_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False) -> Places:
+    """The bytes of a draw's images; of raw images their pixels, or but the rows of their windows.
+
+    Args:
+        whole: all bytes of raw images, too.
+    Raises:
+        BadSamples: the index gives raw images another size than they have bytes for.
+    """
     ids = draw.ids
     offsets, sizes = split.offset[ids].astype(np.int64), split.size[ids].astype(np.int64)
     if split.store == "raw":
         row = 3 * split.width[ids].astype(np.int64)
-        height = split.height[ids].astype(np.int64)
-        offsets += sizes - row * height  # the pixels come last
-        sizes = row * height
-        if windows_only:
+        pixels = row * split.height[ids]
+        wrong = (pixels == 0) | (pixels > sizes) | (sizes > pixels + PPM_HEADER)
+        if wrong.any():
+            fault = f"its bytes are not as many as its pixels in {split.name}.index ask for"
+            raise BadSamples(split, dict.fromkeys(ids[wrong].tolist(), fault))
+        if not whole:
+            offsets += sizes - pixels  # they come last
+            sizes = pixels
+        if windows_only and not whole:
             offsets += row * draw.windows[:, 1].astype(np.int64)
             sizes = row * draw.windows[:, 3].astype(np.int64)
     return Places(split.shard[ids].tolist(), offsets.tolist(), sizes.tolist())
@@ -115,40 +173,38 @@ class ShardReader:
         self.mmaps: dict[int, mmap.mmap] = {}
         self.maps: dict[int, memoryview] = {}
         self.addresses: dict[int, int] = {}
-        self.started: dict[int, tuple[list[memoryview], list[Future[None]]]] = {}
-        self.checks: dict[int, list[Future[list[int]]]] = {}
-        self.shards: dict[int, set[int]] = {}  # of each batch that is started
-        self.looked_at = 0.0  # when the sizes of mapped tars were last looked at
+        self.started: dict[int, tuple[list[memoryview], list[Future[dict[int, str]]]]] = {}
+        self.looked_at = 0.0  # when, at the sizes of mapped tars
         self.waited_s = 0.0  # in `take`: for storage
         self.faults = 0  # of this process, so far, that had to ask storage
         self.last_miss = 0  # the batch before which that number last rose
         self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    def start(self, number: int, places: Places, samples: NDArray[np.int64] | None = None) -> None:
-        """Begins to read batch `number`, and to compare the checksums of `samples`, if given."""
-        self.shards[number] = set(places.shards)
-        for shard in self.shards[number]:
+    def start(self, number: int, places: Places, verified: Sequence[int] = ()) -> None:
+        """Begins to read batch `number`; and to check it, if it is given which samples these are,
+        of which `places` must be all bytes."""
+        for shard in set(places.shards):
             self._open(shard)
-        if samples is not None:
-            chunks = np.split(samples, range(CHUNK, len(samples), CHUNK))
-            self.checks[number] = [self.pool.submit(self._check, c.tolist()) for c in chunks]
         triples = list(zip(*places, strict=True))
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
             if faults > self.faults:
                 self.faults, self.last_miss = faults, number
-            if not self.ahead or number - self.last_miss > SUSPICION:
+            resting = not self.ahead or number - self.last_miss > SUSPICION
+            if resting and not verified:
                 self.started[number] = views, []
                 return
         else:
             buffer = memoryview(self.ring.lend(number, sum(places.sizes)))  # type: ignore[arg-type]
             ends = np.cumsum(places.sizes).tolist()
             views = [buffer[end - size : end] for end, size in zip(ends, places.sizes, strict=True)]
-        read = self._page_in if self.mapped else self._pread
         parts = [slice(start, start + CHUNK) for start in range(0, len(views), CHUNK)]
-        tasks = [self.pool.submit(read, triples[part], views[part]) for part in parts]
+        tasks = [
+            self.pool.submit(self._read, triples[part], views[part], verified[part])
+            for part in parts
+        ]
         self.started[number] = views, tasks
 
     def announce(self, pieces: Sequence[Piece]) -> None:
@@ -163,24 +219,23 @@ class ShardReader:
         """The bytes of each image of a started batch, for reading only; waits for them.
 
         Raises:
-            BadSamples: of some, the checksums were compared and are others.
+            BadSamples: they were to be verified, and some are damaged.
             DataError: they could not be read.
         """
         views, tasks = self.started[number]
         begun = time.perf_counter()
+        faults: dict[int, str] = {}
         for task in tasks:
-            task.result()
-        bad = [sample for check in self.checks.get(number, ()) for sample in check.result()]
-        if bad:
-            raise BadSamples(self.split, bad, "these samples are not as they were written")
-        self._look_at_sizes(number)
+            faults |= task.result()
+        if faults:
+            raise BadSamples(self.split, faults)
+        self._look_at_sizes()
         self.waited_s += time.perf_counter() - begun
         return views
 
     def give_back(self, number: int) -> None:
         """What `take` gave is no longer read by anybody."""
-        del self.started[number], self.shards[number]
-        self.checks.pop(number, None)
+        del self.started[number]
         if not self.mapped:
             self.ring.give_back(number)
 
@@ -211,7 +266,20 @@ class ShardReader:
             if shard not in self.files:
                 os.close(file)
 
-    def _page_in(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
+    def _read(
+        self,
+        places: Sequence[tuple[int, int, int]],
+        views: Sequence[memoryview],
+        verified: Sequence[int],
+    ) -> dict[int, str]:
+        """What a thread does: fetches bytes, and says what is wrong with those to be verified."""
+        if self.mapped:
+            self._page_in(places)
+        else:
+            self._pread(places, views)
+        return faults_of(self.split, verified, views) if verified else {}
+
+    def _page_in(self, places: Sequence[tuple[int, int, int]]) -> None:
         for shard, offset, size in places:
             if self._advise(shard, offset, size, _MADV_POPULATE_READ):
                 code = ctypes.get_errno()
@@ -240,29 +308,14 @@ class ShardReader:
                     raise self._changed(shard)
                 done += count
 
-    def _look_at_sizes(self, number: int) -> None:
-        """A mapped tar that has shrunk would mean SIGBUS."""
-        if self.mapped and time.monotonic() - self.looked_at > RECHECK_S:
-            self.looked_at = time.monotonic()
-            for shard in self.shards[number]:
-                if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
+    def _look_at_sizes(self) -> None:
+        """Every `RECHECK_S`: a mapped tar that shrank before would mean SIGBUS."""
+        now = time.monotonic()
+        if now - self.looked_at >= RECHECK_S:
+            self.looked_at = now
+            for shard, mapped in self.mmaps.items():
+                if mapped.size() != self.split.shard_bytes[shard]:
                     raise self._changed(shard)
-
-    def _check(self, samples: list[int]) -> list[int]:
-        """Those whose bytes, all of them, have another checksum than the index says."""
-        split, bad = self.split, []
-        for sample in samples:
-            shard, size = int(split.shard[sample]), int(split.size[sample])
-            place = shard, int(split.offset[sample]), size
-            if self.mapped:
-                view = self.maps[shard][place[1] : place[1] + size]
-                self._page_in([place], [view])
-            else:
-                view = memoryview(bytearray(size))
-                self._pread([place], [view])
-            if zlib.crc32(view) != split.crc32[sample]:
-                bad.append(sample)
-        return bad
 
     def _will_need(self, shard: int, offset: int, size: int) -> None:
         if self.mapped:
@@ -314,13 +367,26 @@ class Feed:
         while self.next <= min(number + self.ahead, self.num_batches - 1):
             asked = self.first + self.next
             self.draws[self.next] = draw = self.draw_of(asked)
-            places = places_of(self.split, draw, self.windows_only)
-            self.reader.start(self.next, places, draw.ids if self.verify(asked) else None)
+            verify = self.verify(asked)
+            places = places_of(self.split, draw, self.windows_only, whole=verify)
+            self.reader.start(self.next, places, draw.ids.tolist() if verify else ())
             self.next += 1
         if self.pieces_of:  # behind the batches themselves, which are needed sooner
             for started in range(begun, self.next):
                 self.reader.announce(self.pieces_of(self.first + started))
-        return self.draws[number], self.reader.take(number)
+        draw, views = self.draws[number], self.reader.take(number)
+        if self.split.store == "raw" and self.verify(self.first + number):
+            views = self._cut(draw, views)
+        return draw, views
+
+    def _cut(self, draw: Draw, views: list[memoryview]) -> list[memoryview]:
+        """Of raw images that were read whole, what is wanted of them."""
+        _, offsets, sizes = places_of(self.split, draw, self.windows_only)
+        starts = np.subtract(offsets, self.split.offset[draw.ids].astype(np.int64)).tolist()
+        return [
+            view[start : start + size]
+            for view, start, size in zip(views, starts, sizes, strict=True)
+        ]
 
     def done(self, number: int) -> Draw:
         """Batch `number` is decoded: its bytes may go."""

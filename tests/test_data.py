@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fasttrain import config, data, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement
 from fasttrain.schedule import Plan, make_plan
+from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=2)
@@ -227,13 +229,14 @@ def test_checksums_find_what_the_decoder_does_not(copied: Path, read: str) -> No
     for verify in ("first_epoch", "always"):
         with pytest.raises(DataError) as error:
             batches_of(split, read=read, verify=verify)
+        assert "sample 5, " in str(error.value)
         assert "train-000000.tar, key 000000005 at byte" in str(error.value)
         assert f"python tools/verify_shards.py {copied}" in str(error.value)
     assert len(batches_of(split, read=read, verify="first_epoch", step=3)) == 24  # epoch 1 and on
     split = shards.open_split(copied, "val")
     damage(split, 5, whole=False)
     loader = data.eval_loader(split, config.Data(root=copied, verify="first_epoch"), 4, 0, 1, CPU)
-    with pytest.raises(DataError, match="not as they were written"):
+    with pytest.raises(DataError, match=r"sample 5, (.|\n)*not as it was written"):
         list(loader)
     assert len(list(loader)) == 4  # only the first evaluation
 
@@ -258,7 +261,8 @@ def test_a_damaged_sample_is_replaced_and_always_by_the_same(
                 assert now not in (5, 17, 29) and after.labels[place] == split.label[now]
             else:
                 assert was == now and torch.equal(before.images[place], after.images[place])
-    assert replaced >= 6 and f"key {5:09}" in "".join(told) and len(told) <= 3
+    assert replaced >= 6 and [len(told), "".join(told).count("sample 5, ")] <= [3, 1]
+    assert all(f"sample {number}, " in "".join(told) for number in (5, 17, 29))
     ranks = [batches_of(split, world=2, rank=rank, **settings) for rank in range(2)]
     dealt = [ranks[number % 2][number // 2] for number in range(36)]
     for found in (dealt, straight[:20] + batches_of(split, step=5, **settings)):
@@ -269,40 +273,94 @@ def test_a_damaged_sample_is_replaced_and_always_by_the_same(
 def test_replacing_has_a_limit_and_ends_at_evaluations(copied: Path) -> None:
     split = shards.open_split(copied, "train")
     damage(split, 5, 17, 29)
-    with pytest.raises(DataError, match="3 damaged samples are more than may be replaced"):
+    with pytest.raises(DataError, match="more than may be replaced") as error:
         batches_of(split, on_bad_sample="replace", max_bad_samples=2)
+    assert all(f"sample {number}, " in str(error.value) for number in (5, 17, 29))
     assert len(batches_of(split, on_bad_sample="replace", max_bad_samples=3)) == 36
     damage(split, *range(45))
-    with pytest.raises(DataError, match="damaged samples are more than may be replaced"):
+    with pytest.raises(DataError, match="more than may be replaced"):
         batches_of(split, on_bad_sample="replace")
     split = shards.open_split(copied, "val")
     damage(split, 5)
     settings = config.Data(root=copied, on_bad_sample="replace")
-    with pytest.raises(DataError, match="not as they were written"):
+    with pytest.raises(DataError, match="sample 5, "):
         list(data.eval_loader(split, settings, 4, 0, 1, CPU))
+    with pytest.raises(ValueError, match="max_bad_samples = 7: none is replaced"):
+        config.Data(max_bad_samples=7)
 
 
-LIES = {  # what an index may claim of sample 5, and what is said
-    "offset": (lambda split: split.offset[6], "not as they were written"),
-    "size": (lambda split: split.size[5] // 2, "not as they were written"),
-    "shard": (lambda split: 1, "not as they were written"),
-    "width": (lambda split: 3 * split.width[5], "train.index gives another size of these"),
-    "height": (lambda split: 3 * split.height[5], "train.index gives another size of these"),
+@pytest.fixture(scope="module")
+def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("raw") / "shards"
+    shard(folder, root, Policy(store="raw"), shard_size=11)
+    return root
+
+
+LIES: dict[str, tuple[str, Callable[[Split], int]]] = {  # what an index may claim of sample 5
+    "another's place": ("offset", lambda split: split.offset[6]),
+    "a byte off": ("offset", lambda split: split.offset[5] + 1),
+    "fewer bytes": ("size", lambda split: split.size[5] // 2),
+    "another checksum": ("crc32", lambda split: split.crc32[5] ^ 1),
+    "another shard": ("shard", lambda split: len(split.shard_paths) - 1),
+    "another class": ("label", lambda split: (split.label[5] + 1) % 3),
+    "wider": ("width", lambda split: 3 * split.width[5]),
+    "narrower": ("width", lambda split: split.width[5] // 2),
+    "far too wide": ("width", lambda split: 65535),
+    "higher": ("height", lambda split: 3 * split.height[5]),
+    "lower": ("height", lambda split: split.height[5] // 2),
+}
+UNSEEN = {  # what is not noticed when checksums are not compared
+    "jpeg": {"another checksum", "another class"},
+    "raw": {"another checksum", "another class", "another's place", "a byte off", "another shard"},
 }
 
 
-@pytest.mark.parametrize("column", LIES)
-@pytest.mark.parametrize("verify", ["off", "always"])
-def test_an_index_that_lies_is_an_error(dataset: Path, column: str, verify: str) -> None:
-    split = shards.open_split(dataset, "train")
-    lie, message = LIES[column]
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("store", ["jpeg", "raw"])
+def test_an_index_that_lies_is_an_error(
+    dataset: Path, raw: Path, store: str, name: str, lie: str
+) -> None:
+    split = shards.open_split(raw if store == "raw" else dataset, name)
+    column, claim = LIES[lie]
     values = np.array(getattr(split, column))
-    values[5] = lie(split)
+    values[5] = claim(split)
+    if values[5] == getattr(split, column)[5]:
+        pytest.skip("there is one shard")
     lying = replace(split, **{column: values})
-    # Every window: the whole image, so that DALI has to find all of it.
-    with pytest.raises(DataError, match=message) as error:
-        batches_of(lying, crop_area=(1.0, 1.0), crop_ratio=(0.2, 5.0), verify=verify)
-    assert "key" in str(error.value) and "tools/verify_shards.py" in str(error.value)
+
+    def number_of_batches(read: str, verify: str) -> int:
+        # Every window: the whole image, so that DALI has to find all of it.
+        chosen = {"read": read, "verify": verify, "crop_area": (1.0, 1.0), "crop_ratio": (0.2, 5.0)}
+        if name == "train":
+            return len(batches_of(lying, **chosen))
+        settings = config.Data.model_validate({"root": split.root, **chosen})
+        return len(list(data.eval_loader(lying, settings, 4, 0, 1, CPU)))
+
+    for read, verify in product(("mmap", "pread"), ("off", "always")):
+        unseen = UNSEEN[store] | (
+            {"narrower", "lower"} if (store, name) == ("jpeg", "train") else set()
+        )
+        if lie == "another class" or (verify == "off" and lie in unseen):
+            assert number_of_batches(read, verify) == {"train": 36, "val": 4}[name]
+        else:
+            with pytest.raises(DataError, match="sample 5, ") as error:
+                number_of_batches(read, verify)
+            assert f"tools/verify_shards.py {split.root}" in str(error.value)
+
+
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+def test_raw_images_are_verified_whole(raw: Path, tmp_path: Path, read: str) -> None:
+    split = shards.open_split(Path(shutil.copytree(raw, tmp_path / "copied")), "train")
+    intact = batches_of(split, read=read)
+    for plain, verified in zip(intact, batches_of(split, read=read, verify="always"), strict=True):
+        assert torch.equal(plain.images, verified.images)
+    damage(split, 5)
+    assert len(batches_of(split, read=read)) == 36
+    with pytest.raises(DataError, match=r"sample 5, (.|\n)*not as it was written"):
+        batches_of(split, read=read, verify="always")
+    for batch in batches_of(split, read=read, verify="always", on_bad_sample="replace"):
+        assert batch.draw and 5 not in batch.draw.ids
 
 
 def test_pixels_do_not_depend_on_the_batch_they_came_in(dataset: Path) -> None:

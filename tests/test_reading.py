@@ -120,6 +120,30 @@ def test_what_is_in_memory_is_not_paged_in_again(
     reader.close()
 
 
+def test_what_is_verified_goes_through_the_threads_though_page_ins_rest(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SUSPICION", -1)
+    reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
+    draw = sampling.eval_draw(split, config.Data(), 8, 0, 1, 0)
+    for number, verified in enumerate(((), draw.ids.tolist())):
+        reader.start(number, places_of(split, draw, False), verified)
+        assert bool(reader.started[number][1]) == bool(verified)
+        reader.take(number)
+    reader.close()
+
+
+def test_the_size_of_a_jpeg_is_read_as_pillow_reads_it(split: Split) -> None:
+    tars = [path.read_bytes() for path in split.shard_paths]
+    for sample in range(split.num_samples):
+        start, size = int(split.offset[sample]), int(split.size[sample])
+        image = tars[split.shard[sample]][start : start + size]
+        listed = split.width[sample], split.height[sample]
+        assert reading._frame_size(memoryview(image)) == listed
+    assert not any(any(reading._frame_size(memoryview(image[:end]))) for end in range(100))
+    assert not any(reading._frame_size(memoryview(bytes([0xFF] * 999))))
+
+
 def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
