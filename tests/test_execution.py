@@ -153,6 +153,13 @@ def in_a_process(rank: int, port: int, folder: Path) -> None:
             found = losses, dict(everything(learner))
             torch.save(found, folder / f"{mode}-{exchange}-{rank}.pt")
             accelerator.free_memory()
+    recipe = recipe_for(max_skipped_steps=9)
+    for mode in ("eager", "graph"):  # one update is bad, in one process
+        spoilt = [(i.clone(), y) for i, y in batches]
+        spoilt[7][0][rank, 0, 3, 3] = float("nan") if rank == 1 else 0.0
+        losses, learner = carry_out(mode, recipe, plan, spoilt, None, accelerator)
+        torch.save((losses, dict(everything(learner))), folder / f"{mode}-spoilt-{rank}.pt")
+        accelerator.free_memory()
     torch.distributed.destroy_process_group()
 
 
@@ -171,6 +178,11 @@ def test_two_processes_exchange_the_same_in_every_mode(tmp_path: Path) -> None:
         )
     for expected in ("eager-fp32-0", "eager-fp32-1"):
         torch.testing.assert_close(runs["graph-fp32-0"][1], runs[expected][1], rtol=1e-3, atol=1e-4)
+    for mode in ("eager", "graph"):
+        (losses, one), (_, other) = (runs[f"{mode}-spoilt-{rank}"] for rank in (0, 1))
+        assert [step for step, loss in enumerate(losses) if loss == 0] == [7]
+        assert all(t.isfinite().all() for t in one.values())
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert runs["eager-bf16-0"][0] != runs["eager-fp32-0"][0]
     assert runs["graph-bf16-0"][0] != runs["graph-fp32-0"][0]
 

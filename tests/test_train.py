@@ -411,6 +411,30 @@ def test_another_start_is_forced_anew_or_named(
     assert "training.pt: No such file or directory" in output
 
 
+def test_a_process_that_hears_nothing_ends_after_its_launcher(tmp_path: Path) -> None:
+    """As one that waits in an exchange that will never end."""
+    deaf = (
+        "import os, signal, time\n"
+        "from fasttrain import runtime\n"
+        "runtime.ORPHAN_S = 1\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "runtime._follow_launcher({'ACCELERATE_MIXED_PRECISION': 'no'})\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run(['python', '-c', {deaf!r}])"],
+        cwd=REPO,
+        env=environment(),
+    )
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "a start")
+    process = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
+    launcher.kill()
+    launcher.wait()
+    assert process.exists()
+    wait_until(lambda: not process.exists(), "the end of an orphan")
+
+
 def test_a_process_that_dies_takes_the_others_along(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
