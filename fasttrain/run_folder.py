@@ -126,8 +126,7 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     if resume not in ("auto", "force"):
         _put_aside(folder, None if resume == "anew" else Path(resume))
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    for name in (DONE, STOP):
-        (folder / name).unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     lasting = recipe.checkpoint.model_copy(update={"resume": "auto"})
     recipe = recipe.model_copy(update={"checkpoint": lasting})
     write_text(folder / RECIPE, config.dumps(recipe))

@@ -327,6 +327,20 @@ def test_a_file_and_a_signal_stop_it(tiny: Callable[..., Path], tmp_path: Path) 
         assert not (folder / "stop").exists() and not (folder / "DONE").exists()
 
 
+def test_a_file_that_is_there_before_the_start_counts(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, stop = str(tiny(train={"max_steps": 2})), tmp_path / "run" / "stop"
+    stop.parent.mkdir()
+    stop.touch()
+    with pytest.raises(SystemExit) as status:
+        train.main([recipe])
+    assert status.value.code == 75 and not stop.exists()
+    assert "stopped before the first update; the same command goes on" in capsys.readouterr().out
+    train.main([recipe])
+    assert (tmp_path / "run" / "DONE").exists()
+
+
 def test_before_the_first_update_a_signal_ends_it_at_once(tmp_path: Path) -> None:
     program = """
 import os, signal, sys, time
