@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tomllib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -327,6 +328,11 @@ class ConfigError(Fault, ValueError):
 # --------------------------------------------------------------------------------------------------
 
 
+# More than syntax: numbers of thousands of digits, and brackets nested as deep.
+_NO_TOML = (ValueError, RecursionError)
+_TOO_MUCH = "..."  # is shown in their place
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path` with `section.key=value` overrides on top.
 
@@ -334,10 +340,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: naming every fault at once.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this recipe ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except _NO_TOML as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     faults = [fault for text in overrides if (fault := _override(raw, text))]
     recipe, faults = _validate(raw, faults)
@@ -354,11 +360,11 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
     """Applies one `section.key=value` to `raw`; returns the fault, if any."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key):
+    if not (equals and dot and section and key and value.strip()):  # as of an unset variable
         return f"--set {text}: expected section.key=value, for example train.epochs=90"
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except _NO_TOML:
         parsed = value.strip()  # a bare word or path: --set log.run_dir=/tmp/run
     table = raw.setdefault(section, {})
     if isinstance(table, dict):
@@ -379,9 +385,12 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
         table = raw.get(name, {})
         if not isinstance(table, dict):
             continue
+        unfit = {key: why for key, value in table.items() if (why := _unfit(value))}
+        faults += [f"[{name}] {key} = {_shown(table[key])}: {why}" for key, why in unfit.items()]
+        fit = {key: value for key, value in table.items() if key not in unfit}
         try:
             # Through JSON, strict types still take a list for a tuple and a string for a path.
-            sections[name] = kind.model_validate_json(json.dumps(table, default=str))
+            sections[name] = kind.model_validate_json(json.dumps(fit, default=str))
         except ValidationError as error:
             faults += [_fault(name, kind, detail) for detail in error.errors()]
     optim, train = sections.get("optim"), sections.get("train")
@@ -391,6 +400,21 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
             f"([train] epochs = {train.epochs}); lower it or train longer"
         )
     return (None if faults else Recipe(**sections)), faults
+
+
+def _unfit(value: object) -> str:
+    """What is wrong with a value of any key; empty if nothing is."""
+    if (isinstance(value, int) and abs(value) >= 2**63) or _shown(value) == _TOO_MUCH:
+        return "must be less: 64 bits for a number"
+    if not isinstance(value, str):
+        return ""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        return "must be plain text, without control characters"
+    if not os.path.expandvars(value.strip()):
+        return "must not be empty"
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        return "there is no such user; write the path in full"
+    return ""
 
 
 def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
@@ -418,7 +442,11 @@ def _did_you_mean(word: str, known: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except _NO_TOML:
+        return _TOO_MUCH
+    return text if len(text) < 300 else f"{text[:300]}..."
 
 
 # --------------------------------------------------------------------------------------------------

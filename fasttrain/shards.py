@@ -15,6 +15,7 @@ pixels, row by row, RGB.
 import hashlib
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,12 +64,15 @@ class ShardError(config.Fault, ValueError):
 
 
 def _file_name(name: str) -> str:
-    if "/" in name or "\0" in name or name in ("", ".", ".."):
-        raise ValueError(f"{name!r} is no file in the data set's folder")
+    # Tars of others, indexed in place, lie in the folder as well, under whatever names.
+    text = name.encode(errors="replace").decode()  # of a lone surrogate a question mark
+    if "/" in name or "\0" in name or name in ("", ".", "..") or text != name or len(name) > 255:
+        raise ValueError(f"{name[:80]!r} is no file in the data set's folder")
     return name
 
 
 _FileName = Annotated[str, AfterValidator(_file_name)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=1, lt=2**40)]
 _MOST = 2**16  # shards, classes: an index has 16 bits for them
 
@@ -82,11 +86,12 @@ class _Entry(BaseModel):
 class _File(_Entry):
     name: _FileName
     size: _Count
-    sha256: str
+    sha256: _Digest
 
 
 class _Shard(_File):
-    num_samples: _Count
+    num_samples: Annotated[int, Field(ge=0, lt=2**40)]  # 0: all its images were rejected
+    idx_sha256: _Digest
 
 
 class _Split(_Entry):
@@ -98,20 +103,28 @@ class _Split(_Entry):
     def _adds_up(self) -> Self:
         if sum(shard.num_samples for shard in self.shards) != self.num_samples:
             raise ValueError("its shards have another number of samples in all")
-        if len({shard.name for shard in self.shards}) != len(self.shards):
-            raise ValueError("a shard is listed twice")
         return self
 
 
 class _Policy(_Entry):
     store: Literal["jpeg", "raw"]
-    short_side: int | None
+    short_side: Annotated[int, Field(ge=1)] | None
 
 
 class _Manifest(_Entry):
     policy: _Policy
     classes: Annotated[list[str], Field(min_length=1, max_length=_MOST)]
-    splits: dict[str, _Split]
+    splits: Annotated[dict[str, _Split], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_file_once(self) -> Self:
+        places: dict[str, str] = {}  # of each name: a tar in two splits would be trained on, too
+        for split, entry in self.splits.items():
+            for number, file in enumerate([entry.index, *entry.shards]):
+                place = f"splits.{split}." + (f"shards[{number - 1}]" if number else "index")
+                if place != (first := places.setdefault(file.name, place)):
+                    raise ValueError(f"{place}.name: {file.name} is that of {first} already")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +166,7 @@ class Split:
             with path.open("rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
                 member = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict").name
-        except (OSError, tarfile.HeaderError):
+        except (OSError, UnicodeDecodeError, tarfile.HeaderError):
             member = "unreadable"
         return f"{path}, key {member.partition('.')[0]} at byte {offset}"
 
@@ -162,7 +175,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of the data set at `root`.
 
     Raises:
-        ShardError: there is none, or it was written by another version.
+        ShardError: there is none, it is damaged, or it was written by another version.
     """
     path = root / MANIFEST
     try:
@@ -186,12 +199,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        detail = error.errors()[0]
-        place = ".".join(map(str, detail["loc"])).replace(".[key]", "")
-        raise ShardError(
-            f"{path} is damaged: {place}: {detail['msg'].removeprefix('Value error, ')}; make the "
-            "data set again"
-        ) from None
+        detail = error.errors(include_input=False)[0]
+        steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"])
+        place = "".join(steps).removeprefix(".")
+        fault = ": ".join(filter(None, [place, detail["msg"].removeprefix("Value error, ")]))
+        raise ShardError(f"{path} is damaged: {fault}; make the data set again") from None
     checked: dict[str, Any] = manifest
     return checked
 
@@ -211,7 +223,10 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
             f"make_shards.py --short-side {short_side}, or change data.short_side"
         )
     if name not in manifest["splits"]:
-        raise ShardError(f"{root} has no split {name}, only {', '.join(manifest['splits'])}")
+        raise ShardError(
+            f"{root} has no split {name}, only {', '.join(manifest['splits'])}; make it again of a "
+            "source with both"
+        )
     entry = manifest["splits"][name]
     paths = [root / shard["name"] for shard in entry["shards"]]
     for path, size in [
@@ -219,13 +234,18 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
         (root / entry["index"]["name"], entry["index"]["size"]),
     ]:
         try:
-            found = path.stat().st_size
+            found = path.stat()
         except OSError as error:
-            raise ShardError(f"{path}: {error.strerror}, but {MANIFEST} lists it") from None
-        if found != size:
             raise ShardError(
-                f"{path} has {found:,} bytes, {MANIFEST} says {size:,}: copy it anew or make the "
-                "data set again"
+                f"{path}: {error.strerror}, but {MANIFEST} lists it: copy it anew or make the data "
+                "set again"
+            ) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(f"{path} is no file: copy it anew or make the data set again")
+        if found.st_size != size:
+            raise ShardError(
+                f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
+                "make the data set again"
             )
     columns = _read_index(root / entry["index"]["name"], entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
@@ -278,9 +298,12 @@ def _lies(
 def _read_index(path: Path, num_samples: int) -> dict[str, NDArray[Any]]:
     offset = len(_INDEX_MAGIC) + 8
     columns: dict[str, NDArray[Any]] = {}
-    with path.open("rb") as file:
-        header = file.read(offset)
-        size = os.fstat(file.fileno()).st_size
+    try:
+        with path.open("rb") as file:
+            header = file.read(offset)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
     whole = offset + num_samples * sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
     if header != _INDEX_MAGIC + num_samples.to_bytes(8, "little") or size != whole:
         raise ShardError(f"{path} is damaged or of another version; make the data set again")

@@ -278,7 +278,8 @@ def test_imagenet_opens_in_no_time_and_little_memory(tmp_path: Path) -> None:
             file.truncate(1024 * per_shard)
         there = min(per_shard, count - place * per_shard)
         size = 1024 * per_shard
-        entries.append({"name": path.name, "size": size, "sha256": "", "num_samples": there})
+        entry = {"name": path.name, "size": size, "num_samples": there}
+        entries.append(entry | dict.fromkeys(("sha256", "idx_sha256"), "0" * 64))
     index = shards.write_index(tmp_path / "train.index", [rows])
     entry = {"num_samples": count, "index": index, "shards": entries}
     policy = {"short_side": None, "store": "jpeg"}

@@ -172,7 +172,7 @@ def check_sample(
         header = tarfile.TarInfo.frombuf(tar[offset - block : offset].tobytes(), "utf-8", "strict")
         if header.size != size:
             yield f"{header.name} has {header.size:,} bytes in its header, {size:,} in the index"
-    except tarfile.HeaderError as error:
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
         yield f"no header of a member: {error}"
     label, text = int(split.label[sample]), labels.get(offset, "none")
     # In tars of others, labels may be numbers that are not counted through.
