@@ -142,6 +142,11 @@ def test_the_size_of_a_jpeg_is_read_as_pillow_reads_it(split: Split) -> None:
         assert reading._frame_size(memoryview(image)) == listed
     assert not any(any(reading._frame_size(memoryview(image[:end]))) for end in range(100))
     assert not any(reading._frame_size(memoryview(bytes([0xFF] * 999))))
+    frame = image.index(bytes([0xFF, 0xC0]))
+    huge = image[: frame + 5] + bytes([0xFF] * 4) + image[frame + 9 :]  # for Pillow, a bomb
+    for damaged in (huge, image[: frame + 5], image[:3], b""):
+        (fault,) = reading.faults_of(split, [sample], [memoryview(damaged)], False).values()
+        assert fault == "no header of an image"
 
 
 def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(

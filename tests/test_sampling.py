@@ -298,3 +298,24 @@ def test_how_well_blocks_shuffle(split: Split) -> None:
     assert neighbours(0) == pytest.approx(1 / 64, rel=0.1)
     assert neighbours(16) == pytest.approx(1 / 16, rel=0.1)
     assert neighbours(4) == pytest.approx(1 / 4, rel=0.1)
+
+
+def test_a_stand_in_depends_on_nothing_but_the_sample_it_stands_in_for(split: Split) -> None:
+    ids = np.arange(split.num_samples)
+
+    def alone(epoch: int, sample: int, bad: set[int]) -> int:
+        return int(sampling.stand_ins(0, epoch, ids[[sample]], bad, split.num_samples)[0])
+
+    drawn = set()
+    for epoch in range(20):
+        for bad in ({3}, {3, 5, 17}, set(range(40))):
+            found = sampling.stand_ins(0, epoch, ids, bad, split.num_samples)
+            assert found.tolist() == [alone(epoch, sample, bad) for sample in ids.tolist()]
+            assert not bad & set(found.tolist())
+            assert all(now == was or was in bad for now, was in zip(found, ids, strict=True))
+        first = alone(epoch, 3, {3})
+        drawn.add(first)
+        if (other := (first + 1) % split.num_samples) != 3:
+            assert alone(epoch, 3, {3, other}) == first
+    assert len(drawn) > 10
+    assert ids.tolist() == list(range(split.num_samples))  # what is given is left as it is
