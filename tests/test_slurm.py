@@ -1,0 +1,200 @@
+"""train.sbatch on a real SLURM cluster of two nodes, which live on this machine.
+
+apt-get install slurm-wlm slurm-wlm-basic-plugins munge iproute2
+python -m pytest -n 0 -m slurm tests/test_slurm.py
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, environment, lines, run
+from safetensors.torch import load_file
+
+from fasttrain import checkpoint
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(not shutil.which("sbatch"), reason="SLURM is not installed"),
+]
+TIMEOUT_S = 240
+TWO_BY_TWO = {"FT_PROCS_PER_NODE": "2"}
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.call("start", "2")
+
+    def call(self, *words: str) -> None:
+        command = [REPO / "tests" / "mini_cluster.sh", words[0], self.folder, *words[1:]]
+        env = environment(FT_OWNER_PID=str(os.getpid()), PATH=f"{os.environ['PATH']}:/usr/sbin")
+        subprocess.run(command, check=True, env=env, timeout=120)
+
+    def command(self, *words: object, **changes: str) -> str:
+        env = environment(SLURM_CONF=str(self.folder / "slurm.conf"), **changes)
+        done = subprocess.run(
+            [str(word) for word in words], cwd=REPO, env=env, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        return done.stdout
+
+    def submit(self, *words: object, **changes: str) -> str:
+        output = f"--output={self.folder}/job-%j.out"
+        said = self.command("sbatch", "--parsable", output, "--cpus-per-task=2", *words, **changes)
+        return said.strip()
+
+    def state(self, job: str) -> dict[str, str]:
+        shown = self.command("scontrol", "show", "job", "-o", job)
+        return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def wait(self, job: str, condition: Callable[[dict[str, str]], object]) -> dict[str, str]:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition(state := self.state(job)):
+            assert time.monotonic() < deadline, f"{state}\n{self.output(job)}"
+            time.sleep(0.3)
+        return state
+
+    def finish(self, job: str) -> dict[str, str]:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.wait(job, lambda state: state.get("JobState") in ended)
+
+    def output(self, job: str) -> str:
+        return "\n".join(p.read_text() for p in self.folder.glob(f"job-{job}*.out"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)  # munge asks for it, and pytest's folders are closed to others
+    made = Cluster(folder / "c")
+    yield made
+    made.call("stop")
+    shutil.rmtree(folder)
+
+
+def num_updates(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(lines(path, "train")) if path.exists() else 0
+
+
+def long(tiny: Callable[..., Path], name: str = "tiny") -> Path:
+    """A recipe that is still busy when something happens to it."""
+    return tiny(
+        name,
+        train={"epochs": 24, "eval_every_epochs": 8, "global_batch_size": 8},
+        checkpoint={"every_steps": 1000},
+        log={"every_steps": 1},
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.find(folder / "checkpoints")[0] / "model.safetensors")
+
+
+def test_two_nodes_give_the_weights_of_one(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tiny()
+    job = cluster.submit("--nodes=2", "tools/train.sbatch", recipe, **TWO_BY_TWO)
+    state = cluster.finish(job)
+    assert state["JobState"] == "COMPLETED" and state["ExitCode"] == "0:0", cluster.output(job)
+    done = json.loads((tmp_path / "run" / "DONE").read_text())
+    assert done["step"] == 14 and done["seen"] == 13
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert start["world_size"] == 4 and start["slurm_job_id"] == job
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
+    words = ["--main_process_port", "0", "fasttrain/train.py", recipe]
+    here = tmp_path / "here"
+    run([*command, *words, "--set", f"log.run_dir={here}"], ACCELERATE_USE_CPU="1")
+    expected = weights(here)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_before_the_time_limit_it_saves_and_is_requeued(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = cluster.submit("--nodes=2", "tools/train.sbatch", long(tiny), **TWO_BY_TWO)
+    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1 sends it
+    cluster.wait(job, lambda state: state["Restarts"] == "1")
+    saved = checkpoint.find(tmp_path / "run" / "checkpoints")
+    state = cluster.finish(job)
+    output = cluster.output(job)
+    assert state["JobState"] == "COMPLETED", output
+    assert len(saved) == 1 and f"going on from {saved[0]}" in output
+    steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl", "train")]
+    assert steps == list(range(120))
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = cluster.submit("tools/train.sbatch", long(tiny))
+    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
+    cluster.command("scancel", job)
+    state = cluster.finish(job)
+    assert state["JobState"] == "CANCELLED"
+    time.sleep(8)  # a requeued job would wait for 5
+    assert cluster.state(job)["JobState"] == "CANCELLED" and not (tmp_path / "run/DONE").exists()
+    assert checkpoint.find(tmp_path / "run" / "checkpoints")
+
+
+def test_without_an_environment_and_with_one_process(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = cluster.submit(
+        f"--export=NONE,FT_PYTHON={sys.executable}", "tools/train.sbatch", tiny(),
+    )  # fmt: skip
+    state = cluster.finish(job)
+    assert state["JobState"] == "COMPLETED", cluster.output(job)
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_preempted_job_goes_on_when_the_other_is_done(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = cluster.submit("--partition=low", "--nodes=2", "tools/train.sbatch", long(tiny))
+    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
+    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3")
+    cluster.wait(job, lambda state: state["Restarts"] == "1")
+    assert cluster.finish(other)["JobState"] == "COMPLETED"
+    state = cluster.finish(job)
+    assert state["JobState"] == "COMPLETED", cluster.output(job)
+    assert "going on from" in cluster.output(job)
+
+
+def test_a_job_whose_node_dies_is_started_again(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = long(tiny)
+    job = cluster.submit(
+        "--nodes=2", "tools/train.sbatch", recipe, "--set", "checkpoint.every_steps=4"
+    )
+    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 9)
+    cluster.call("fail", "ft2")
+    cluster.wait(job, lambda state: state["Restarts"] == "1" or state["JobState"] == "PENDING")
+    cluster.call("recover", "ft2")
+    state = cluster.finish(job)
+    assert state["JobState"] == "COMPLETED", cluster.output(job)
+    assert "going on from" in cluster.output(job)
+
+
+def test_each_job_of_an_array_has_its_own_folder(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = cluster.submit("--array=1-2", "tools/train.sbatch", tiny())
+    for task in (1, 2):
+        state = cluster.finish(f"{job}_{task}")
+        assert state["JobState"] == "COMPLETED", cluster.output(job)
+        assert (tmp_path / f"run-{task}" / "DONE").exists()
