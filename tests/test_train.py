@@ -251,6 +251,7 @@ def test_killed_at_500_random_moments_it_ends_bit_for_bit_equal(
             assert_same_result(straight, folder)
             shutil.rmtree(folder)
             runs += 1
+            print(f"{kills} kills, {runs} runs that ended equal", flush=True)
             folder = tmp_path / f"killed-{runs}"
     assert run_for(folder, TIMEOUT_S) == 0
     assert_same_result(straight, folder)
