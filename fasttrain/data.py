@@ -463,8 +463,8 @@ def measure(
     """Images/s of this process's training input with nothing else to do, over `seconds`."""
     micro = plan.micro_batch_size if place.device.type == "cuda" else min(plan.micro_batch_size, 32)
     small = replace(plan, micro_batch_size=micro, accumulation=1, total_steps=plan.schedule_steps)
-    silent: Callable[[str], object] = lambda text: None  # the run itself will tell
-    batches = train_batches(split, data, small, rank, place, 0, warn=silent)
+    # Of samples that are replaced, the run itself will tell.
+    batches = train_batches(split, data, small, rank, place, 0, warn=lambda text: None)
     images, begun = 0, (start := time.perf_counter())
     for number, batch in enumerate(batches):
         if number == 1:  # with the first came threads, buffers and the pipeline

@@ -90,12 +90,14 @@ def start(
 
 
 def cpu_share(environ: Mapping[str, str]) -> int:
-    """CPUs for this process: those that the launcher or SLURM bound it to and the container's quota
-    allows, shared with the other processes here."""
+    """CPUs for this process: those that the launcher or SLURM bound it to, SLURM was asked for, and
+    the container's quota allows, shared with the other processes here."""
     cpus = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
+    if asked := environ.get("SLURM_CPUS_PER_TASK"):  # where SLURM does not bind tasks
+        cpus = min(cpus, int(asked))
     return max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

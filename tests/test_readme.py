@@ -47,6 +47,8 @@ def test_the_commands_are_those_we_know() -> None:
         "python tools/make_shards.py SOURCE data/imagenet",
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
         "python tools/evaluate.py runs/large --data data/imagenet",
+        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 "
+        "tools/train.sbatch recipes/large.toml",
         "python tools/verify_shards.py data/imagenet",
         "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER   "
         "# torchvision, webdataset, DALI",
@@ -96,5 +98,5 @@ def test_links_and_settings_exist() -> None:
     known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
     sections = "|".join(config.Recipe.model_fields)
     named = set(re.findall(rf"\b((?:{sections})\.[a-z_]+)\b", README))
-    files = {name for name in named if name.endswith((".py", ".toml", ".safetensors"))}
+    files = {name for name in named if name.endswith((".py", ".toml", ".safetensors", ".sbatch"))}
     assert named - known == files

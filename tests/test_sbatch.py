@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO, command_path, environment
 
+from fasttrain import runtime
+
 SRUN = """#!/bin/bash
 # Starts what it is given on every node, and passes SIGUSR1 on to all processes of the step.
 while [[ $1 == --* ]]; do echo "srun $1" >>"$CALLS"; shift; done
@@ -169,6 +171,14 @@ def test_neither_success_nor_failure_is_requeued(
 def test_a_wrong_recipe_ends_it_before_anything_starts(submit: Callable[..., Submitted]) -> None:
     job = submit("exit 0", "--set", "train.epochs=0")
     assert job.code == 2 and not job.calls and "[train] epochs = 0: must be" in job.output
+
+
+def test_processes_share_the_cpus_of_their_task() -> None:
+    all_of_them = runtime.cpu_share({})
+    assert runtime.cpu_share({"SLURM_CPUS_PER_TASK": "1"}) == 1
+    assert runtime.cpu_share({"SLURM_CPUS_PER_TASK": "512"}) == all_of_them
+    many = {"SLURM_CPUS_PER_TASK": "512", "LOCAL_WORLD_SIZE": "512"}
+    assert runtime.cpu_share(many) == 1
 
 
 def test_missing_cpus_are_warned_of(submit: Callable[..., Submitted]) -> None:
