@@ -107,6 +107,19 @@ def test_faults_name_the_place_and_the_remedy(override: str, message: str) -> No
     assert message in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\r\nepochs = 7\r\n")
+    assert config.load(path).train.epochs == 7
+
+
+def test_long_values_are_cut_short(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError) as error:
+        config.load(REPO / "recipes/large.toml", [f"model.arch={'x' * 9999}"])
+    assert "xxx...: must be 'large' or 'small'" in str(error.value)
+    assert len(str(error.value)) < 500
+
+
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(config.ConfigError, match="nesterov = true: needs momentum above 0"):
         config.load(REPO / "recipes/large.toml", ["optim.nesterov=true", "optim.momentum=0"])

@@ -1,29 +1,33 @@
 """A catalogue of wrong inputs, each with what is said: the fault, the place, the remedy.
 
-Those of recipes are in test_config.py.
+More of recipes are in test_config.py, more of sources in test_sharding.py and test_sources.py.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPO, run
+from conftest import REPO, TINY, run, shard
 
-from fasttrain import checkpoint, run_folder, shards, train
+from fasttrain import config, shards, train
+from fasttrain.sharding import Policy
 
 sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import evaluate
 import make_shards
+import verify_shards
 
 Manifest = dict[str, Any]
+Refused = Callable[..., None]
+AGAIN = "make the data set again"
 
 
 @pytest.fixture
@@ -32,12 +36,14 @@ def copied(dataset: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
     """Runs an entry point that must end with exit code 2 and these words on standard error."""
 
-    def check(main: Callable[[list[str]], object], words: list[Any], *said: str) -> None:
+    def check(main: Callable[..., object], words: list[Any], *said: str) -> None:
+        words = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", ["tool", *words])
         with pytest.raises(SystemExit) as status:
-            main([str(word) for word in words])
+            main(*[words][: main.__code__.co_argcount])
         output = capsys.readouterr().err
         assert status.value.code == 2, output
         for text in said:
@@ -47,27 +53,157 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     return check
 
 
-@pytest.fixture
-def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Callable[[list[str]], None]]:
-    """A tool's entry point, as a function of its words."""
+# --------------------------------------------------------------------------------------------------
+# Recipes and settings
+# --------------------------------------------------------------------------------------------------
 
-    def wrap(tool: ModuleType) -> Callable[[list[str]], None]:
-        def main(words: list[str]) -> None:
-            monkeypatch.setattr(sys, "argv", ["tool", *words])
-            tool.main()
+RECIPES = [
+    (b"[train\n", "not valid TOML: Expected ']'"),
+    (b"[train]\n[train]\n", "not valid TOML: Cannot declare ('train',) twice (at line 2"),
+    (b"\xff\xfe", "not valid TOML: 'utf-8' codec can't decode byte 0xff"),
+    (b"\0", "not valid TOML: Invalid statement"),
+    (b"x = " + b"[" * 5000, "not valid TOML: maximum recursion depth exceeded"),
+    (b"[train]\nepochs = " + b"9" * 5000, "not valid TOML: Exceeds the limit (4300 digits)"),
+    (b"[train]\nepochs = 0x" + b"f" * 5000, "[train] epochs = ...: must be less: 64 bits"),
+    (b"[train]\nepochs." + b".".join([b"a"] * 3000) + b" = 1", "[train] epochs = ...: must be"),
+    (b"epochs = 3", "[epochs]: unknown section; known are data, model, optim, train"),
+    (b"train = 3", "train = 3: [train] must be a section"),
+    (b"[[train]]\nepochs = 3", 'train = [{"epochs": 3}]: [train] must be a section'),
+    (b"[train.epochs]\nvalue = 3", '[train] epochs = {"value": 3}: expected int, got dict'),
+    (b"[train]\nepochs = 2026-01-01", '[train] epochs = "2026-01-01": expected int, got str'),
+    (b"[train]\nEpochs = 3", "[train] Epochs: unknown key; did you mean epochs?"),
+    (b"[data]\nroot = ''", '[data] root = "": must not be empty'),
+    (b"[data]\nroot = '~nobody-here/x'", "there is no such user; write the path in full"),
+    (b'[log]\nrun_dir = "a\\u0000"', 'run_dir = "a\\u0000": must be plain text, without control'),
+    (b'[log]\nrun_dir = "a\\u007f"', 'run_dir = "a\\u007f": must be plain text, without control'),
+]
 
-        return main
 
-    return wrap
+@pytest.mark.parametrize(("content", "message"), RECIPES)
+def test_recipes(content: bytes, message: str, tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    refused(train.main, [path], f"{path}: ", message)
 
 
-def train_split(manifest: Manifest) -> Any:
-    return manifest["splits"]["train"]
+def test_recipes_that_are_no_files(tmp_path: Path, refused: Refused) -> None:
+    refused(train.main, [tmp_path], f"{tmp_path}: cannot read this recipe (Is a directory)")
+    refused(train.main, ["/nowhere.toml"], "/nowhere.toml: cannot read this recipe (No such file")
+    refused(train.main, ["/proc/self/mem"], "/proc/self/mem: cannot read this recipe (Input/output")
+
+
+SETTINGS: list[tuple[str, list[str]]] = [
+    ("log.run_dir=", ["--set log.run_dir=: expected section.key=value"]),
+    ("log.run_dir=$NOTHING_IN_IT", ['[log] run_dir = "$NOTHING_IN_IT": must not be empty']),
+    ("log.run_dir=\udcff", ["must be plain text"]),
+    ("train.seed=9223372036854775808", ["[train] seed = 9223372036854775808: must be less: 64"]),
+    ("train.epochs=" + "[" * 5000, ['[train] epochs = "[[', "expected int, got str"]),
+    ("data.root={file}", ["no data set at {file}", "python tools/make_shards.py"]),
+    ("data.root=/nowhere", ["no data set at /nowhere", "--set data.root=/path/to/shards"]),
+    ("data.short_side=256", ["asks for images of short side 256, those at", "--short-side 256"]),
+    ("log.run_dir={file}", ['[log] run_dir = "{file}": cannot be written', "choose another"]),
+    ("log.run_dir={file}/run", ["cannot be written (Not a directory)", "choose another with"]),
+    ("log.run_dir=/proc/run", ['[log] run_dir = "/proc/run": cannot be written', "choose another"]),
+    ("train.global_batch_size=99", ["global_batch_size = 99: more than the 45 training images"]),
+    ("train.micro_batch_size=3", ["does not divide the 8 images of each", "2 or 4 would"]),
+    ("checkpoint.resume=none", ['resume = "none": there is no such checkpoint', "must be auto"]),
+    ("checkpoint.resume={file}", ["there is no such checkpoint", "the folder of a checkpoint"]),
+    ("train.precision=fp16", ["[train] precision = fp16: needs a GPU; use bf16 or no"]),
+    ("train.execution=graph", ["[train] execution = graph: needs a GPU; use auto"]),
+    ("data.decode=gpu_full", ["decode = gpu_full: this process has no GPU; use cpu or auto"]),
+]
+
+
+@pytest.mark.parametrize(("setting", "said"), SETTINGS)
+def test_settings(
+    setting: str,
+    said: list[str],
+    tiny: Callable[..., Path],
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NOTHING_IN_IT", "")
+    file = tmp_path / "file"
+    file.write_text("")
+    words = [tiny(), "--set", setting.replace("{file}", str(file))]
+    refused(train.main, words, *(text.replace("{file}", str(file)) for text in said))
+
+
+@pytest.mark.parametrize(
+    ("environ", "words", "said"),
+    [
+        ({}, [], ["the following arguments are required: recipe"]),
+        ({}, ["{recipe}", "--epochs", "3"], ["unrecognized arguments: --epochs 3"]),
+        ({}, ["{recipe}", "--set"], ["argument --set: expected one argument"]),
+        (
+            {"WORLD_SIZE": "3"},
+            ["{recipe}"],
+            ["global_batch_size = 8: does not divide over 3 processes", "6 or 9", "launch 2 or 4"],
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            ["{recipe}", "--set", "train.micro_batch_size=3"],
+            ["micro_batch_size = 3: does not divide the 4 images of each of 2", "2 or 4 would"],
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            ["{recipe}"],
+            ["WORLD_SIZE = 2 in the environment, but no MASTER_ADDR: start", "accelerate launch"],
+        ),
+    ],
+)
+def test_launches(
+    environ: dict[str, str],
+    words: list[str],
+    said: list[str],
+    tiny: Callable[..., Path],
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    refused(train.main, [word.format(recipe=tiny()) for word in words], *said)
+
+
+def test_demo_without_its_library(
+    tiny: Callable[..., Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    recipe = tiny(data={"prepare": "digits", "root": str(tmp_path / "digits")})
+    refused(train.main, [recipe], "pip install -e '.[demo]'")
+
+
+def test_nothing_is_written_and_torch_not_loaded_where_something_is_wrong(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fasttrain import train\n"
+        f"try: train.main(['recipes/large.toml', '--set', 'log.run_dir={tmp_path / 'run'}', "
+        "'--set', 'data.root=/nowhere'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = run([sys.executable, "-c", code], code=2)
+    assert done.stdout == "False\n" and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# Data sets
+# --------------------------------------------------------------------------------------------------
+
+
+def of(manifest: Manifest, *place: Any) -> Any:
+    """What lies at a place under `splits.train`."""
+    node = manifest["splits"]["train"]
+    for step in place:
+        node = node[step]
+    return node
 
 
 MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
-    (lambda m: m.pop("version"), "manifest.json is damaged; make the data set again"),
-    (lambda m: m.update(version=7), "has format version 7, this fasttrain reads 1"),
+    (lambda m: m.pop("version"), "manifest.json is damaged; make"),
+    (lambda m: m.update(version=7), "has format version 7, this fasttrain reads 1; make"),
+    (lambda m: m.update(version="1"), "has format version 1, this fasttrain reads 1; make"),
     (lambda m: m.pop("classes"), "is damaged: classes: Field required"),
     (lambda m: m.update(classes=[]), "is damaged: classes: List should have at least 1 item"),
     (lambda m: m.update(classes=["x"] * 70000), "classes: List should have at most 65536 items"),
@@ -75,68 +211,111 @@ MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
     (lambda m: m.update(classes=[1, 2, 3]), "classes[0]: Input should be a valid string"),
     (lambda m: m.pop("policy"), "is damaged: policy: Field required"),
     (lambda m: m["policy"].pop("short_side"), "policy.short_side: Field required"),
+    (lambda m: m["policy"].update(short_side=-1), "policy.short_side: Input should be greater"),
     (lambda m: m["policy"].update(store="png"), "policy.store: Input should be 'jpeg' or 'raw'"),
     (lambda m: m.pop("splits"), "is damaged: splits: Field required"),
     (lambda m: m.update(splits=[]), "is damaged: splits: Input should be a valid dict"),
-    (lambda m: m["splits"].pop("train"), "has no split train, only val"),
-    (lambda m: train_split(m).pop("shards"), "splits.train.shards: Field required"),
-    (lambda m: train_split(m).update(shards=[]), "splits.train.shards: List should have at least"),
-    (lambda m: train_split(m).update(num_samples="45"), "splits.train.num_samples: Input should"),
-    (lambda m: train_split(m).update(num_samples=44), "its shards have another number of samples"),
+    (lambda m: m.update(splits={}), "is damaged: splits: Dictionary should have at least 1 item"),
+    (lambda m: m["splits"].update(train=None), "splits.train: Input should be a valid dict"),
+    (lambda m: of(m).pop("index"), "splits.train.index: Field required"),
+    (lambda m: of(m, "index").update(sha256=""), "splits.train.index.sha256: String should match"),
+    (lambda m: of(m).pop("shards"), "splits.train.shards: Field required"),
+    (lambda m: of(m).update(shards=[]), "splits.train.shards: List should have at least 1 item"),
     (
-        lambda m: train_split(m)["shards"][1].update(size=-1),
-        "splits.train.shards[1].size: Input should be greater than or equal to 1",
+        lambda m: of(m).update(shards=of(m, "shards")[:1] * 70000),
+        "splits.train.shards: List should have at most 65536 items",
+    ),
+    (lambda m: of(m).update(num_samples="45"), "splits.train.num_samples: Input should be a valid"),
+    (lambda m: of(m).update(num_samples=44), "splits.train: its shards have another number of sam"),
+    (lambda m: of(m).update(num_samples=0), "num_samples: Input should be greater than or equal"),
+    (
+        lambda m: of(m, "shards", 3).update(size=-1),
+        "splits.train.shards[3].size: Input should be greater than or equal to 1",
     ),
     (
-        lambda m: train_split(m)["shards"][1].update(size=1e4),
-        "splits.train.shards[1].size: Input should be a valid integer",
+        lambda m: of(m, "shards", 3).update(size=1e4),
+        "splits.train.shards[3].size: Input should be a valid integer",
     ),
     (
-        lambda m: train_split(m)["shards"][1].update(name="../../etc/passwd"),
-        "splits.train.shards[1].name: '../../etc/passwd' is no file in the data set's folder",
+        lambda m: of(m, "shards", 3).update(size=2**64),
+        "splits.train.shards[3].size: Input should be less than 1099511627776",
     ),
     (
-        lambda m: train_split(m)["index"].update(name="/etc/passwd"),
+        lambda m: of(m, "shards", 3).update(num_samples=-1),
+        "splits.train.shards[3].num_samples: Input should be greater than or equal to 0",
+    ),
+    (lambda m: of(m, "shards", 3).pop("sha256"), "splits.train.shards[3].sha256: Field required"),
+    (lambda m: of(m, "shards", 3).pop("idx_sha256"), "shards[3].idx_sha256: Field required"),
+    *[
+        (
+            lambda m, name=name: of(m, "shards", 1).update(name=name),
+            f"splits.train.shards[1].name: {name!r} is no file in the data set's folder",
+        )
+        for name in ("../../etc/passwd", "/etc/passwd", "sub/train-000001.tar", "..", "", "a\0b")
+    ],
+    (
+        lambda m: of(m, "shards", 1).update(name="\ud800"),
+        "shards[1].name: '\\ud800' is no file in the data set's folder",
+    ),
+    (lambda m: of(m, "shards", 1).update(name="x" * 999), "xxx' is no file in the data set's fold"),
+    (lambda m: of(m, "shards", 1).update(name=3), "shards[1].name: Input should be a valid string"),
+    (
+        lambda m: of(m, "index").update(name="/etc/passwd"),
         "splits.train.index.name: '/etc/passwd' is no file in the data set's folder",
     ),
     (
-        lambda m: train_split(m)["shards"][1].update(name=train_split(m)["shards"][0]["name"]),
-        "splits.train.shards[1].name: train-000000.tar is that of splits.train.shards[0] already",
+        lambda m: of(m, "shards", 1).update(name=of(m, "shards", 0, "name")),
+        "shards[1].name: train-000000.tar is that of splits.train.shards[0] already",
     ),
     (
-        lambda m: train_split(m)["shards"][0].update(size=1024),
-        "manifest.json says 1,024: copy it anew or make the data set again",
+        lambda m: m["splits"].update(val=of(m)),
+        "splits.val.index.name: train.index is that of splits.train.index already",
+    ),
+    (
+        lambda m: of(m, "shards", 0).update(size=1024),
+        "manifest.json says 1,024: copy it anew or make",
     ),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(MANIFESTS)))
-def test_manifests(
-    copied: Path, tiny: Callable[..., Path], refused: Callable[..., None], number: int
-) -> None:
+def test_manifests(number: int, copied: Path, tiny: Callable[..., Path], refused: Refused) -> None:
     change, message = MANIFESTS[number]
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
-    refused(train.main, [tiny(data={"root": str(copied)})], message)
+    refused(train.main, [tiny(data={"root": str(copied)})], str(copied), message, AGAIN)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"\xff\xfe", b"{", b"[" * 100_000, b"null"])
-def test_manifests_that_are_none(copied: Path, content: bytes) -> None:
+def test_manifests_that_are_none(content: bytes, copied: Path) -> None:
     (copied / "manifest.json").write_bytes(content)
-    with pytest.raises(shards.ShardError, match="is damaged; make the data set again"):
+    with pytest.raises(shards.ShardError, match=f"manifest.json is damaged; {AGAIN}"):
         shards.read_manifest(copied)
 
 
-INDEXES: dict[str, tuple[int, int, str]] = {  # column: sample, value, and what is said
-    "offset": (3, 2**64 - 100, "its bytes lie outside of its tar, first of sample 3"),
-    "size": (4, 2**32 - 1, "its bytes lie outside of its tar, first of sample 4"),
-    "shard": (5, 60000, "there is no such shard, first of sample 5"),
-    "label": (6, 3, "there is no such class, first of sample 6"),
-    "width": (7, 0, "it has no bytes or no pixels, first of sample 7"),
-    "height": (8, 0, "it has no bytes or no pixels, first of sample 8"),
-}
+def test_a_split_that_is_not_there(copied: Path) -> None:
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["splits"]["train"]
+    path.write_text(json.dumps(manifest | {"of a newer": "minor version"}))
+    with pytest.raises(shards.ShardError, match="no split train, only val; make it again of a"):
+        shards.open_split(copied, "train")
+
+
+INDEXES = [  # column, sample, value, what is said and of which sample
+    ("offset", 3, 2**64 - 100, "its bytes lie outside of its tar", 3),
+    ("offset", 3, 2**63, "its bytes lie outside of its tar", 3),
+    ("size", 4, 2**32 - 1, "its bytes lie outside of its tar", 4),
+    ("size", 4, 0, "it has no bytes or no pixels", 4),
+    ("width", 7, 0, "it has no bytes or no pixels", 7),
+    ("height", 8, 0, "it has no bytes or no pixels", 8),
+    ("label", 6, 3, "there is no such class", 6),
+    ("shard", 5, 60000, "there is no such shard", 5),
+    ("shard", 0, 1, "shards do not follow one another", 1),
+    ("shard", 10, 1, "manifest.json gives its shard other samples", 10),
+]
 
 
 def change_index(path: Path, column: str, sample: int, value: int, count: int) -> None:
@@ -144,37 +323,49 @@ def change_index(path: Path, column: str, sample: int, value: int, count: int) -
     start = len(shards._INDEX_MAGIC) + 8
     for name, dtype in shards._COLUMNS:
         if name == column:
-            values = np.frombuffer(data, dtype, count, start)
-            values.flags.writeable = True
-            values[sample] = value
+            np.frombuffer(data, dtype, count, start)[sample] = value
         start += count * np.dtype(dtype).itemsize
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("column", INDEXES)
+@pytest.mark.parametrize(("column", "sample", "value", "message", "first"), INDEXES)
 def test_indexes(
-    copied: Path, tiny: Callable[..., Path], refused: Callable[..., None], column: str
+    column: str,
+    sample: int,
+    value: int,
+    message: str,
+    first: int,
+    copied: Path,
+    tiny: Callable[..., Path],
+    refused: Refused,
 ) -> None:
-    sample, value, message = INDEXES[column]
     change_index(copied / "train.index", column, sample, value, 45)
-    message = f"train.index is damaged: {message}; make the data set again"
-    refused(train.main, [tiny(data={"root": str(copied)})], message)
+    said = f"{copied}/train.index is damaged: {message}, first of sample {first}; {AGAIN}"
+    refused(train.main, [tiny(data={"root": str(copied)})], said)
 
 
-def test_indexes_whose_shards_are_mixed_up(copied: Path) -> None:
-    for sample, message in ((0, "shards do not follow"), (10, "manifest.json gives its shard")):
-        root = Path(shutil.copytree(copied, copied.with_name(f"{sample}")))
-        shard = int(shards.open_split(root, "train").shard[sample])
-        change_index(root / "train.index", "shard", sample, shard + 1, 45)
-        with pytest.raises(shards.ShardError, match=f"train.index is damaged: {message}"):
-            shards.open_split(root, "train")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-24],  # a sample less than it says
+        lambda data: data + bytes(24),
+        lambda data: data[:18] + bytes(8) + data[26:],  # says that it has none
+        lambda data: data[:18] + b"\xff" * 8 + data[26:],
+        lambda data: b"fasttrain index 2\n" + data[18:],
+        lambda data: data[:3],
+    ],
+)
+def test_indexes_of_another_form(change: Callable[[bytes], bytes], copied: Path) -> None:
+    path = copied / "train.index"
+    path.write_bytes(change(path.read_bytes()))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    of(manifest, "index")["size"] = path.stat().st_size
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(shards.ShardError, match=r"train.index is damaged or of another version; "):
+        shards.open_split(copied, "train")
 
 
 def test_a_raw_index_with_more_pixels_than_bytes(folder: Path, tmp_path: Path) -> None:
-    from conftest import shard
-
-    from fasttrain.sharding import Policy
-
     shard(folder, tmp_path / "raw", Policy(store="raw"))
     width = int(shards.open_split(tmp_path / "raw", "train").width[9])
     change_index(tmp_path / "raw" / "train.index", "width", 9, width + 1, 45)
@@ -187,123 +378,217 @@ def test_a_raw_index_with_more_pixels_than_bytes(folder: Path, tmp_path: Path) -
     [
         ("train.index", "shorten", "train.index has 100 bytes, manifest.json says"),
         ("train.index", "remove", "train.index: No such file or directory, but manifest.json"),
-        ("train.index", "flip", "train.index is damaged or of another version; make the data"),
+        ("train.index", "folder", "train.index is no file: copy it anew"),
+        ("train.index", "flip", "train.index is damaged or of another version"),
         ("val-000000.tar", "shorten", "val-000000.tar has 100 bytes, manifest.json says"),
         ("train-000002.tar", "remove", "train-000002.tar: No such file or directory, but"),
+        ("train-000002.tar", "folder", "train-000002.tar is no file: copy it anew"),
+        ("manifest.json", "folder", "manifest.json: cannot be read (Is a directory)"),
         ("manifest.json", "remove", "make one with\n    python tools/make_shards.py"),
     ],
 )
 def test_files_of_a_data_set(
-    copied: Path,
-    tiny: Callable[..., Path],
-    refused: Callable[..., None],
     name: str,
     damage: str,
     message: str,
+    copied: Path,
+    tiny: Callable[..., Path],
+    refused: Refused,
 ) -> None:
     path = copied / name
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data[:100] if damage == "shorten" else data)
+    if damage in ("remove", "folder"):
+        path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    said = [message] if name == "manifest.json" else [message, AGAIN]
+    refused(train.main, [tiny(data={"root": str(copied)})], str(copied), *said)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and run folders
+# --------------------------------------------------------------------------------------------------
+
+STEP = Path("checkpoints", "step_00000002")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with one checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    sections = {name: dict(table) for name, table in TINY.items()}
+    sections["data"]["root"] = str(dataset)
+    sections["train"]["max_steps"] = 2
+    sections["log"]["run_dir"] = str(folder / "run")
+    recipe = config.Recipe.model_validate_json(json.dumps(sections))
+    (folder / "tiny.toml").write_text(config.dumps(recipe))
+    train.main([str(folder / "tiny.toml")])
+    return folder / "run"
+
+
+@pytest.fixture
+def going_on(trained: Path, tiny: Callable[..., Path], tmp_path: Path) -> list[Any]:
+    """The words of a command that goes on with a copy of that run."""
+    shutil.copytree(trained, tmp_path / "run")
+    return [tiny(), "--set", "train.max_steps=3"]
+
+
+@pytest.mark.parametrize("damage", ["remove", "empty", "flip"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "SHA256SUMS"])
+def test_files_of_a_checkpoint(
+    name: str, damage: str, going_on: list[Any], refused: Refused, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / STEP / name
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(b"" if damage == "empty" else data)
     if damage == "remove":
         path.unlink()
-    refused(train.main, [tiny(data={"root": str(copied)})], message)
+    said = f"{path}: No such file or directory" if damage == "remove" else f"{path} is damaged"
+    if name == "SHA256SUMS":
+        said = f"{path} is missing" if damage == "remove" else "model.safetensors is damaged"
+    remedy = "restore one from a copy, or start anew in another folder: --set log.run_dir="
+    refused(train.main, going_on, "no checkpoint under", said, remedy)
 
 
-def test_paths_and_launches(
-    tiny: Callable[..., Path],
-    refused: Callable[..., None],
+def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """As another fasttrain might have written it: its sums are right."""
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda state: state.update(version=9),
+            ["format version 9, this fasttrain reads 1; install the fasttrain that wrote it"],
+        ),
+        (
+            lambda state: state["data"].update(train="0" * 64),
+            ["the train index at", "is not the one it saw", "--set checkpoint.resume=force"],
+        ),
+        (
+            lambda state: state["recipe"]["train"].update(seed=5),
+            ["train.seed: 5 -> 0", "another folder with --set log.run_dir=..."],
+        ),
+    ],
+)
+def test_checkpoints_of_others(
+    change: Callable[[dict[str, Any]], object],
+    said: list[str],
+    going_on: list[Any],
+    refused: Refused,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe, file = tiny(), tmp_path / "file"
-    file.write_text("")
-
-    def refuse(setting: str, *said: str) -> None:
-        refused(train.main, [recipe, "--set", setting], *said)
-
-    refuse(f"data.root={file}", f"no data set at {file}", "python tools/make_shards.py")
-    refuse("data.root=/nowhere", "no data set at /nowhere", "--set data.root=/path/to/shards")
-    refuse("data.short_side=256", "asks for images of short side 256, those at", "--short-side 256")
-    refuse(f"log.run_dir={file}", f'[log] run_dir = "{file}": cannot be written', "choose another")
-    refuse(f"log.run_dir={file}/run", "cannot be written (Not a directory)", "choose another")
-    refuse("train.global_batch_size=99", "= 99: more than the 45 training images")
-    refuse("train.micro_batch_size=3", "does not divide the 8 images", "2 or 4 would")
-    refuse("checkpoint.resume=none", '[checkpoint] resume = "none": there is no such checkpoint')
-    refuse("train.precision=fp16", "[train] precision = fp16: needs a GPU; use bf16 or no")
-    refuse("train.execution=graph", "[train] execution = graph: needs a GPU; use auto")
-    refuse("data.decode=gpu_full", "decode = gpu_full: this process has no GPU; use cpu or auto")
-    refused(train.main, [tmp_path], "cannot read this recipe (Is a directory)")
-    refused(train.main, [], "the following arguments are required: recipe")
-    refused(train.main, [recipe, "--epochs", "3"], "unrecognized arguments: --epochs 3")
-    file.write_bytes(b"\xff\xfe")
-    refused(train.main, [file], "not valid TOML")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    refuse("train.epochs=3", "does not divide over 3 processes; 6 or 9 would, or launch 2 or 4")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse("train.epochs=3", "WORLD_SIZE = 2 in the environment, but no MASTER_ADDR: start")
+    change_state(tmp_path / "run" / STEP, change)
+    refused(train.main, going_on, f"{STEP.name} ", *said)
 
 
-def test_a_damaged_run_folder(
-    tiny: Callable[..., Path],
-    refused: Callable[..., None],
-    of: Callable[..., Any],
-    tmp_path: Path,
-    dataset: Path,
-) -> None:
-    recipe, folder = tiny(train={"max_steps": 5}), tmp_path / "run"
-    train.main([str(recipe)])
-    (folder / "DONE").unlink()
-    kept = (folder / "recipe.toml").read_text()
+def test_run_folders(going_on: list[Any], refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    wider = [*going_on, "--set", "model.width=0.5"]
+    refused(train.main, wider, f"{folder} holds a run of another recipe", "width: 0.35 -> 0.5")
+    forced = [*wider, "--set", "checkpoint.resume=force"]
+    refused(train.main, forced, "model.safetensors: these weights do not fit", "size mismatch")
     (folder / "recipe.toml").write_text("[train\n")
-    refused(train.main, [recipe], "recipe.toml: not valid TOML")
-    (folder / "recipe.toml").write_text(kept)
-    for path in checkpoint.find(folder / "checkpoints"):
-        (path / "training.pt").write_bytes(b"")
-    refused(
-        train.main, [recipe], "training.pt is damaged", "restore one from a copy, or start anew"
-    )
-    (folder / "checkpoints" / "step_00000005" / "state.json").unlink()
-    words = [folder / "checkpoints" / "step_00000005", "--data", dataset]
-    refused(of(evaluate), words, "is not a checkpoint of fasttrain: ", "state.json")
+    refused(train.main, going_on, f"{folder}/recipe.toml: not valid TOML")
+    (folder / "recipe.toml").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").write_text("")
+    refused(train.main, going_on, f'run_dir = "{folder}": cannot be written (File exists)')
 
 
-def test_other_networks_and_classes(
-    tiny: Callable[..., Path], refused: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize("cache", ["", "file"])
+def test_a_cache_that_is_none_costs_nothing(
+    cache: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny(train={"max_steps": 2})
-    train.main([str(recipe)])
-    words = [recipe, "--set", "model.width=0.5", "--set", "train.max_steps=3"]
-    refused(train.main, words, "model.width: 0.35 -> 0.5", "--set checkpoint.resume=force")
-    refused(
-        train.main,
-        [*words, "--set", "checkpoint.resume=force"],
-        "model.safetensors: these weights do not fit",
-    )
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", cache and str(tmp_path / cache))
+    train.main([str(tiny(train={"max_steps": 1}))])
+    assert (tmp_path / "run" / "DONE").exists()
 
 
-def test_demo_without_its_library(
-    tiny: Callable[..., Path], refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    recipe = tiny(data={"prepare": "digits", "root": "/tmp/never/made"})
-    refused(train.main, [recipe], "pip install -e '.[demo]'")
+# --------------------------------------------------------------------------------------------------
+# Tools
+# --------------------------------------------------------------------------------------------------
+
+TOOLS: list[tuple[Any, str, list[str]]] = [
+    (evaluate, "{run}", ["the following arguments are required: --data"]),
+    (evaluate, "{run} --data /nowhere", ["no data set at /nowhere", "tools/make_shards.py"]),
+    (evaluate, "{run} --data {data} --ema", ["has no moving average: [optim] ema_decay was 0"]),
+    (evaluate, "{run} --data {data} --batch-size x", ["--batch-size: invalid int value: 'x'"]),
+    (evaluate, "{data} --data {data}", ["{data} is not a checkpoint of fasttrain", "state.json"]),
+    (evaluate, "/nowhere --data {data}", ["/nowhere is not a checkpoint of fasttrain"]),
+    (evaluate, "{empty} --data {data}", ["{empty} holds no checkpoint yet"]),
+    (evaluate, "{weights} --data {data}", ["{weights} is a file of weights", "--recipe recipes/"]),
+    (evaluate, "{weights} --data {data} --recipe /no", ["/no: cannot read this recipe"]),
+    (evaluate, "{recipe} --data {data} --recipe {recipe}", ["{recipe}: these weights do not fit"]),
+    (make_shards, "", ["the following arguments are required: SOURCE"]),
+    (make_shards, "{folder}", ["name the folder OUT"]),
+    (make_shards, "{folder} {new} --in-place", ["--in-place: without OUT"]),
+    (make_shards, "{folder} --in-place", ["{folder} holds imagefolder, not WebDataset tars"]),
+    (make_shards, "{folder} --in-place --short-side 9", ["name an OUT to re-encode them"]),
+    (make_shards, "/nowhere {new}", ["/nowhere is not a folder", "train/<class>/"]),
+    (make_shards, "{empty} {new}", ["{empty} holds none of the forms", "imagefolder: an Image"]),
+    (make_shards, "{folder} {data}", ["{data} already holds a finished data set; remove it or"]),
+    (make_shards, "{folder} {folder}", ["holds files of other origin (", "choose another"]),
+    (make_shards, "{folder} {recipe}/new", ["cannot go on: [Errno 20] Not a directory"]),
+    (make_shards, "{folder} {new} --part 9/8", ["--part: 9/8: expected I/N with I from 1 to N"]),
+    (make_shards, "{folder} {new} --part x", ["--part: x: expected I/N", "such as 3/8"]),
+    (make_shards, "{folder} {new} --quality 0", ["--quality: invalid choice: 0 (choose from 50"]),
+    (make_shards, "{folder} {new} --seed -1", ["--seed -1: must not be negative"]),
+    (make_shards, "{folder} {new} --workers 0", ["--workers: 0: must be at least 1"]),
+    (make_shards, "{folder} {new} --store raw", ["--store raw: needs --short-side, such as 256"]),
+    (make_shards, "{folder} {new} --form x", ["--form: invalid choice: 'x' (choose from"]),
+    (verify_shards, "", ["the following arguments are required: OUT"]),
+    (verify_shards, "{data} --workers 0", ["--workers: 0: must be at least 1"]),
+    (verify_shards, "{data} --workers x", ["--workers: invalid positive value: 'x'"]),
+    (verify_shards, "{data} --fast", ["unrecognized arguments: --fast"]),
+    (benchmark, "", ["the following arguments are required: PART"]),
+    (benchmark, "data", ["PART: invalid choice: 'data' (choose from"]),
+    (benchmark, "input /nowhere", ["no data set at /nowhere", "tools/make_shards.py"]),
+    (benchmark, "input {data} --batch 99", ["--batch 99: more than the 45 training images; lower"]),
+    (benchmark, "input {data} --threads 0", ["--threads: '0' is no whole number from 1"]),
+    (benchmark, "input {data} --batch 4 --images 8 --folder /no", ["--folder /no: no images in"]),
+    (benchmark, "step --batch none", ["--batch: 'none' is no whole number from 1"]),
+    (benchmark, "step --modes fast", ["--modes: fast: not among eager, compile, graph"]),
+    (benchmark, "step --modes graph", ["--modes: a CUDA graph needs a GPU; use eager,compile"]),
+    (benchmark, "step --device gpu", ["--device gpu: torch finds no GPU here; leave it out"]),
+    (benchmark, "scaling --step-ms x", ["argument --step-ms: invalid"]),
+]
 
 
+@pytest.mark.parametrize(
+    ("tool", "words", "said"), TOOLS, ids=[f"{tool.__name__} {words}" for tool, words, _ in TOOLS]
+)
 def test_tools(
-    refused: Callable[..., None], of: Callable[..., Any], tmp_path: Path, dataset: Path
+    tool: Any,
+    words: str,
+    said: list[str],
+    trained: Path,
+    folder: Path,
+    dataset: Path,
+    tmp_path: Path,
+    refused: Refused,
 ) -> None:
-    refused(of(evaluate), ["/nowhere", "--data", dataset], "/nowhere")
-    refused(of(make_shards), ["/nowhere", tmp_path / "out"], "/nowhere")
-    refused(of(make_shards), [tmp_path, tmp_path / "out", "--part", "9/8"], "--part")
-    refused(of(make_shards), [tmp_path, tmp_path / "out", "--quality", "0"], "--quality")
-    refused(of(benchmark), ["input", "/nowhere"], "/nowhere")
-    refused(of(benchmark), ["step", "--batch", "none"], "--batch")
-
-
-def test_nothing_is_written_where_something_is_wrong(tmp_path: Path) -> None:
-    words = ["python", "-m", "fasttrain.train", REPO / "recipes/large.toml"]
-    settings = ["--set", f"log.run_dir={tmp_path / 'run'}", "--set", "data.root=/nowhere"]
-    assert "Traceback" not in run([*words, *settings], code=2).stderr
-    assert not (tmp_path / "run").exists() and run_folder.LOCK and os.path.isdir(tmp_path)
+    places = {
+        "run": trained,
+        "recipe": trained.with_name("tiny.toml"),
+        "weights": trained / STEP / "model.safetensors",
+        "data": dataset,
+        "folder": folder,
+        "empty": tmp_path / "empty",
+        "new": tmp_path / "new",
+    }
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    filled = words.format(**places).split()
+    refused(tool.main, filled, *(text.format(**places) for text in said))
+    assert not (tmp_path / "new").exists() and os.listdir(tmp_path) == ["empty"]

@@ -15,7 +15,8 @@ from conftest import listed, photograph, run, shard
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from fasttrain import sharding, shards
+from fasttrain import config, sampling, sharding, shards
+from fasttrain.schedule import make_plan
 from fasttrain.sharding import Policy, Progress
 from fasttrain.shards import ShardError
 
@@ -181,6 +182,39 @@ def test_bad_images_are_rejected_and_odd_ones_repaired(tmp_path: Path) -> None:
     for _, data in expected_samples(out, "train"):
         image = Image.open(io.BytesIO(data))
         assert (image.format, image.mode) == ("JPEG", "RGB")
+
+
+def test_a_shard_whose_images_were_all_rejected(folder: Path, tmp_path: Path) -> None:
+    source, out = Path(shutil.copytree(folder, tmp_path / "source")), tmp_path / "out"
+    before = shard(source, tmp_path / "before", shard_size=1)
+    first = shards.open_split(tmp_path / "before", "train")
+    image = expected_samples(tmp_path / "before", "train")[7][1]
+    assert before and first.shard[7] == 7
+    (path,) = (path for path in source.rglob("*.jpg") if path.read_bytes() == image)
+    path.write_bytes(b"no image")
+    shard(source, out, shard_size=1)
+    split = shards.open_split(out, "train")
+    assert split.num_samples == 44 and split.shard_samples[6:9] == (1, 0, 1)
+    data = config.Data(shuffle="blocks", shuffle_shards=1)
+    order = sampling.epoch_order(0, 0, split, 1)
+    assert sorted(order.tolist()) == list(range(44))
+    plan = make_plan(config.Train(epochs=2, global_batch_size=4), config.Optim(), 44, 1)
+    for step in range(11):
+        pieces = sampling.pieces_ahead(split, data, plan, step, 0, step == 0)
+        assert all(0 <= piece.start <= piece.stop for piece in pieces)
+
+
+def test_a_member_whose_name_is_no_text(dataset: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    split = shards.open_split(root, "train")
+    path, header = split.shard_paths[0], int(split.offset[2]) - 512
+    data = bytearray(path.read_bytes())
+    data[header] = 0xFF
+    data[header + 148 : header + 156] = (
+        b"%06o\0 " % tarfile.calc_chksums(data[header : header + 512])[0]
+    )
+    path.write_bytes(data)
+    assert split.describe(2) == f"{path}, key unreadable at byte {header + 512}"
 
 
 def test_a_finished_data_set_is_not_overwritten(folder: Path, dataset: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from make_shards import positive
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -54,14 +55,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="do not decode the images")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: the CPUs of this machine, %(default)s)",
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    findings, samples = verify(arguments.out, not arguments.quick, max(1, arguments.workers))
+    findings, samples = verify(arguments.out, not arguments.quick, arguments.workers)
     if findings:
         table = Table("place", "fault")
         for finding in findings:
