@@ -23,13 +23,12 @@ from PIL import Image
 
 from fasttrain import config
 from fasttrain.sampling import Draw, Piece
-from fasttrain.shards import Split
+from fasttrain.shards import PPM_HEADER, Split
 
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
 RECHECK_S = 0.2  # the sizes of mapped tars are looked at again; 0.6 us a tar
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
-PPM_HEADER = 32  # bytes, at most, before the pixels of a raw image
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
 

@@ -43,6 +43,7 @@ MANIFEST_DIGEST = "manifest.sha256"
 TEMPORARY = ".fasttrain.tmp"  # how unfinished files end: a user's own .tmp files are not ours
 SPLITS = ("train", "val")
 _INDEX_MAGIC = b"fasttrain index 1\n"
+PPM_HEADER = 32  # bytes, at most, before the pixels of a raw image
 _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
     ("offset", "<u8"),  # of the image's bytes in its tar
     ("size", "<u4"),  # bytes
@@ -247,14 +248,21 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
                 f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
                 "make the data set again"
             )
-    columns = _read_index(root / entry["index"]["name"], entry["num_samples"])
+    index = root / entry["index"]["name"]
+    columns = _read_index(index, entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
     for what, wrong in _lies(columns, manifest, entry, sizes):
         if wrong.any():
             raise ShardError(
-                f"{root / entry['index']['name']} is damaged: {what}, first of sample "
-                f"{int(wrong.argmax())}; make the data set again"
+                f"{index} is damaged: {what}, first of sample {int(wrong.argmax())}; make the data "
+                "set again"
             )
+    mapped = np.memmap(index, np.uint8, "r")  # nothing is copied; 24 ms for ImageNet
+    if hashlib.sha256(mapped.data).hexdigest() != entry["index"]["sha256"]:
+        raise ShardError(
+            f"{index} is damaged: its sha256 is not that of {MANIFEST}; copy it anew or make the "
+            "data set again"
+        )
     return Split(
         root=root,
         name=name,
@@ -293,6 +301,7 @@ def _lies(
     if manifest["policy"]["store"] == "raw":
         pixels = columns["width"].astype(np.int64) * columns["height"]
         yield "it has fewer bytes than pixels", size < 3 * pixels
+        yield "it has more bytes than pixels", size > 3 * pixels + PPM_HEADER
 
 
 def _read_index(path: Path, num_samples: int) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """What holds for any recipe, any data set and any number of processes."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -157,19 +158,26 @@ def test_stand_ins_are_good_and_their_own(bad: set[int], seed: int) -> None:
 def open_with(root: Path, name: str, content: bytes) -> None:
     """Opens the data set at `root` with one file of it replaced: fine, or a `ShardError`.
 
+    The manifest owns up to an index that is replaced, so that all of it is looked at.
+
     Raises:
         AssertionError: a sample lies outside of its tar, or has no pixels.
     """
-    path = root / name
-    before = path.read_bytes()
-    path.write_bytes(content)
+    before = {file: (root / file).read_bytes() for file in ("manifest.json", name)}
+    if name == "train.index":
+        manifest = json.loads(before["manifest.json"])
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["splits"]["train"]["index"].update(entry)
+        (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / name).write_bytes(content)
     try:
         split = shards.open_split(root, "train")
     except shards.ShardError as error:
         assert str(root) in str(error)
         return
     finally:
-        path.write_bytes(before)
+        for file, kept in before.items():
+            (root / file).write_bytes(kept)
     for sample in range(split.num_samples):
         size = split.shard_paths[split.shard[sample]].stat().st_size
         assert 0 <= int(split.offset[sample]) + int(split.size[sample]) <= size
