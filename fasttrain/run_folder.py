@@ -138,7 +138,7 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
 
 def _put_aside(folder: Path, named: Path | None) -> None:
     """Moves what an earlier run left; of a checkpoint's own run, only what came after it."""
-    aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S}"
+    aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
     aside.mkdir()
     if named and named.resolve().parent == (folder / CHECKPOINTS).resolve():
         (aside / CHECKPOINTS).mkdir()

@@ -1,19 +1,25 @@
 """What holds for any recipe, any data set and any number of processes."""
 
+import dataclasses
+import datetime
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
+from conftest import shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fasttrain import config, sampling, schedule, shards
 from fasttrain.config import Optim, Recipe, Train
+from fasttrain.sharding import Policy
 
 settings.register_profile(
     "fasttrain",
@@ -24,33 +30,129 @@ settings.register_profile(
 )
 settings.load_profile("fasttrain")
 
+# --------------------------------------------------------------------------------------------------
+# Recipes
+# --------------------------------------------------------------------------------------------------
+
 KEYS = {name: list(table) for name, table in Recipe().model_dump().items()}
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+SCALARS = (
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates() | st.times()
+)
+JSON = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+TABLES = st.recursive(
+    SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
 )
 
 
-@given(st.text(), st.lists(st.tuples(st.sampled_from(sorted(KEYS)), st.integers(0, 40), VALUES)))
-def test_any_recipe_loads_or_is_refused(text: str, changes: list[tuple[str, int, Any]]) -> None:
-    """As TOML, or as settings on the command line: never another exception."""
+def toml(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{toml(key)} = {toml(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value).lower()
+
+
+def load(tables: Any, *overrides: str) -> Recipe:
+    """Loads a recipe of these tables: what is refused is a `ConfigError` that names the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.toml"
-        path.write_text(text, encoding="utf-8", errors="surrogatepass")
-        given_settings = [
-            f"{section}.{KEYS[section][place % len(KEYS[section])]}={json.dumps(value)}"
-            for section, place, value in changes
-        ]
-        for overrides in ([], given_settings):
+        if isinstance(tables, dict):
+            tables = "\n".join(f"{toml(name)} = {toml(table)}" for name, table in tables.items())
+        path.write_bytes(tables if isinstance(tables, bytes) else tables.encode())
+        try:
+            return config.load(path, overrides)
+        except config.ConfigError as error:
+            assert str(error).startswith(f"{path}: ")
+            raise
+
+
+def any_table(keys: list[str]) -> st.SearchStrategy[Any]:
+    return st.dictionaries(st.sampled_from(keys) | st.text(max_size=5), TABLES, max_size=4) | TABLES
+
+
+@given(
+    st.fixed_dictionaries({}, optional={name: any_table(keys) for name, keys in KEYS.items()})
+    | st.dictionaries(st.text(max_size=5), TABLES, max_size=3)
+    | st.text()
+    | st.binary()
+)
+def test_any_file_is_a_recipe_or_refused(content: Any) -> None:
+    try:
+        load(content)
+    except config.ConfigError:
+        pass
+
+
+@given(st.lists(st.text() | st.tuples(st.sampled_from(sorted(KEYS)), st.integers(0, 40), TABLES)))
+def test_any_settings_are_taken_or_refused(changes: list[Any]) -> None:
+    words = [
+        change
+        if isinstance(change, str)
+        else f"{change[0]}.{KEYS[change[0]][change[1] % len(KEYS[change[0]])]}={toml(change[2])}"
+        for change in changes
+    ]
+    try:
+        load({}, *words)
+    except config.ConfigError:
+        pass
+
+
+def likely(annotation: Any, default: Any) -> st.SearchStrategy[Any]:
+    """Values that a setting may well take."""
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if isinstance(default, tuple):
+        number = st.floats(0, 2)
+        return st.lists(number, min_size=len(default), max_size=len(default)).map(sorted)
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, float):
+        return st.floats(0, 1) | st.floats()
+    if isinstance(default, Path | str) or "Path" in str(annotation):
+        letters = st.sampled_from("ab /.~$'\"\\#=é日") | st.characters(exclude_categories=("Cs",))
+        return st.text(letters, min_size=1, max_size=9)
+    return st.integers(0, 300) | st.integers()
+
+
+@st.composite
+def valid_tables(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
+    """Some settings of every section, none of which is wrong."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, section in Recipe.model_fields.items():
+        tables[name] = {}
+        for key in draw(st.lists(st.sampled_from(KEYS[name]), max_size=6, unique=True)):
+            field = type(section.default).model_fields[key]
+            tables[name][key] = draw(likely(field.annotation, field.default))
             try:
-                recipe = config.load(path, overrides)
-            except config.ConfigError as error:
-                assert str(path) in str(error)
-                path.write_text("")
-            else:
-                path.write_text(config.dumps(recipe))
-                assert config.load(path) == recipe
+                load(tables)
+            except config.ConfigError:
+                del tables[name][key]
+    return tables
+
+
+@given(valid_tables())
+def test_recipes_survive_writing_and_may_come_as_settings(tables: dict[str, Any]) -> None:
+    recipe = load({**tables, "log": {"run_dir": "run", **tables["log"]}})
+    assert load(config.dumps(recipe)) == recipe
+    words = [f"{s}.{key}={toml(value)}" for s, t in tables.items() for key, value in t.items()]
+    assert load({"log": {"run_dir": "run"}}, *words) == recipe
+    assert config.differences(recipe, recipe) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedule and sampler
+# --------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -88,6 +190,11 @@ def test_the_arithmetic_of_any_run(given: tuple[Train, Optim, int, list[tuple[in
     (lr,) = rates  # the same on any number of processes
     low, high = min(optim.warmup_lr, optim.final_lr), optim.lr
     assert all(low - 1e-9 <= rate <= high + 1e-9 for rate in lr)
+    steepest = max(  # neither warm-up, cosine nor the step from one to the other is a jump
+        (optim.lr - optim.warmup_lr) / max(1, plan.warmup_steps),
+        (optim.lr - optim.final_lr) * np.pi / 2 / max(1, len(lr) - plan.warmup_steps),
+    )
+    assert np.abs(np.diff(lr)).max(initial=0) <= steepest + 1e-9
     rising, falling = lr[: plan.warmup_steps], lr[plan.warmup_steps :]
     assert list(rising) == sorted(rising) and list(falling) == sorted(falling, reverse=True)
 
@@ -139,6 +246,75 @@ def test_any_split_of_the_work_sees_the_same(
     assert (x + w <= split.width[ids]).all() and (y + h <= split.height[ids]).all()
 
 
+@given(
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 9),
+    st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any),
+    st.integers(0, 10),
+)
+def test_any_epoch_is_a_permutation(
+    split: shards.Split, seed: int, epoch: int, sizes: list[int], block: int
+) -> None:
+    """Of all samples, whatever the shards hold; in blocks, each block's follow one another."""
+    shard_of = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint16)
+    made = dataclasses.replace(
+        split, shard=shard_of, offset=np.arange(sum(sizes)), shard_paths=split.shard_paths[:1]
+        * len(sizes),
+    )  # fmt: skip
+    order = sampling.epoch_order(seed, epoch, made, block)
+    assert sorted(order.tolist()) == list(range(sum(sizes)))
+    assert np.array_equal(order, sampling.epoch_order.__wrapped__(seed, epoch, made, block))
+    if block:
+        found = list(dict.fromkeys(shard_of[order].tolist()))
+        blocks = sampling._blocks(seed, epoch, made, block)
+        full = [[s for s in some if sizes[s]] for some in blocks]
+        assert [sorted(some) for some in full if some] == [
+            sorted(found[start : start + len(some)])
+            for some, start in zip(full, np.cumsum([0, *map(len, full)]).tolist(), strict=False)
+            if some
+        ]
+
+
+@given(
+    st.integers(0, 2**63 - 1),
+    st.lists(st.tuples(st.integers(1, 65535), st.integers(1, 65535)), min_size=1, max_size=9),
+    st.lists(st.floats(1e-6, 1), min_size=2, max_size=2).map(sorted),
+    st.lists(st.floats(0.01, 100), min_size=2, max_size=2).map(sorted),
+    st.randoms(),
+)
+def test_windows_lie_inside_and_do_not_depend_on_the_batch(
+    seed: int, sizes: list[Any], area: Any, ratio: Any, random: Any
+) -> None:
+    ids, (width, height) = np.arange(len(sizes)), np.array(sizes, np.uint16).T
+
+    def windows(of: list[int]) -> np.ndarray:
+        return sampling.crop_windows(seed, 3, ids[of], width[of], height[of], area, ratio)
+
+    found = windows(ids.tolist())
+    x, y, w, h = found.T
+    assert (found >= 0).all() and (w > 0).all() and (h > 0).all()
+    assert (x + w <= width).all() and (y + h <= height).all()
+    some = random.sample(range(len(sizes)), random.randint(1, len(sizes)))
+    assert np.array_equal(windows(some), found[some])
+
+
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(32, 300))
+def test_any_evaluation_sees_each_image_once(
+    split: shards.Split, world: int, batch: int, resize: int
+) -> None:
+    data = config.Data(eval_resize_px=resize, eval_crop_px=max(32, resize // 2))
+    draws = [
+        sampling.eval_draw(split, data, batch, rank, world, number)
+        for rank in range(world)
+        for number in range(sampling.num_eval_batches(split.num_samples, batch, rank, world))
+    ]
+    ids = np.concatenate([draw.ids for draw in draws])
+    assert sorted(ids.tolist()) == list(range(split.num_samples))
+    x, y, w, h = np.concatenate([draw.windows for draw in draws]).T
+    assert (x >= 0).all() and (y >= 0).all() and (w > 0).all() and (h > 0).all()
+    assert (x + w <= split.width[ids] + 1e-3).all() and (y + h <= split.height[ids] + 1e-3).all()
+
+
 @given(st.sets(st.integers(0, 44), min_size=1, max_size=40), st.integers(0, 2**40))
 def test_stand_ins_are_good_and_their_own(bad: set[int], seed: int) -> None:
     ids = np.arange(45)
@@ -181,49 +357,99 @@ def open_with(root: Path, name: str, content: bytes) -> None:
     for sample in range(split.num_samples):
         size = split.shard_paths[split.shard[sample]].stat().st_size
         assert 0 <= int(split.offset[sample]) + int(split.size[sample]) <= size
-        assert split.width[sample] and split.height[sample] and split.size[sample]
+        pixels = int(split.width[sample]) * int(split.height[sample])
+        assert pixels and split.size[sample] >= (3 * pixels if split.store == "raw" else 1)
         assert split.label[sample] < len(split.classes)
         assert split.shard_paths[split.shard[sample]].parent == root
+        assert split.name in split.describe(sample)
     assert sum(split.shard_samples) == split.num_samples
+    assert (np.diff(split.shard.astype(int)) >= 0).all()
 
 
-@pytest.fixture(scope="module")
-def own(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(dataset, tmp_path_factory.mktemp("own") / "shards"))
-
-
-@settings(max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=9), st.integers(0))
-def test_any_index_opens_or_is_refused(own: Path, changes: list[tuple[int, int]], cut: int) -> None:
-    content = bytearray((own / "train.index").read_bytes())
-    for place, value in changes:
-        content[place % len(content)] = value
-    open_with(own, "train.index", bytes(content[: cut % (2 * len(content))]))
+@pytest.fixture(scope="module", params=["jpeg", "raw"])
+def own(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A data set to be damaged."""
+    root = tmp_path_factory.mktemp("own")
+    shard(folder, root, Policy(store=request.param), shard_size=11)
+    return root
 
 
+class Choices:
+    """What changes a file: numbers below a limit and new values, from wherever they come."""
+
+    def __init__(self, below: Callable[[int], int], value: Callable[[], Any]) -> None:
+        self.below, self.value = below, value
+
+
+def changed_index(content: bytes, choices: Choices) -> bytes:
+    """An index with up to three values of its columns changed, or bytes cut off or added."""
+    data = bytearray(content)
+    start = len(shards._INDEX_MAGIC) + 8
+    count = (len(data) - start) // 24
+    for _ in range(1 + choices.below(3)):
+        column, sample = choices.below(len(shards._COLUMNS)), choices.below(count)
+        types = [np.dtype(dtype) for _, dtype in shards._COLUMNS]
+        at = start + count * sum(dtype.itemsize for dtype in types[:column])
+        top = 2 ** (8 * types[column].itemsize)
+        values = np.frombuffer(data, types[column], count, at)
+        near = (int(values[sample]) + choices.below(5) - 2) % top
+        values[sample] = [near, 0, top - 1 - choices.below(600), choices.below(top)][
+            choices.below(4)
+        ]
+        del values  # or the bytes could not change their number
+    if choices.below(8) == 0:
+        del data[choices.below(len(data)) :]
+    return bytes(data) + bytes(choices.below(30) if choices.below(8) == 0 else 0)
+
+
+def changed_manifest(content: bytes, choices: Choices) -> bytes:
+    """A manifest in which up to three things are removed, doubled or replaced."""
+    manifest = json.loads(content)
+    for _ in range(1 + choices.below(3)):
+        node: Any = manifest
+        while isinstance(node, dict | list) and node:
+            places = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = places[choices.below(len(places))]
+            inner = node[key]
+            if isinstance(inner, dict | list) and choices.below(4):
+                node = inner
+                continue
+            how = choices.below(5)
+            if how == 0:
+                del node[key]
+            elif how == 1 and isinstance(node, list):
+                node.append(inner)
+            elif how == 2 and isinstance(inner, int):
+                node[key] = inner + choices.below(5) - 2
+            else:
+                node[key] = choices.value()
+            break
+    return json.dumps(manifest).encode()
+
+
+CHANGES = {"train.index": changed_index, "manifest.json": changed_manifest}
+
+
+@pytest.mark.parametrize("name", CHANGES)
 @settings(max_examples=200)
 @given(st.data())
-def test_any_manifest_opens_or_is_refused(own: Path, data: st.DataObject) -> None:
-    manifest = json.loads((own / "manifest.json").read_text())
-    for _ in range(data.draw(st.integers(1, 3))):
-        node: Any = manifest
-        while isinstance(node, dict | list) and len(node):
-            key = data.draw(st.sampled_from([*node]) if isinstance(node, dict) else places(node))
-            if data.draw(st.integers(0, 2)) == 0 or not isinstance(node[key], dict | list):
-                change(data, node, key)
-                break
-            node = node[key]
-    open_with(own, "manifest.json", json.dumps(manifest).encode())
-
-
-def places(node: list[Any]) -> st.SearchStrategy[int]:
-    return st.integers(0, len(node) - 1)
-
-
-def change(data: st.DataObject, node: Any, key: Any) -> None:
-    how: Callable[[], Any] = data.draw(
-        st.sampled_from([lambda: node.pop(key), lambda: node.__setitem__(key, data.draw(VALUES))])
+def test_any_file_of_a_data_set_opens_or_is_refused(
+    own: Path, name: str, data: st.DataObject
+) -> None:
+    choices = Choices(
+        lambda limit: data.draw(st.integers(0, limit - 1)), lambda: data.draw(st.none() | JSON)
     )
-    how()
+    open_with(own, name, CHANGES[name]((own / name).read_bytes(), choices))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@given(st.binary(), st.integers(0, 2**16), st.binary(max_size=4))
+def test_any_bytes_open_or_are_refused(
+    own: Path, name: str, all: bytes, at: int, few: bytes
+) -> None:
+    open_with(own, name, all)
+    content = (own / name).read_bytes()
+    at %= len(content)
+    open_with(own, name, content[:at] + few + content[at + len(few) :])
