@@ -49,6 +49,9 @@ def test_the_commands_are_those_we_know() -> None:
         "python tools/evaluate.py runs/large --data data/imagenet",
         "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 "
         "tools/train.sbatch recipes/large.toml",
+        "job=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
+        "data/imagenet)",
+        'sbatch --dependency=afterok:$job --wrap "python tools/verify_shards.py data/imagenet"',
         "python tools/verify_shards.py data/imagenet",
         "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER   "
         "# torchvision, webdataset, DALI",

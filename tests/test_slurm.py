@@ -198,3 +198,22 @@ def test_each_job_of_an_array_has_its_own_folder(
         state = cluster.finish(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", cluster.output(job)
         assert (tmp_path / f"run-{task}" / "DONE").exists()
+
+
+def test_an_array_makes_shards_and_a_job_after_it_verifies_them(
+    cluster: Cluster, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    words = ["tools/make_shards.sbatch", folder, out]
+    job = cluster.submit("--array=1-3", *words)
+    wrap = f"--wrap=python tools/verify_shards.py {out}"
+    after = cluster.submit(f"--dependency=afterok:{job}", wrap)
+    state = cluster.finish(after)
+    assert state["JobState"] == "COMPLETED", cluster.output(job) + cluster.output(after)
+    run(["python", "tools/make_shards.py", folder, tmp_path / "here"])
+    made, expected = ((root / "manifest.json").read_bytes() for root in (out, tmp_path / "here"))
+    assert made == expected
+    job = cluster.submit("--array=2-3", *words)
+    for task in (2, 3):
+        assert cluster.finish(f"{job}_{task}")["JobState"] == "FAILED"
+    assert "numbered from 1 on without a gap: --array=1-8" in cluster.output(job)
