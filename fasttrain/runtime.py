@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import hashlib
 import os
 import platform
 import resource
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -241,6 +242,58 @@ class StopRequest:
         previous[1].wait()
         self.decision = int(previous[0])
         return self.decision
+
+
+CLOCK_S = 60.0  # by which the clocks of two machines may differ
+OWN = ("data.root", "log.run_dir", "data.threads", "train.cpu_threads")  # settings of a machine
+
+
+def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:
+    """What `check_alike` compares over all processes; call it in all at the same time."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    gpu = process.device.type == "cuda"
+    return {
+        "place": f"rank {process.rank} on {platform.node()}",
+        "gpu": str(torch.cuda.get_device_properties(process.device).uuid) if gpu else None,
+        "clock": time.time(),
+        "fasttrain's code": code.hexdigest()[:12],
+        "torch": torch.__version__,
+        "the data set": [digest[:12] for digest in digests],
+        **{
+            f"{section}.{key}": value
+            for section, table in recipe.model_dump(mode="json").items()
+            for key, value in table.items()
+            if f"{section}.{key}" not in OWN
+        },
+    }
+
+
+def check_alike(found: Sequence[Mapping[str, Any]]) -> None:
+    """Whether processes belong to one run, given the `facts` of each.
+
+    Raises:
+        LaunchError: they have other code, data or settings, share a GPU, or their clocks differ.
+    """
+    first, faults, gpus = found[0], [], dict[str, str]()
+    for other in found[1:]:
+        where = f"{other['place']}, but {first['place']}"
+        faults += [
+            f"{name}: {other[name]} for {where}: {value}"
+            for name, value in first.items()
+            if name not in ("place", "gpu", "clock") and other[name] != value
+        ]
+        if abs(other["clock"] - first["clock"]) > CLOCK_S:
+            ahead = other["clock"] - first["clock"]
+            faults.append(
+                f"the clock of {other['place']} is {ahead:+.0f} s from the first's: set it"
+            )
+    for each in found:
+        if each["gpu"] and (holder := gpus.setdefault(each["gpu"], each["place"])) != each["place"]:
+            faults.append(f"{each['place']} has the GPU of {holder}: launch one process per GPU")
+    if faults:
+        raise LaunchError("\n  ".join(["these processes do not fit together:", *faults]))
 
 
 def environment(process: Process) -> dict[str, Any]:

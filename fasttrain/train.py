@@ -86,6 +86,9 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     )
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
+    accelerator.wait_for_everyone()  # as clocks are compared
+    digests = train_set.digest, val_set.digest
+    runtime.check_alike(gather_object([runtime.facts(process, recipe, digests)]))
     decode = decoding.agree(gather_object([chosen]))
     if decode != chosen:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
