@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from conftest import shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from fasttrain import config, sampling, schedule, shards
 from fasttrain.config import Optim, Recipe, Train
