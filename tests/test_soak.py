@@ -31,7 +31,12 @@ def test_memory_files_and_threads_stay_flat(tiny: Callable[..., Path], tmp_path:
     """`FASTTRAIN_SOAK_S` says how long; each life is 1 to 5 minutes of it."""
     folder, moments = tmp_path / "run", random.Random(0)
     recipe = tiny(
-        train={"epochs": 1_000_000, "eval_every_epochs": 5, "mixup_alpha": 0.2},
+        train={
+            "epochs": 1_000_000,
+            "eval_every_epochs": 5,
+            "mixup_alpha": 0.2,
+            "execution": "eager",  # or it would try to compile first, in so long a run
+        },
         data={"augment": "trivial", "erase": 0.5, "threads": 2},
         optim={"ema_decay": 0.9},
         checkpoint={"every_steps": 50},
