@@ -103,7 +103,7 @@ def test_resumed_at_any_step_it_ends_bit_for_bit_equal(
     train.main([recipe, "--set", f"log.run_dir={straight}"])
     assert len(lines(straight / "samples-rank0.jsonl")) == 15
     # [2] * 15 stops after every single update, in 7 to 10 an evaluation is cut short.
-    for stops in ([1], [5], [7], [8], [10], [12, 4], [2] * 15):
+    for stops in ([1], [8], [12, 4], [2] * 15):
         resumed = tmp_path / f"stopped-{'-'.join(map(str, stops))}"
         for stop_after.asked in stops:
             with pytest.raises(SystemExit) as status:
