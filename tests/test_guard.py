@@ -2,11 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from accelerate import Accelerator
+from test_execution import everything
 from torch import Tensor, nn
 
 from fasttrain import execution
@@ -39,15 +40,6 @@ def built(mode: str, max_skipped: int = 100, micro: int = 8) -> tuple[Learner, U
             accelerator, learner, plan, recipe.train, run=lambda key, function: function()
         )
     return learner, execution.build(mode, accelerator, learner, plan, recipe.train)
-
-
-def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    assert learner.ema
-    yield from learner.module.state_dict().items()
-    for name, value in learner.ema.module.state_dict().items():
-        yield f"ema {name}", value
-    for number, state in enumerate(learner.optimizer.state_dict()["state"].values()):
-        yield f"momentum {number}", state["momentum_buffer"]
 
 
 def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
