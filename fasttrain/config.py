@@ -412,7 +412,8 @@ def _unfit(value: object) -> str:
         return "must be plain text, without control characters"
     if not os.path.expandvars(value.strip()):
         return "must not be empty"
-    if value.startswith("~") and os.path.expanduser(value) == value:
+    path = str(Path(value))  # of ./~name as well, which a Path shortens
+    if path.startswith("~") and os.path.expanduser(path) == path:
         return "there is no such user; write the path in full"
     return ""
 

@@ -3,7 +3,8 @@
     pip install atheris
     python tests/fuzz_shards.py -max_total_time=300
 
-The first byte of an input says which file it is; what must hold is in test_properties.py.
+The first byte of an input says which file it is, and whether the rest is its bytes or what to
+change in it; what must hold is in test_properties.py.
 """
 
 import io
@@ -17,11 +18,27 @@ with atheris.instrument_imports(include=["fasttrain.shards"]):
     from fasttrain import shards  # noqa: F401
 
 from PIL import Image
-from test_properties import open_with
+from test_properties import CHANGES, Choices, open_with
 
 from fasttrain import sharding, sources
 
-NAMES = ("manifest.json", "train.index")
+NAMES = tuple(CHANGES)
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**64,
+    0.5,
+    "",
+    "../x",
+    "train-000000.tar",
+    "0" * 64,
+    [],
+    {},
+    [1],
+    [[]],
+)
 
 
 def make(root: Path) -> Path:
@@ -48,10 +65,20 @@ def main() -> None:
         corpus.mkdir()
         for place, name in enumerate(NAMES):
             (corpus / name).write_bytes(bytes([place]) + (root / name).read_bytes())
+            (corpus / f"changes-{name}").write_bytes(bytes([place + 2]) + bytes(range(64)))
 
         def one_input(data: bytes) -> None:
-            if data:
-                open_with(root, NAMES[data[0] % 2], data[1:])
+            if not data:
+                return
+            name, content = NAMES[data[0] % 2], data[1:]
+            if data[0] & 2:
+                source = atheris.FuzzedDataProvider(content)
+                choices = Choices(
+                    lambda limit: source.ConsumeIntInRange(0, limit - 1),
+                    lambda: source.PickValueInList(list(VALUES)),
+                )
+                content = CHANGES[name]((root / name).read_bytes(), choices)
+            open_with(root, name, content)
 
         atheris.Setup(
             [*sys.argv, "-max_len=8192", "-keep_seed=1", "-len_control=0", str(corpus)], one_input

@@ -74,6 +74,7 @@ RECIPES = [
     (b"[train]\nEpochs = 3", "[train] Epochs: unknown key; did you mean epochs?"),
     (b"[data]\nroot = ''", '[data] root = "": must not be empty'),
     (b"[data]\nroot = '~nobody-here/x'", "there is no such user; write the path in full"),
+    (b"[data]\nroot = './~nobody-here'", "there is no such user; write the path in full"),
     (b'[log]\nrun_dir = "a\\u0000"', 'run_dir = "a\\u0000": must be plain text, without control'),
     (b'[log]\nrun_dir = "a\\u007f"', 'run_dir = "a\\u007f": must be plain text, without control'),
 ]
