@@ -99,6 +99,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         process.world_size, stop_file if accelerator.is_main_process else None
     )
     if accelerator.is_main_process:
+        if recipe.checkpoint.resume not in run_folder.RESUME:  # before anything is put aside
+            checkpoint.choose(folder / run_folder.CHECKPOINTS, recipe, print)
         run_folder.begin(recipe, runtime.environment(process))
     accelerator.wait_for_everyone()
 

@@ -424,6 +424,8 @@ def test_another_start_is_forced_anew_or_named(
     (root / "step_00000005" / "training.pt").unlink()
     output = go(f"checkpoint.resume={root / 'step_00000005'}", code=2)
     assert "training.pt: No such file or directory" in output
+    go(f"checkpoint.resume={tmp_path}", code=2)  # a folder, but no checkpoint
+    assert len([*folder.glob("before-*")]) == 2 and (root / "step_00000003").exists()
 
 
 def test_a_process_that_hears_nothing_ends_after_its_launcher(tmp_path: Path) -> None:
