@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fasttrain import config
+from fasttrain import config, run_folder
 from fasttrain.optim import Learner, TrainState
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
     """Writes `root/step_N` for the learner's step and keeps the newest `keep`. For one process.
 
     `about` is stored beside the counters. Older checkpoints go only after the new one is safe, and
-    those that are damaged do not count.
+    never so many that fewer than two good ones are left.
 
     Raises:
         OSError: the file system refused; what was there is still there.
@@ -54,7 +54,7 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
     if not folder.exists():  # else it is the same step again, and equal
         _write_folder(folder, contents(learner, about))
     with contextlib.suppress(OSError):  # it is saved; the next save tries again
-        _prune(root, keep)
+        _prune(root, keep, folder)
     return folder
 
 
@@ -101,16 +101,17 @@ def _write(path: Path, data: bytes) -> None:
         os.close(file)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Removes what is older than the newest `keep` good checkpoints."""
+def _prune(root: Path, keep: int, written: Path) -> None:
+    """Removes all but the newest `keep` checkpoints, as long as two good ones are left.
+
+    Reads no more than it takes to know that: one, where none is damaged. `written` is good.
+    """
     found, good = find(root), 0
-    if len(found) <= keep:
-        return
-    for folder in found:
-        if good >= keep:
+    for place, folder in enumerate(found if len(found) > keep else ()):
+        if good < 2:
+            good += folder == written or not faults_of(folder)
+        elif place >= keep:
             _remove(folder)
-        elif not faults_of(folder):
-            good += 1
 
 
 def _remove(folder: Path) -> None:
@@ -160,19 +161,50 @@ def faults_of(folder: Path) -> list[str]:
     return sorted(faults)
 
 
-def choose(root: Path, recipe: config.Recipe, warn: Callable[[str], None]) -> Path | None:
+def choose(
+    root: Path, resume: str, about: dict[str, Any], warn: Callable[[str], None]
+) -> Path | None:
     """The checkpoint to go on from, as `checkpoint.resume` says; None at the beginning.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged; or, unless it is forced, it was trained on other data or
+            with another recipe than `about` says.
     """
-    resume = recipe.checkpoint.resume
-    if resume in ("auto", "force", "anew"):
-        return newest_good(root, warn)
-    named = Path(resume)
-    if faults := faults_of(named):
-        raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
-    return named
+    if resume == "anew":
+        return None
+    if resume in run_folder.RESUME:
+        found = newest_good(root, warn)
+    else:
+        found = Path(resume)
+        if faults := faults_of(found):
+            raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
+    if found:
+        _check_fits(found, about, warn, force=resume == "force")
+    return found
+
+
+def _check_fits(
+    folder: Path, about: dict[str, Any], warn: Callable[[str], None], force: bool
+) -> None:
+    state = read_state(folder)
+    others = [
+        f"the {split} index at {about['recipe']['data']['root']} is not the one it saw"
+        for split, digest in about["data"].items()
+        if state["data"][split] != digest
+    ]
+    others += config.differences(*(_recipe(of["recipe"]) for of in (state, about)))
+    if others and not force:
+        raise CheckpointError(
+            "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
+            + "\nuse those, or another folder with --set log.run_dir=..., or go on regardless with "
+            "--set checkpoint.resume=force"
+        )
+    if others:
+        warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
+
+
+def _recipe(table: dict[str, Any]) -> config.Recipe:
+    return config.Recipe.model_validate_json(json.dumps(table))
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
@@ -235,29 +267,13 @@ def restore(
     learner: Learner,
     about: dict[str, Any],
     warn: Callable[[str], None],
-    force: bool = False,
 ) -> None:
-    """Loads a verified checkpoint into `learner`, in place and whatever the device.
+    """Loads a checkpoint that was chosen into `learner`, in place and whatever the device.
 
     Raises:
-        CheckpointError: it is of another format or network; or, unless `force` is given, it was
-            trained on other data or with another recipe than `about` says.
+        CheckpointError: it is of another format or network.
     """
     state = read_state(folder)
-    others = [
-        f"the {split} index at {about['recipe']['data']['root']} is not the one it saw"
-        for split, digest in about["data"].items()
-        if state["data"][split] != digest
-    ]
-    others += config.differences(*(_recipe(of["recipe"]) for of in (state, about)))
-    if others and not force:
-        raise CheckpointError(
-            "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
-            + "\nuse those, or another folder with --set log.run_dir=..., or go on regardless with "
-            "--set checkpoint.resume=force"
-        )
-    if others:
-        warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
     if state["cpu_threads"] != about["cpu_threads"]:
         warn(
             f"saved with {state['cpu_threads']} CPU threads, going on with {about['cpu_threads']}: "
@@ -274,7 +290,3 @@ def restore(
     if learner.scaler and "scaler" in training:
         learner.scaler.load_state_dict(training["scaler"])
     learner.state = TrainState(**state["state"])
-
-
-def _recipe(table: dict[str, Any]) -> config.Recipe:
-    return config.Recipe.model_validate_json(json.dumps(table))

@@ -249,7 +249,7 @@ class Checkpoint(Section):
     every_steps: Positive = 1000
     """Save after every so many updates, and always at the end and when asked to stop."""
     keep: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints kept, newest first, those that are damaged not counted; never fewer than two."""
+    """Checkpoints kept, newest first; more where two good ones would not be left."""
     max_failures: Positive = 3
     """Saves in a row that may fail, for want of space say, before the run stops."""
     resume: str = "auto"

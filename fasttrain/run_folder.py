@@ -2,14 +2,14 @@
 
     recipe.toml             the recipe in full
     environment.json        one entry per start: versions, hardware, commit, command
-    metrics.jsonl           one line per event: train, eval, done
+    metrics.jsonl           one line per event: train, eval, skipped, limit, done
     samples-rank0.jsonl     with log.samples: what each update of that process was fed
     skipped_step_....json   the first of updates whose loss was not finite, with its samples
     checkpoints/            step_00012512/ and so on
     DONE                    the closing event; written last
     lock                    held by the process that trains here
     stop                    made by a user, asks the run to save and stop
-    before-20261124T1530/   what `checkpoint.resume` has put out of the way
+    before-20261124T.../    what `checkpoint.resume` has put out of the way
 
 `step` in a line is the 0-based index of the last update that it speaks of.
 """

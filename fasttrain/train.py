@@ -98,20 +98,25 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     stop = runtime.StopRequest(
         process.world_size, stop_file if accelerator.is_main_process else None
     )
-    if accelerator.is_main_process:
-        if recipe.checkpoint.resume not in run_folder.RESUME:  # before anything is put aside
-            checkpoint.choose(folder / run_folder.CHECKPOINTS, recipe, print)
-        run_folder.begin(recipe, runtime.environment(process))
-    accelerator.wait_for_everyone()
-
-    # ---- what is trained, and how
     view = display.TrainDisplay(plan, accelerator.is_main_process)
     root = folder / run_folder.CHECKPOINTS
     kind = runtime.device_name(process.device)
+    about = {
+        "recipe": recipe.model_dump(mode="json"),
+        "classes": train_set.classes,
+        "data": {"train": train_set.digest, "val": val_set.digest},
+        "world_size": process.world_size,
+        "cpu_threads": process.cpu_threads,
+    }
     newest, before = None, None
-    if accelerator.is_main_process and (newest := checkpoint.choose(root, recipe, view.say)):
-        before = checkpoint.read_state(newest).get("execution", {}).get(kind)
-    newest, before = broadcast_object_list([newest, before])
+    if accelerator.is_main_process:
+        newest = checkpoint.choose(root, recipe.checkpoint.resume, about, view.say)
+        if newest:
+            before = checkpoint.read_state(newest).get("execution", {}).get(kind)
+        run_folder.begin(recipe, runtime.environment(process))
+    newest, before = broadcast_object_list([newest, before])  # when the folder is ready
+
+    # ---- what is trained, and how
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
     module.to(process.device).to(memory_format=torch.channels_last)
@@ -140,17 +145,9 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     )
     view.say(f"{why_decode}\n{why_mode}")
     outlook = _forecast(recipe, input_settings, train_set, plan, process, place, stages, view.say)
-    about = {
-        "recipe": recipe.model_dump(mode="json"),
-        "classes": train_set.classes,
-        "data": {"train": train_set.digest, "val": val_set.digest},
-        "world_size": process.world_size,
-        "cpu_threads": process.cpu_threads,
-        "execution": {kind: mode},
-    }
+    about["execution"] = {kind: mode}
     if newest:
-        force = recipe.checkpoint.resume == "force"
-        checkpoint.restore(newest, learner, about, view.say, force)
+        checkpoint.restore(newest, learner, about, view.say)
         view.say(f"going on from {newest}")
     state = learner.state
     if accelerator.is_main_process:

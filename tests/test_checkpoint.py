@@ -190,16 +190,16 @@ def test_a_call_of_a_save_that_fails_leaves_what_was(tmp_path: Path, code: int) 
         shutil.rmtree(root / "step_00000008", ignore_errors=True)
 
 
-def test_damaged_ones_do_not_count_in_pruning(tmp_path: Path) -> None:
+def test_pruning_leaves_two_good_ones(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         checkpoint.save(tmp_path, learner(step=step), ABOUT, keep=3)
-    (tmp_path / "step_00000008" / "model.safetensors").unlink()
-    checkpoint.save(tmp_path, learner(step=16), ABOUT, keep=3)
+    (tmp_path / "step_00000012" / "model.safetensors").unlink()
+    checkpoint.save(tmp_path, learner(step=16), ABOUT, keep=2)
     names = [path.name for path in checkpoint.find(tmp_path)]
-    assert names == ["step_00000016", "step_00000012", "step_00000008", "step_00000004"]
-    checkpoint.save(tmp_path, learner(step=20), ABOUT, keep=3)
+    assert names == ["step_00000016", "step_00000012", "step_00000008"]
+    checkpoint.save(tmp_path, learner(step=20), ABOUT, keep=2)
     names = [path.name for path in checkpoint.find(tmp_path)]
-    assert names == ["step_00000020", "step_00000016", "step_00000012"]
+    assert names == ["step_00000020", "step_00000016"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "SHA256SUMS"])
@@ -241,14 +241,14 @@ def test_other_data_and_threads(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     other = ABOUT | {"data": {"train": "1", "val": "3"}}
     with pytest.raises(CheckpointError, match="the val index at shards is not the one it saw"):
-        checkpoint.restore(folder, learner(), other, quiet)
+        checkpoint.choose(tmp_path, "auto", other, quiet)
     changed = ABOUT | {"recipe": {"train": {"seed": 1, "global_batch_size": 512}}}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.restore(folder, learner(), changed, quiet)
+        checkpoint.choose(tmp_path, str(folder), changed, quiet)
     assert "train.global_batch_size: 1024 -> 512\n  train.seed: 0 -> 1" in str(error.value)
     assert "--set checkpoint.resume=force" in str(error.value)
     warnings: list[str] = []
-    checkpoint.restore(folder, learner(), other | changed, warnings.append, force=True)
+    assert checkpoint.choose(tmp_path, "force", other | changed, warnings.append) == folder
     assert "was made otherwise" in warnings.pop() and not warnings
     checkpoint.restore(folder, learner(), ABOUT | {"cpu_threads": 4}, warnings.append)
     assert "saved with 1 CPU threads, going on with 4" in warnings[0]

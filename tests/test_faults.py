@@ -314,7 +314,7 @@ INDEXES = [  # column, sample, value, what is said and of which sample
     ("height", 8, 0, "it has no bytes or no pixels", 8),
     ("label", 6, 3, "there is no such class", 6),
     ("shard", 5, 60000, "there is no such shard", 5),
-    ("shard", 0, 1, "shards do not follow one another", 1),
+    ("shard", 0, 1, "manifest.json gives its shard other samples", 0),
     ("shard", 10, 1, "manifest.json gives its shard other samples", 10),
 ]
 

@@ -425,6 +425,8 @@ def test_another_start_is_forced_anew_or_named(
     output = go(f"checkpoint.resume={root / 'step_00000005'}", code=2)
     assert "training.pt: No such file or directory" in output
     go(f"checkpoint.resume={tmp_path}", code=2)  # a folder, but no checkpoint
+    output = go(f"checkpoint.resume={root / 'step_00000003'}", code=2)  # of another recipe
+    assert "train.seed: 2 -> 0" in output
     assert len([*folder.glob("before-*")]) == 2 and (root / "step_00000003").exists()
 
 
