@@ -18,10 +18,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,6 +36,19 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 class CheckpointError(config.Fault, ValueError):
     """A checkpoint cannot be used; says which, why, and what to do."""
+
+
+class Saved(BaseModel):
+    """What `state.json` says of a run, and what it was trained on and with."""
+
+    version: int
+    state: TrainState
+    recipe: config.Recipe
+    classes: list[str]
+    data: dict[str, str]  # digests of the index, by split
+    world_size: int
+    cpu_threads: int
+    execution: dict[str, Literal["eager", "compile", "graph", "compile_graph"]] = {}  # by device
 
 
 def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:
@@ -186,13 +200,14 @@ def choose(
 def _check_fits(
     folder: Path, about: dict[str, Any], warn: Callable[[str], None], force: bool
 ) -> None:
-    state = read_state(folder)
+    saved = read_state(folder)
     others = [
         f"the {split} index at {about['recipe']['data']['root']} is not the one it saw"
         for split, digest in about["data"].items()
-        if state["data"][split] != digest
+        if saved.data.get(split) != digest
     ]
-    others += config.differences(*(_recipe(of["recipe"]) for of in (state, about)))
+    recipe = config.Recipe.model_validate_json(json.dumps(about["recipe"]))
+    others += config.differences(saved.recipe, recipe)
     if others and not force:
         raise CheckpointError(
             "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
@@ -201,10 +216,6 @@ def _check_fits(
         )
     if others:
         warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
-
-
-def _recipe(table: dict[str, Any]) -> config.Recipe:
-    return config.Recipe.model_validate_json(json.dumps(table))
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
@@ -228,22 +239,31 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> Saved:
     """The `state.json` of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, or of another version.
+        CheckpointError: it is missing, damaged, or of another version.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        text = (folder / "state.json").read_bytes()
+        version = dict(json.loads(text)).get("version", FORMAT_VERSION)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint of fasttrain: {error}") from None
-    if state["version"] != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {state['version']}, this fasttrain reads "
-            f"{FORMAT_VERSION}; install the fasttrain that wrote it"
+            f"{folder} has format version {version}, this fasttrain reads {FORMAT_VERSION}; "
+            "install the fasttrain that wrote it"
         )
-    return state
+    try:
+        return Saved.model_validate_json(text)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(str(part) for part in detail["loc"])
+        raise CheckpointError(
+            f"{folder} is not what this fasttrain writes (state.json, {place}: {detail['msg']}); "
+            "restore it from a copy, or install the fasttrain that wrote it"
+        ) from None
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -273,10 +293,10 @@ def restore(
     Raises:
         CheckpointError: it is of another format or network.
     """
-    state = read_state(folder)
-    if state["cpu_threads"] != about["cpu_threads"]:
+    saved = read_state(folder)
+    if saved.cpu_threads != about["cpu_threads"]:
         warn(
-            f"saved with {state['cpu_threads']} CPU threads, going on with {about['cpu_threads']}: "
+            f"saved with {saved.cpu_threads} CPU threads, going on with {about['cpu_threads']}: "
             "results on a CPU then agree to rounding, not bit for bit"
         )
     load_weights(folder / "model.safetensors", learner.module)
@@ -285,8 +305,14 @@ def restore(
         load_weights(
             average if average.exists() else folder / "model.safetensors", learner.ema.module
         )
-    training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    learner.optimizer.load_state_dict(training["optimizer"])
-    if learner.scaler and "scaler" in training:
-        learner.scaler.load_state_dict(training["scaler"])
-    learner.state = TrainState(**state["state"])
+    try:
+        training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        learner.optimizer.load_state_dict(training["optimizer"])
+        if learner.scaler and "scaler" in training:
+            learner.scaler.load_state_dict(training["scaler"])
+    except Exception as error:  # as `load_weights`: torch raises of every kind
+        raise CheckpointError(
+            f"{folder}/training.pt does not fit this run: {error}; restore it from a copy, or "
+            "install the fasttrain that wrote it"
+        ) from None
+    learner.state = saved.state

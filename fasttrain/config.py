@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 import tomllib
 import unicodedata
@@ -412,6 +413,8 @@ def _unfit(value: object) -> str:
         return "must be plain text, without control characters"
     if not os.path.expandvars(value.strip()):
         return "must not be empty"
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", os.path.expandvars(value)):
+        return f"{unset[0]} is not set in the environment; set it or write the value in full"
     path = str(Path(value))  # of ./~name as well, which a Path shortens
     if path.startswith("~") and os.path.expanduser(path) == path:
         return "there is no such user; write the path in full"
@@ -482,8 +485,30 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# The command line and the environment
 # --------------------------------------------------------------------------------------------------
+
+
+def number_in(environ: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number that a launcher left in the environment; never below `default`, 0 or 1.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    text = environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()) or int(text) < default:
+        raise ConfigError(
+            f'{name} = "{text}" in the environment: expected a whole number from {default} on; '
+            "unset it, or leave it to the launcher"
+        )
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as the type of an argument."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def stop(message: str, *, everywhere: bool = False) -> NoReturn:

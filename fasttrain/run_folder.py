@@ -48,8 +48,8 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
     """Whether the recipe may run in its folder; returns the closing event if it already has.
 
     Raises:
-        ConfigError: the folder holds a run of another recipe, or the checkpoint to go on from is
-            none.
+        ConfigError: the folder holds a run of another recipe, its `DONE` is damaged, or the
+            checkpoint to go on from is none.
     """
     folder, resume = run_dir(recipe), recipe.checkpoint.resume
     if resume not in RESUME and not Path(resume).is_dir():
@@ -69,9 +69,16 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
             )
     if not (folder / DONE).exists():
         return None
-    done: dict[str, Any] = json.loads((folder / DONE).read_text())
-    total_steps = min(done["schedule_steps"], recipe.train.max_steps or done["schedule_steps"])
-    return done if done["step"] + 1 >= total_steps else None  # max_steps may have been raised
+    try:
+        done: dict[str, Any] = json.loads((folder / DONE).read_bytes())
+        total_steps = min(done["schedule_steps"], recipe.train.max_steps or done["schedule_steps"])
+        reached = done["step"] + 1 >= total_steps  # max_steps may have been raised
+    except (ValueError, KeyError, TypeError):
+        raise config.ConfigError(
+            f"{folder / DONE} is damaged; remove it, and the same command goes on from the newest "
+            "checkpoint"
+        ) from None
+    return done if reached else None
 
 
 def run_dir(recipe: Recipe) -> Path:
@@ -132,7 +139,10 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     write_text(folder / RECIPE, config.dumps(recipe))
     starts = []
     if (folder / ENVIRONMENT).exists():
-        starts = json.loads((folder / ENVIRONMENT).read_text())
+        try:
+            starts = [*json.loads((folder / ENVIRONMENT).read_bytes())]
+        except (ValueError, TypeError):  # not worth a run, nor to be lost
+            (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
     write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
 
 
@@ -156,7 +166,7 @@ def _put_aside(folder: Path, named: Path | None) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file so that it is never seen half-written."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     temporary.replace(path)
 
 
@@ -165,7 +175,7 @@ def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:
     `last_eval`: they will be written again."""
     for path in [folder / METRICS, *folder.glob("samples-rank*.jsonl")]:
         if path.exists():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(errors="surrogateescape").splitlines()
             kept = [line for line in lines if _before(line, first_step, last_eval)]
             write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -175,9 +185,12 @@ def _before(line: str, first_step: int, last_eval: int) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:  # half a line, from a process that was killed
         return False
-    if record["event"] == "eval" and record["step"] > last_eval:
-        return False
-    return bool(record["event"] != "done" and record["step"] < first_step)
+    try:
+        if record["event"] == "eval" and record["step"] > last_eval:
+            return False
+        return bool(record["event"] != "done" and record["step"] < first_step)
+    except (KeyError, TypeError):  # not of ours
+        return True
 
 
 class JsonLines:

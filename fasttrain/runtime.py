@@ -54,7 +54,7 @@ def start(
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
     """
-    launched = int(environ.get("WORLD_SIZE", "1"))
+    launched = config.number_in(environ, "WORLD_SIZE", 1)
     if launched != accelerator.num_processes:
         raise LaunchError(
             f"{launched} processes were launched, but Accelerate joined "
@@ -97,9 +97,9 @@ def cpu_share(environ: Mapping[str, str]) -> int:
     with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
-    if asked := environ.get("SLURM_CPUS_PER_TASK"):  # where SLURM does not bind tasks
-        cpus = min(cpus, int(asked))
-    return max(1, cpus // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "SLURM_CPUS_PER_TASK" in environ:  # where SLURM does not bind tasks
+        cpus = min(cpus, config.number_in(environ, "SLURM_CPUS_PER_TASK", 1))
+    return max(1, cpus // config.number_in(environ, "LOCAL_WORLD_SIZE", 1))
 
 
 def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:

@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = False
     try:
         is_main = os.environ.get("RANK", "0") == "0"
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # or it would lose what it did before
+        if config.number_in(os.environ, "SLURM_RESTART_COUNT", 0):  # or it would lose its work
             again = recipe.checkpoint.model_copy(update={"resume": "auto"})
             recipe = recipe.model_copy(update={"checkpoint": again})
+        world_size = config.number_in(os.environ, "WORLD_SIZE", 1)
         done = run_folder.check(recipe)
         if done:
             if is_main:
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.stdout.write(f"{folder} is done, nothing to do\n{json.dumps(done)}\n")
             return
         train_set, val_set = open_data(recipe.data)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         plan = schedule.make_plan(recipe.train, recipe.optim, train_set.num_samples, world_size)
         with run_folder.locked(recipe) if is_main else contextlib.nullcontext():
             started = True
@@ -112,7 +112,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     if accelerator.is_main_process:
         newest = checkpoint.choose(root, recipe.checkpoint.resume, about, view.say)
         if newest:
-            before = checkpoint.read_state(newest).get("execution", {}).get(kind)
+            before = checkpoint.read_state(newest).execution.get(kind)
         run_folder.begin(recipe, runtime.environment(process))
     newest, before = broadcast_object_list([newest, before])  # when the folder is ready
 

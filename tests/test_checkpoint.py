@@ -26,6 +26,8 @@ ABOUT: dict[str, Any] = {
     "data": {"train": "1", "val": "2"},
     "cpu_threads": 1,
     "recipe": {"data": {"root": "shards"}},
+    "classes": ["a", "b"],
+    "world_size": 1,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, TINY, run, shard
 
 from fasttrain import config, shards, train
@@ -96,6 +97,8 @@ def test_recipes_that_are_no_files(tmp_path: Path, refused: Refused) -> None:
 SETTINGS: list[tuple[str, list[str]]] = [
     ("log.run_dir=", ["--set log.run_dir=: expected section.key=value"]),
     ("log.run_dir=$NOTHING_IN_IT", ['[log] run_dir = "$NOTHING_IN_IT": must not be empty']),
+    ("log.run_dir=$NOT_SET/run", ["$NOT_SET is not set in the environment; set it or write the"]),
+    ("log.run_dir=x${NOT_SET}", ["${NOT_SET} is not set in the environment; set it or write"]),
     ("log.run_dir=\udcff", ["must be plain text"]),
     ("train.seed=9223372036854775808", ["[train] seed = 9223372036854775808: must be less: 64"]),
     ("train.epochs=" + "[" * 5000, ['[train] epochs = "[[', "expected int, got str"]),
@@ -151,6 +154,21 @@ def test_settings(
             {"WORLD_SIZE": "2"},
             ["{recipe}"],
             ["WORLD_SIZE = 2 in the environment, but no MASTER_ADDR: start", "accelerate launch"],
+        ),
+        *(
+            (
+                {name: value},
+                ["{recipe}", "--set", "train.cpu_threads=0"],
+                [f'{name} = "{value}" in the environment: expected a'],
+            )
+            for name, value in (
+                ("WORLD_SIZE", "x"),
+                ("WORLD_SIZE", ""),
+                ("WORLD_SIZE", "0"),
+                ("SLURM_RESTART_COUNT", "-1"),
+                ("SLURM_CPUS_PER_TASK", "2(x2)"),
+                ("LOCAL_WORLD_SIZE", "0"),
+            )
         ),
     ],
 )
@@ -479,6 +497,17 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
             lambda state: state["recipe"]["train"].update(seed=5),
             ["train.seed: 5 -> 0", "another folder with --set log.run_dir=..."],
         ),
+        *(
+            (change, [f"is not what this fasttrain writes (state.json, {place}", "from a copy"])
+            for change, place in (
+                (lambda state: state.clear(), "version: Field required"),
+                (lambda state: state.pop("state"), "state: Field required"),
+                (lambda state: state["state"].update(step="x"), "state.step: Input should be a"),
+                (lambda state: state["recipe"]["train"].update(x=1), "recipe.train.x: Extra"),
+                (lambda state: state.update(data=3), "data: Input should be an object"),
+                (lambda state: state.update(execution={"": "fast"}), "execution.: Input should"),
+            )
+        ),
     ],
 )
 def test_checkpoints_of_others(
@@ -490,6 +519,40 @@ def test_checkpoints_of_others(
 ) -> None:
     change_state(tmp_path / "run" / STEP, change)
     refused(train.main, going_on, f"{STEP.name} ", *said)
+
+
+def test_a_training_state_of_another_form(
+    going_on: list[Any], refused: Refused, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run" / STEP
+    for content in ({}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, [1]):
+        torch.save(content, folder / "training.pt")
+        change_state(folder, lambda state: None)
+        refused(train.main, going_on, "training.pt does not fit this run", "restore it from a copy")
+    (folder / "training.pt").write_bytes(b"no archive")
+    change_state(folder, lambda state: None)
+    refused(train.main, going_on, "training.pt does not fit this run", "restore it from a copy")
+
+
+def test_damaged_files_of_a_run_folder(
+    going_on: list[Any], refused: Refused, tmp_path: Path
+) -> None:
+    """A run goes on past what it can do without, and drops nothing but halves of lines."""
+    folder = tmp_path / "run"
+    for content in (b"", b"\xff\xfe", b"{", b"[]", b"{}", b'{"schedule_steps": 5}', b"null"):
+        (folder / "DONE").write_bytes(content)
+        refused(train.main, going_on, f"{folder}/DONE is damaged; remove it, and the same command")
+    (folder / "DONE").unlink()
+    (folder / "environment.json").write_bytes(b"\xff{")
+    foreign = b'"\xff"', b'{"note": 3}', b"[]", b'{"event": 1, "step": "x"}'
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"\n".join(foreign) + b"\n" + metrics + b"\0\0{")
+    train.main([str(word) for word in going_on])
+    assert (folder / "environment.json.damaged").read_bytes() == b"\xff{"
+    assert len(json.loads((folder / "environment.json").read_text())) == 1
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    assert tuple(lines[:4]) == foreign
+    assert [json.loads(line)["event"] for line in lines[4:]][-2:] == ["eval", "done"]
 
 
 def test_run_folders(going_on: list[Any], refused: Refused, tmp_path: Path) -> None:
@@ -525,7 +588,12 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (evaluate, "{run}", ["the following arguments are required: --data"]),
     (evaluate, "{run} --data /nowhere", ["no data set at /nowhere", "tools/make_shards.py"]),
     (evaluate, "{run} --data {data} --ema", ["has no moving average: [optim] ema_decay was 0"]),
-    (evaluate, "{run} --data {data} --batch-size x", ["--batch-size: invalid int value: 'x'"]),
+    (
+        evaluate,
+        "{run} --data {data} --batch-size x",
+        ["--batch-size: 'x' is no whole number from 1"],
+    ),
+    (evaluate, "{run} --data {data} --batch-size 0", ["--batch-size: '0' is no whole number"]),
     (evaluate, "{data} --data {data}", ["{data} is not a checkpoint of fasttrain", "state.json"]),
     (evaluate, "/nowhere --data {data}", ["/nowhere is not a checkpoint of fasttrain"]),
     (evaluate, "{empty} --data {data}", ["{empty} holds no checkpoint yet"]),
@@ -546,12 +614,12 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (make_shards, "{folder} {new} --part x", ["--part: x: expected I/N", "such as 3/8"]),
     (make_shards, "{folder} {new} --quality 0", ["--quality: invalid choice: 0 (choose from 50"]),
     (make_shards, "{folder} {new} --seed -1", ["--seed -1: must not be negative"]),
-    (make_shards, "{folder} {new} --workers 0", ["--workers: 0: must be at least 1"]),
+    (make_shards, "{folder} {new} --workers 0", ["--workers: '0' is no whole number from 1"]),
     (make_shards, "{folder} {new} --store raw", ["--store raw: needs --short-side, such as 256"]),
     (make_shards, "{folder} {new} --form x", ["--form: invalid choice: 'x' (choose from"]),
     (verify_shards, "", ["the following arguments are required: OUT"]),
-    (verify_shards, "{data} --workers 0", ["--workers: 0: must be at least 1"]),
-    (verify_shards, "{data} --workers x", ["--workers: invalid positive value: 'x'"]),
+    (verify_shards, "{data} --workers 0", ["--workers: '0' is no whole number from 1"]),
+    (verify_shards, "{data} --workers x", ["--workers: 'x' is no whole number from 1"]),
     (verify_shards, "{data} --fast", ["unrecognized arguments: --fast"]),
     (benchmark, "", ["the following arguments are required: PART"]),
     (benchmark, "data", ["PART: invalid choice: 'data' (choose from"]),
@@ -563,7 +631,17 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (benchmark, "step --modes fast", ["--modes: fast: not among eager, compile, graph"]),
     (benchmark, "step --modes graph", ["--modes: a CUDA graph needs a GPU; use eager,compile"]),
     (benchmark, "step --device gpu", ["--device gpu: torch finds no GPU here; leave it out"]),
+    (benchmark, "step --width 0", ["--width: '0' is no number above 0"]),
+    (benchmark, "step --seconds -1", ["--seconds: '-1' is no number above 0"]),
+    (benchmark, "shards /nowhere", ["/nowhere is no folder; name an ImageFolder"]),
+    (benchmark, "shards {folder} --repeats 0", ["--repeats: '0' is no whole number from 1"]),
     (benchmark, "scaling --step-ms x", ["argument --step-ms: invalid"]),
+    (benchmark, "scaling --per-node 0", ["--per-node: '0' is no whole number from 1"]),
+    (benchmark, "scaling --epochs 0", ["--epochs: '0' is no whole number from 1"]),
+    (benchmark, "scaling --images 0", ["--images: '0' is no whole number from 1"]),
+    (benchmark, "scaling --between 0", ["--between: '0' is no number above 0"]),
+    (benchmark, "scaling --input-rate nan", ["--input-rate: 'nan' is no number above 0"]),
+    (benchmark, "scaling --plot /no/x.svg", ["--plot /no/x.svg: there is no such folder; make"]),
 ]
 
 

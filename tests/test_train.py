@@ -282,7 +282,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert launched.returncode != 0
     (saved,) = checkpoint.find(folder / "checkpoints")
     assert f"stopped and saved as {saved}" in output
-    step = checkpoint.read_state(saved)["state"]["step"]
+    step = checkpoint.read_state(saved).state.step
     assert 6 <= step < 100 and not (folder / "DONE").exists()
     if number != signal.SIGTERM:
         return
@@ -689,7 +689,7 @@ def test_evaluate_gives_what_the_run_measured(tiny: Callable[..., Path], tmp_pat
     folder = tmp_path / "run"
     done = json.loads((folder / "DONE").read_text())
     newest = checkpoint.find(folder / "checkpoints")[0]
-    data = checkpoint.read_state(newest)["recipe"]["data"]["root"]
+    data = checkpoint.read_state(newest).recipe.data.root
     for words, prefix in (([folder], ""), ([newest, "--ema", "--batch-size", "5"], "ema_")):
         output = run(["python", "tools/evaluate.py", *words, "--data", data]).stdout
         found = json.loads(output.splitlines()[-1])

@@ -34,6 +34,7 @@ import ctypes
 import importlib.util
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -652,6 +653,8 @@ def write_step_ratios(jobs: "list[steps.StepJob]", turns: dict[Any, list[dict[st
 
 
 def benchmark_scaling(arguments: argparse.Namespace) -> None:
+    if arguments.plot and not arguments.plot.parent.is_dir():
+        raise config.ConfigError(f"--plot {arguments.plot}: there is no such folder; make it")
     import scaling
 
     from fasttrain.model import build_model
@@ -715,7 +718,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     part = parts.add_parser("shards", help="making shards")
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
-    part.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    part.add_argument(
+        "--repeats", type=config.positive, default=5, metavar="N", help="(default: %(default)s)"
+    )
     part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
     add_input(parts.add_parser("input", help="batches for training"))
     add_step(parts.add_parser("step", help="updates without the input"))
@@ -735,6 +740,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write(measure_input(Job.model_validate_json(arguments.job)))
             return
         if arguments.part == "shards":
+            if not arguments.source.is_dir():
+                raise config.ConfigError(f"{arguments.source} is no folder; name an ImageFolder")
             write(machine())
             benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
         elif arguments.part in ("step", "loop", "scaling"):
@@ -765,7 +772,7 @@ def add_input(part: argparse.ArgumentParser) -> None:
         ("--repeats", 3, "(default: %(default)s)"),
     )
     for name, number, text in numbers:
-        part.add_argument(name, type=count, default=number, metavar="N", help=text)
+        part.add_argument(name, type=config.positive, default=number, metavar="N", help=text)
     part.add_argument("--raw", action="store_true", help="reading alone, without decoding")
     part.add_argument("--cold", action="store_true", help="not from the page cache")
     part.add_argument(
@@ -781,12 +788,16 @@ MODES = ("eager", "compile", "graph", "compile_graph")
 
 def add_step(part: argparse.ArgumentParser) -> None:
     part.add_argument("--arch", choices=["large", "small"], default="large")
-    part.add_argument("--width", type=float, default=1.0, metavar="W", help="1 or 0.75 for timm")
-    part.add_argument("--crop-px", type=count, default=224, metavar="N")
+    part.add_argument("--width", type=amount, default=1.0, metavar="W", help="1 or 0.75 for timm")
+    part.add_argument("--crop-px", type=config.positive, default=224, metavar="N")
     part.add_argument("--device", choices=["cpu", "gpu"], help="(default: a GPU if there is one)")
-    part.add_argument("--threads", type=count, default=len(os.sched_getaffinity(0)), metavar="N")
-    part.add_argument("--seconds", type=float, metavar="S", help="timed (default: 4; GPU: 2)")
-    part.add_argument("--repeats", type=count, default=3, metavar="N", help="(default: 3)")
+    part.add_argument(
+        "--threads", type=config.positive, default=len(os.sched_getaffinity(0)), metavar="N"
+    )
+    part.add_argument("--seconds", type=amount, metavar="S", help="timed (default: 4; GPU: 2)")
+    part.add_argument(
+        "--repeats", type=config.positive, default=3, metavar="N", help="(default: 3)"
+    )
     part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
     part.add_argument("--batch", type=counts, metavar="N,...", help="(default: 1024; CPU: 64)")
     lists = (
@@ -804,14 +815,14 @@ def add_scaling(part: argparse.ArgumentParser) -> None:
     part.set_defaults(batch=[1024, 4096], repeats=1)
     part.add_argument("--step-ms", type=scaling.step_times, metavar="IMAGES:MS,...")
     numbers = (
-        ("--per-node", int, 8, "devices of a node"),
-        ("--inside", float, 0.0, "GB/s between them (default: measured here, with --latency)"),
-        ("--between", float, 12.5, "GB/s between nodes"),
-        ("--latency", float, 20.0, "microseconds of a message"),
-        ("--input-rate", float, None, "images/s of a node's input, as benchmark.py input tells"),
-        ("--images", int, 1_281_167, "training images"),
-        ("--val-images", int, 50_000, "validation images"),
-        ("--epochs", int, 150, "of the run"),
+        ("--per-node", config.positive, 8, "devices of a node"),
+        ("--inside", amount, 0.0, "GB/s between them (default: measured here, with --latency)"),
+        ("--between", amount, 12.5, "GB/s between nodes"),
+        ("--latency", amount, 20.0, "microseconds of a message"),
+        ("--input-rate", amount, None, "images/s of a node's input, as benchmark.py input tells"),
+        ("--images", config.positive, 1_281_167, "training images"),
+        ("--val-images", config.positive, 50_000, "validation images"),
+        ("--epochs", config.positive, 150, "of the run"),
     )
     for name, kind, default, text in numbers:
         text += "" if default is None or name == "--inside" else " (default: %(default)s)"
@@ -845,14 +856,15 @@ def settle_step(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+def amount(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
 
 
 def counts(text: str) -> list[int]:
-    return [count(word) for word in text.split(",")]
+    return [config.positive(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument("--recipe", type=Path, help="of a file of weights: what network it is")
-    parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=config.positive, default=128, help="(default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
         split = shards.open_split(arguments.data, "val")
@@ -87,7 +89,7 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple[Path, conf
         folder = checkpoint.newest_good(path / run_folder.CHECKPOINTS, say)
     if folder is None:
         raise checkpoint.CheckpointError(f"{path} holds no checkpoint yet")
-    state = checkpoint.read_state(folder)
+    saved = checkpoint.read_state(folder)
     faults = checkpoint.faults_of(folder)
     if faults:
         raise checkpoint.CheckpointError("\n  ".join([f"{folder} cannot be used:", *faults]))
@@ -95,7 +97,7 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple[Path, conf
     if not weights.exists():
         raise checkpoint.CheckpointError(f"{folder} has no moving average: [optim] ema_decay was 0")
     say(f"evaluating {weights}")
-    return weights, config.Recipe.model_validate_json(json.dumps(state["recipe"]))
+    return weights, saved.recipe
 
 
 def say(text: str) -> None:

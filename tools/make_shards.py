@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import display, sharding, shards, sources
+from fasttrain import config, display, sharding, shards, sources
 from fasttrain.sharding import Policy
 from fasttrain.sources import Source
 
@@ -46,7 +46,7 @@ def main() -> None:
         say("stopped; the same command goes on from here")
         raise SystemExit(130) from None
     except OSError as error:
-        say(f"cannot go on: {error}; what is finished is kept, the same command goes on from here")
+        say(f"cannot go on: {error}; mend that, and the same command goes on from what is finished")
         raise SystemExit(2) from None
     seconds = round(time.monotonic() - start, 2)
     result: dict[str, Any] = {"out": str(arguments.out), "splits": {}, "seconds": seconds}
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--workers",
-        type=positive,
+        type=config.positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes that decode (default: the CPUs of this machine, %(default)s)",
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     add("--form", choices=sources.FORMS, help="of SOURCE, if it is not recognised as what it is")
     add(
         "--short-side",
-        type=positive,
+        type=config.positive,
         metavar="PX",
         help="shrink larger training images to this shorter side: 256 makes ImageNet 37 GB of 138",
     )
@@ -135,13 +135,6 @@ def parse() -> argparse.Namespace:
     if arguments.store == "raw" and arguments.short_side is None:
         parser.error("--store raw: needs --short-side, such as 256: else ImageNet is 1 TB")
     return arguments
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return number
 
 
 def part(text: str) -> tuple[int, int]:

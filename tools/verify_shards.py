@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from make_shards import positive
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import display, sharding, shards
+from fasttrain import config, display, sharding, shards
 from fasttrain.shards import ShardError, Split
 
 
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="do not decode the images")
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=config.positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: the CPUs of this machine, %(default)s)",
