@@ -96,6 +96,14 @@ class Data(Section):
     """Shorter side of a validation image after resizing, in pixels."""
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the centre crop of a validation image, in pixels."""
+    stage: ExpandedPath | None = None
+    """Folder on each node, of a local disk or of memory (`/dev/shm/...`), into which the shards are
+    copied and checked before the run, once a node, and from which they are then read."""
+    stage_part: Fraction = 1.0
+    """Part of the training tars that is copied; the others are read from `root`."""
+    stage_keep: bool = False
+    """Leave the copy when the run ends or stops, for the next one. It is left in any case by a run
+    that is killed, and the same command goes on with it."""
     shuffle: Literal["full", "blocks"] = "full"
     """Order of an epoch: `full` over the whole data set; `blocks` for storage that is slow at
     random reads: over `shuffle_shards` tars at a time, read ahead in large pieces."""
@@ -146,6 +154,10 @@ class Data(Section):
             raise ValueError(
                 f'max_bad_samples = {number}: none is replaced; set on_bad_sample = "replace"'
             )
+        for key in ("stage_part", "stage_keep"):
+            value = getattr(self, key)
+            if self.stage is None and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {value}: nothing is copied; set stage to a folder")
         if self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"color_jitter[3] = {self.color_jitter[3]:g}: the hue turns by at most 0.5"
@@ -289,6 +301,9 @@ MAY_CHANGE = frozenset(
     {
         "data.root",
         "data.prepare",
+        "data.stage",
+        "data.stage_part",
+        "data.stage_keep",
         "data.read",
         "data.read_ahead",
         "data.read_threads",

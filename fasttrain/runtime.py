@@ -245,7 +245,13 @@ class StopRequest:
 
 
 CLOCK_S = 60.0  # by which the clocks of two machines may differ
-OWN = ("data.root", "log.run_dir", "data.threads", "train.cpu_threads")  # settings of a machine
+OWN = (
+    "data.root",
+    "data.stage",
+    "log.run_dir",
+    "data.threads",
+    "train.cpu_threads",
+)  # settings of a machine
 
 
 def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:

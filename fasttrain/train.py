@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fasttrain import config, forecast, run_folder, sampling, schedule, shards
+from fasttrain import config, forecast, run_folder, sampling, schedule, shards, staging
 from fasttrain.config import Recipe
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
@@ -99,6 +99,12 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         process.world_size, stop_file if accelerator.is_main_process else None
     )
     view = display.TrainDisplay(plan, accelerator.is_main_process)
+    copy = None
+    if recipe.data.stage:
+        if accelerator.is_local_main_process:
+            copy = staging.Staging(recipe.data.root, recipe.data)
+        staging.wait(copy, lambda report: gather_object([report]), view.say)
+        train_set, val_set = (staging.open_copy(each, recipe.data) for each in (train_set, val_set))
     root = folder / run_folder.CHECKPOINTS
     kind = runtime.device_name(process.device)
     about = {
@@ -187,6 +193,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         view.say(f"stopped {where}; the same command goes on from there")
     if accelerator.is_main_process:
         stop_file.unlink(missing_ok=True)
+    if recipe.data.stage:
+        accelerator.wait_for_everyone()
+        if copy:
+            copy.release()
     accelerator.end_training()
     if not done:
         raise SystemExit(stop.decision)

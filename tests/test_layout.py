@@ -16,7 +16,8 @@ ROWS = (
     {"checkpoint", "execution"},
     {"data", "display", "guard", "metrics", "mixing", "optim", "runtime", "model"},
     {"reading", "resize"},
-    {"augment", "digits", "depthwise", "run_folder", "forecast"},
+    {"augment", "digits", "depthwise", "run_folder", "staging"},
+    {"forecast"},
     {"sampling"},
     {"sharding"},
     {"sources"},
@@ -25,7 +26,7 @@ ROWS = (
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
-TORCH_FREE |= {"sharding", "sources", "reading", "forecast", "decoding"}
+TORCH_FREE |= {"sharding", "sources", "reading", "forecast", "decoding", "staging"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,256 @@
+"""Copies of the shards on the nodes, for `data.stage`: made once a node, checked, and freed.
+
+    STAGE/imagenet-1a2b3c4d5e6f/        a data set like its original; or some of its tars
+    STAGE/imagenet-1a2b3c4d5e6f.lock    held by who copies; who trains shares a lock on the folder
+
+The name has a digest of the manifest, so that a data set that was made again is copied again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fasttrain import config, forecast, shards
+from fasttrain.shards import ShardError, Split
+
+CHUNK = 4 << 20  # bytes read and written at a time
+SAY_EVERY_S = 30.0
+POLL_S = 0.2  # how often nodes tell each other how far they are
+
+
+class Report(NamedTuple):
+    """How far a node is."""
+
+    host: str
+    done: int  # bytes that are there
+    total: int
+    copied: int  # bytes, of those, that this run has copied
+    finished: bool
+    fault: str  # why there will be no copy; empty if nothing is wrong
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+    sha256: str
+
+
+class Staging:
+    """Copies a data set to this node in threads, or waits for another run that does."""
+
+    def __init__(self, root: Path, data: config.Data) -> None:
+        """Begins at once; `data.stage` must be set.
+
+        Raises:
+            ShardError: there is no data set at `root`.
+        """
+        assert data.stage is not None
+        self.root, self.data = root, data
+        self.folder = folder_of(root, data.stage)
+        self.total = self.done = self.copied = 0
+        self.fault = ""
+        self.used: int | None = None  # the folder, locked while this run reads it
+        self.counting = threading.Lock()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def report(self) -> Report:
+        finished = not self.thread.is_alive()
+        return Report(os.uname().nodename, self.done, self.total, self.copied, finished, self.fault)
+
+    def release(self) -> None:
+        """Ends the use of the copy, and frees it unless it is to be kept or others use it."""
+        if self.used is None:
+            return
+        try:
+            if not self.data.stage_keep:
+                with self._alone():
+                    fcntl.flock(self.used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(self.folder)
+        except BlockingIOError:  # another run reads it, and frees it in its turn
+            pass
+        finally:
+            os.close(self.used)
+            self.used = None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _run(self) -> None:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                self.folder.mkdir(exist_ok=True)
+                self._copy_all()
+                self.used = os.open(self.folder, os.O_RDONLY)
+                fcntl.flock(self.used, fcntl.LOCK_SH)
+        except ShardError as error:
+            self.fault = str(error)
+        except OSError as error:
+            self.fault = (
+                f"[data] stage = {self.data.stage}: {error}; name another folder, one with room "
+                "for all with data.stage_part, or unset data.stage"
+            )
+
+    def _copy_all(self) -> None:
+        for leftover in self.folder.glob(f"*{shards.TEMPORARY}"):
+            leftover.unlink()
+        files = _files(self.root, self.data.stage_part)
+        self.total = sum(file.size for file in files)
+        missing = [file for file in files if not _is_there(self.folder / file.name, file.size)]
+        asked = sum(file.size for file in missing)
+        self.done = self.total - asked
+        free = free_bytes(self.folder)
+        if asked > free:
+            raise ShardError(
+                f"[data] stage = {self.data.stage}: {asked / 1e9:,.1f} GB are to be copied, and "
+                f"{free / 1e9:,.1f} GB are free; make room, name another folder, or copy a part: "
+                f"--set data.stage_part={max(0.01, self._part_that_fits(free)):.2f}"
+            )
+        with ThreadPoolExecutor(self.data.read_threads, "stage") as pool:
+            for future in [pool.submit(self._copy, file) for file in missing]:
+                try:
+                    future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        if self.data.stage_part == 1:  # a whole data set then, which `open_split` will take
+            for name in (shards.MANIFEST_DIGEST, shards.MANIFEST):
+                shards.write_atomically(self.folder / name, (self.root / name).read_bytes())
+
+    def _part_that_fits(self, free: int) -> float:
+        fixed = sum(file.size for file in _files(self.root, 0.0))
+        return math.floor(95 * (free - fixed) / max(1, self.total - fixed)) / 100
+
+    def _copy(self, file: _File) -> None:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        with (
+            (self.root / file.name).open("rb", buffering=0) as source,
+            shards.atomic(self.folder / file.name) as target,
+        ):
+            while count := source.readinto(buffer):
+                digest.update(buffer[:count])
+                target.write(buffer[:count])
+                with self.counting:
+                    self.done += count
+                    self.copied += count
+            if digest.hexdigest() != file.sha256:
+                raise ShardError(
+                    f"{self.root / file.name} is damaged: its sha256 is not that of "
+                    f"{shards.MANIFEST}; copy it anew or make the data set again"
+                )
+
+
+def folder_of(root: Path, stage: Path) -> Path:
+    """Where the copy of the data set at `root` lies."""
+    digest = hashlib.sha256((root / shards.MANIFEST).read_bytes()).hexdigest()
+    return stage / f"{root.resolve().name}-{digest[:12]}"
+
+
+def open_copy(split: Split, data: config.Data) -> Split:
+    """The split as it is read from this node's copy."""
+    assert data.stage is not None
+    folder = folder_of(split.root, data.stage)
+    if data.stage_part == 1:
+        return shards.open_split(folder, split.name)
+    paths = list(split.shard_paths)
+    for number in range(_num_copied(split.name, len(paths), data.stage_part)):
+        paths[number] = folder / paths[number].name
+    return replace(split, shard_paths=tuple(paths))
+
+
+def wait(
+    mine: Staging | None,
+    gather: Callable[[Report | None], Sequence[Report | None]],
+    say: Callable[[str], Any],
+) -> None:
+    """Waits until all nodes have their copies; to be called by all processes.
+
+    Args:
+        mine: that of this process, if it is the one of its node that copies.
+        gather: gives what every process gave; returns soon, so that no exchange times out.
+    Raises:
+        ShardError: on some node there will be no copy.
+    """
+    begun = said = time.monotonic()
+    while True:
+        found = [each for each in gather(mine.report() if mine else None) if each]
+        faults = [f"{each.host}: {each.fault}" for each in found if each.fault]
+        if faults:
+            raise ShardError("\n".join(faults))
+        now = time.monotonic()
+        done, total = (sum(getattr(each, name) for each in found) for name in ("done", "total"))
+        copied = sum(each.copied for each in found)
+        rate = copied / max(now - begun, 1e-9)
+        if all(each.finished for each in found):
+            break
+        if now - said > SAY_EVERY_S:
+            said = now
+            slowest = min(found, key=lambda each: each.done / max(each.total, 1))
+            say(
+                f"stage: {done / max(total, 1):.0%} copied at {rate / 1e6:,.0f} MB/s; "
+                f"{slowest.host} has {slowest.done / max(slowest.total, 1):.0%}"
+            )
+        time.sleep(POLL_S)
+    say(
+        f"stage: {total / 1e6:,.0f} MB on {len(found)} node{'s' * (len(found) > 1)}, of which "
+        f"{copied / 1e6:,.0f} MB were copied and checked in {now - begun:.1f} s"
+        + (f" ({rate / 1e6:,.0f} MB/s)" if copied else "")
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can be written into a folder; into one of memory, no more than there is."""
+    free = shutil.disk_usage(folder).free
+    return min(free, forecast.available_bytes()) if file_system_of(folder) == "tmpfs" else free
+
+
+def file_system_of(path: Path) -> str:
+    """`ext4`, `tmpfs`, `nfs4`, ...: the type of the file system that `path` lies on."""
+    kinds = {}
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split()
+        kinds[Path(place.encode().decode("unicode_escape"))] = kind  # a space is \040
+    path = path.resolve()
+    return next(kinds[place] for place in (path, *path.parents) if place in kinds)
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size  # copies appear whole
+    except FileNotFoundError:
+        return False
+
+
+def _num_copied(split: str, num_shards: int, part: float) -> int:
+    return math.ceil(part * num_shards) if split == "train" else num_shards
+
+
+def _files(root: Path, part: float) -> list[_File]:
+    """What is copied, in order: of all splits but the training split all."""
+    files = []
+    for name, entry in shards.read_manifest(root)["splits"].items():
+        index = entry["index"]
+        files.append(_File(index["name"], index["size"], index["sha256"]))
+        for shard in entry["shards"][: _num_copied(name, len(entry["shards"]), part)]:
+            files.append(_File(shard["name"], shard["size"], shard["sha256"]))
+            idx = (root / shard["name"]).with_suffix(".idx")  # DALI's, which training does without
+            if idx.exists():
+                files.append(_File(idx.name, idx.stat().st_size, shard["idx_sha256"]))
+    return files
