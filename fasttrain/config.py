@@ -243,6 +243,9 @@ class Train(Section):
     deterministic: bool = False
     """On a GPU, take the kernels and the decoder (the CPU's) that repeat bit for bit, at a cost in
     speed; on a CPU a run repeats anyway."""
+    hang_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds without a step after which a run of several processes ends, and names the process
+    that all others wait for; before the first step it is an hour at the least."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
 
@@ -317,6 +320,7 @@ MAY_CHANGE = frozenset(
         "train.execution",
         "train.max_steps",
         "train.micro_batch_size",
+        "train.hang_timeout_s",
         "train.cpu_threads",
         "train.deterministic",
         "train.max_skipped_steps",
@@ -527,9 +531,9 @@ def positive(text: str) -> int:
 
 
 def stop(message: str, *, everywhere: bool = False) -> NoReturn:
-    """Ends the process with exit code 2; of several processes rank 0 says why, or every one."""
+    """Ends the process with exit code 2; of several processes one a node says why, or every one."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or everywhere:
+    if os.environ.get("LOCAL_RANK", "0") == "0" or everywhere:
         sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")
     raise SystemExit(2)
 

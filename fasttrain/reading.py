@@ -28,6 +28,7 @@ from fasttrain.shards import PPM_HEADER, Split
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
 RECHECK_S = 0.2  # the sizes of mapped tars are looked at again; 0.6 us a tar
+RECHECKS_PER_S = 500  # and of many tars less often, for the sake of a shared file system
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
@@ -309,9 +310,9 @@ class ShardReader:
                 done += count
 
     def _look_at_sizes(self) -> None:
-        """Every `RECHECK_S`: a mapped tar that shrank before would mean SIGBUS."""
+        """Every now and then: a mapped tar that shrank before would mean SIGBUS."""
         now = time.monotonic()
-        if now - self.looked_at >= RECHECK_S:
+        if now - self.looked_at >= max(RECHECK_S, len(self.mmaps) / RECHECKS_PER_S):
             self.looked_at = now
             for shard, mapped in self.mmaps.items():
                 if mapped.size() != self.split.shard_bytes[shard]:

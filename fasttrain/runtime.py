@@ -13,9 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -197,13 +197,18 @@ class StopRequest:
     """SIGTERM, SIGINT, SIGUSR1 or a file: all processes agree at the next step. Before the first,
     where there is nothing to save, a signal ends the process; as does a second Ctrl-C."""
 
-    def __init__(self, world_size: int, file: Path | None) -> None:
+    def __init__(
+        self, world_size: int, file: Path | None, timeout: timedelta = timedelta(hours=1)
+    ) -> None:
         self.file = file  # that asks to stop; one process looks for it
         self.file_seen_at = 0.0  # when it was last looked for
         self.received = 0  # the exit status that this process was asked for
         self.decision = 0  # and that all agreed on
         self.training = False
-        self.group: Any = distributed.new_group(backend="gloo") if world_size > 1 else None
+        self.on_step: Callable[[], Any] = lambda: None
+        self.group: Any = None
+        if world_size > 1:
+            self.group = distributed.new_group(backend="gloo", timeout=timeout)
         self.pending: tuple[torch.Tensor, Any] | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
@@ -223,6 +228,7 @@ class StopRequest:
         step, and nothing waits for the device.
         """
         self.training = True
+        self.on_step()
         now = time.monotonic()
         if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
             self.file_seen_at = now

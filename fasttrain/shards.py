@@ -209,12 +209,18 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return checked
 
 
-def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
+def open_split(
+    root: Path, name: str, short_side: int | None = None, look_at_tars: bool = True
+) -> Split:
     """Opens split `name` ("train" or "val") of the data set at `root`, in milliseconds.
 
+    Args:
+        short_side: that of the images, in pixels, if it must be a certain one.
+        look_at_tars: whether all are there, of the right size; one process of a node is enough,
+            for the sake of a shared file system: readers look at each when they open it.
     Raises:
         ShardError: the data set is missing, unfinished, or its files are not those of the manifest;
-            or its images were not shrunk to the `short_side` in pixels that was asked for.
+            or its images were not shrunk to `short_side`.
     """
     manifest = read_manifest(root)
     if short_side is not None and short_side != manifest["policy"]["short_side"]:
@@ -230,10 +236,9 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
         )
     entry = manifest["splits"][name]
     paths = [root / shard["name"] for shard in entry["shards"]]
-    for path, size in [
-        *((path, shard["size"]) for path, shard in zip(paths, entry["shards"], strict=True)),
-        (root / entry["index"]["name"], entry["index"]["size"]),
-    ]:
+    tars = [(path, shard["size"]) for path, shard in zip(paths, entry["shards"], strict=True)]
+    index = root / entry["index"]["name"]
+    for path, size in [*(tars if look_at_tars else ()), (index, entry["index"]["size"])]:
         try:
             found = path.stat()
         except OSError as error:
@@ -248,8 +253,7 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
                 f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
                 "make the data set again"
             )
-    index = root / entry["index"]["name"]
-    columns = _read_index(index, entry["num_samples"])
+    columns, mapped = _read_index(index, entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
     for what, wrong in _lies(columns, manifest, entry, sizes):
         if wrong.any():
@@ -257,8 +261,8 @@ def open_split(root: Path, name: str, short_side: int | None = None) -> Split:
                 f"{index} is damaged: {what}, first of sample {int(wrong.argmax())}; make the data "
                 "set again"
             )
-    mapped = np.memmap(index, np.uint8, "r")  # nothing is copied; 24 ms for ImageNet
-    if hashlib.sha256(mapped.data).hexdigest() != entry["index"]["sha256"]:
+    digest = hashlib.sha256(mapped.data).hexdigest()  # nothing is copied; 24 ms for ImageNet
+    if digest != entry["index"]["sha256"]:
         raise ShardError(
             f"{index} is damaged: its sha256 is not that of {MANIFEST}; copy it anew or make the "
             "data set again"
@@ -303,22 +307,24 @@ def _lies(
         yield "it has more bytes than pixels", size > 3 * pixels + PPM_HEADER
 
 
-def _read_index(path: Path, num_samples: int) -> dict[str, NDArray[Any]]:
-    offset = len(_INDEX_MAGIC) + 8
-    columns: dict[str, NDArray[Any]] = {}
+def _read_index(path: Path, num_samples: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
+    """The columns, and the whole file's bytes: views of one map."""
+    header = _INDEX_MAGIC + num_samples.to_bytes(8, "little")
+    size = len(header) + num_samples * sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
     try:
-        with path.open("rb") as file:
-            header = file.read(offset)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
-    whole = offset + num_samples * sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
-    if header != _INDEX_MAGIC + num_samples.to_bytes(8, "little") or size != whole:
+        mapped = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError(f"{path}: cannot be read ({reason})") from None
+    if mapped[: len(header)].tobytes() != header or len(mapped) != size:
         raise ShardError(f"{path} is damaged or of another version; make the data set again")
+    columns: dict[str, NDArray[Any]] = {}
+    offset = len(header)
     for name, dtype in _COLUMNS:
-        columns[name] = np.memmap(path, dtype, "r", offset, (num_samples,))
-        offset += num_samples * np.dtype(dtype).itemsize
-    return columns
+        end = offset + num_samples * np.dtype(dtype).itemsize
+        columns[name] = mapped[offset:end].view(dtype)
+        offset = end
+    return columns, mapped
 
 
 # --------------------------------------------------------------------------------------------------

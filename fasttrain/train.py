@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,9 @@ def open_data(data: config.Data) -> tuple[Split, Split]:
             if not (data.root / shards.MANIFEST).exists():
                 sys.stdout.write(f"making shards of handwritten digits in {data.root}\n")
                 digits.prepare(data.root)
-    train_set = shards.open_split(data.root, "train", data.short_side)
-    return train_set, shards.open_split(data.root, "val")
+    look = os.environ.get("LOCAL_RANK", "0") == "0"
+    train_set = shards.open_split(data.root, "train", data.short_side, look)
+    return train_set, shards.open_split(data.root, "val", look_at_tars=look)
 
 
 def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
@@ -69,9 +71,13 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     # Seconds of imports, so only once the recipe is known to be right.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import (
+        InitProcessGroupKwargs,
+        broadcast_object_list,
+        gather_object,
+    )
 
-    from fasttrain import checkpoint, data, decoding, display, execution, loop, runtime
+    from fasttrain import checkpoint, data, decoding, display, execution, heartbeat, loop, runtime
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
@@ -84,7 +90,12 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     chosen, why_decode = decoding.choose(
         train_set, recipe.data, runtime.has_gpu(os.environ), threads, os.environ
     )
-    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    # Longer than the heartbeat's, which names the process at fault.
+    timeout = timedelta(seconds=heartbeat.START_S + recipe.train.hang_timeout_s)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     accelerator.wait_for_everyone()  # as clocks are compared
     digests = train_set.digest, val_set.digest
@@ -96,7 +107,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     folder = run_folder.run_dir(recipe)
     stop_file = folder / run_folder.STOP
     stop = runtime.StopRequest(
-        process.world_size, stop_file if accelerator.is_main_process else None
+        process.world_size, stop_file if accelerator.is_main_process else None, timeout
     )
     view = display.TrainDisplay(plan, accelerator.is_main_process)
     copy = None
@@ -105,6 +116,13 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
             copy = staging.Staging(recipe.data.root, recipe.data)
         staging.wait(copy, lambda report: gather_object([report]), view.say)
         train_set, val_set = (staging.open_copy(each, recipe.data) for each in (train_set, val_set))
+    signs = None
+    if process.world_size > 1:
+        connect = partial(heartbeat.launcher_store, os.environ)
+        signs = heartbeat.Heartbeat(
+            process.rank, process.world_size, recipe.train.hang_timeout_s, connect
+        )
+        stop.on_step = signs.step
     root = folder / run_folder.CHECKPOINTS
     kind = runtime.device_name(process.device)
     about = {
@@ -156,6 +174,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         checkpoint.restore(newest, learner, about, view.say)
         view.say(f"going on from {newest}")
     state = learner.state
+    if signs:
+        signs.where = lambda: f"update {learner.state.step}"
     if accelerator.is_main_process:
         run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     accelerator.wait_for_everyone()
@@ -181,9 +201,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
             accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
             stop.agreed, updater, build_mix(recipe.train, num_classes),
         )  # fmt: skip
+    if signs:
+        signs.close()
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
-    saved = next(iter(checkpoint.find(root)), None)
+    saved = next(iter(checkpoint.find(root)), None) if accelerator.is_main_process else None
     if done:
         view.say(
             f"done: {root / f'step_{state.step:08d}' / 'model.safetensors'}\n{json.dumps(done)}"

@@ -15,7 +15,7 @@ ROWS = (
     {"loop", "decoding"},
     {"checkpoint", "execution"},
     {"data", "display", "guard", "metrics", "mixing", "optim", "runtime", "model"},
-    {"reading", "resize"},
+    {"heartbeat", "reading", "resize"},
     {"augment", "digits", "depthwise", "run_folder", "staging"},
     {"forecast"},
     {"sampling"},

@@ -1,12 +1,14 @@
 """Copies of the shards on the nodes: whole or in part, checked, resumed, shared and freed."""
 
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lines
+from conftest import lines, run
 
 from fasttrain import config, shards, staging, train
 from fasttrain.shards import ShardError
@@ -154,3 +156,42 @@ def test_a_recipe_that_copies_nothing_has_nothing_to_keep(tmp_path: Path) -> Non
 def test_file_systems() -> None:
     assert staging.file_system_of(Path("/proc/self")) == "proc"
     assert staging.free_bytes(Path("/dev/shm")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_what_each_process_asks_of_a_shared_file_system(
+    dataset: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rank 0 alone writes; tars are looked at by name by one process a node."""
+    calls = "openat,newfstatat,statx,access,mkdir,unlink,rename,readlink,getdents64"
+    traced = f'exec strace -f -qq -y -e trace={calls} -o {tmp_path}/$RANK python "$@"'
+    launch = ["accelerate", "launch", "--no_python", "--multi_gpu", "--num_processes", "2"]
+    words = ["--main_process_port", "0", "bash", "-c", traced, "_", "fasttrain/train.py", tiny()]
+    run([*launch, *words], ACCELERATE_USE_CPU="1")
+    counts = []
+    for rank in (0, 1):
+        lines = (tmp_path / str(rank)).read_text(errors="replace").splitlines()
+        ours = [line for line in lines if str(dataset) in line or f"{tmp_path}/run" in line]
+        data = [line for line in ours if str(dataset) in line]
+        by_name = [line for line in data if f'"{dataset}' in line]
+        run_folder = [line for line in ours if f"{tmp_path}/run" in line]
+        writes = [
+            line for line in run_folder
+            if re.search(r"O_WRONLY|O_RDWR|O_CREAT|\b(mkdir|unlink|rename)\(", line)
+        ]  # fmt: skip
+        opened = Counter(Path(found[1]).name for line in by_name if (found := OPENED.search(line)))
+        looked = sum("newfstatat(AT_FDCWD" in line and ".tar" in line for line in by_name)
+        counts.append((len(lines), len(data), len(by_name), len(run_folder)))
+        print(f"rank {rank}: {len(lines)} calls, {len(data)} on the shards, {len(by_name)} of them")
+        print(f"  by name, {len(run_folder)} on the run folder, {len(writes)} of them to write")
+        assert bool(writes) == (rank == 0)
+        num_tars = len(list(dataset.glob("*.tar")))
+        assert looked == (num_tars if rank == 0 else 0)
+        # Once when the input is measured, and once to train.
+        assert all(opened[p.name] <= 2 for p in dataset.glob("train-*.tar"))
+        assert opened["manifest.json"] == 2 and opened["train.index"] == opened["val.index"] == 1
+    assert counts[1][2] < 40 and counts[1][3] < 10
+
+
+OPENED = re.compile(r'openat\(AT_FDCWD[^,]*, "([^"]+)"')
