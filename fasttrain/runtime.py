@@ -124,6 +124,13 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
             f"WORLD_SIZE = {environ['WORLD_SIZE']} in the environment, but no MASTER_ADDR: start "
             "processes with accelerate launch, or unset it for one process"
         )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in environ and tasks != "1":
+        raise LaunchError(
+            f"SLURM started {tasks} tasks, but none of them launched processes that know of each "
+            "other: each would train alone; use tools/train.sbatch, or accelerate launch "
+            "--multi_gpu with --machine_rank $SLURM_NODEID in one task a node"
+        )
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
         if train.deterministic and decode.startswith("gpu"):

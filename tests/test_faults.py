@@ -155,6 +155,11 @@ def test_settings(
             ["{recipe}"],
             ["WORLD_SIZE = 2 in the environment, but no MASTER_ADDR: start", "accelerate launch"],
         ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            ["{recipe}"],
+            ["SLURM started 2 tasks, but none of them launched", "use tools/train.sbatch"],
+        ),
         *(
             (
                 {name: value},

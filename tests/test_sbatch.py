@@ -15,9 +15,14 @@ from fasttrain import runtime
 
 SRUN = """#!/bin/bash
 # Starts what it is given on every node, and passes SIGUSR1 on to all processes of the step.
-while [[ $1 == --* ]]; do echo "srun $1" >>"$CALLS"; shift; done
+nodes=$SLURM_NNODES
+while [[ $1 == --* ]]; do
+    echo "srun $1" >>"$CALLS"
+    [ "$1" != --nodes=1 ] || nodes=1
+    shift
+done
 echo "srun cpus $SRUN_CPUS_PER_TASK export $SLURM_EXPORT_ENV" >>"$CALLS"
-for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & pids+=" $!"; done
+for node in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$node "$@" & pids+=" $!"; done
 trap 'kill -USR1 $pids' USR1
 code=0
 for pid in $pids; do
@@ -179,6 +184,23 @@ def test_processes_share_the_cpus_of_their_task() -> None:
     assert runtime.cpu_share({"SLURM_CPUS_PER_TASK": "512"}) == all_of_them
     many = {"SLURM_CPUS_PER_TASK": "512", "LOCAL_WORLD_SIZE": "512"}
     assert runtime.cpu_share(many) == 1
+
+
+def test_in_a_container(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+    """Python is started by a command, as for Apptainer, or by srun's options, as for pyxis."""
+    wrap = {"FT_WRAP": "env INSIDE=yes", "FT_SRUN": "--container-image=a --container-mounts=b:c"}
+    job = submit(f'[ "$INSIDE" = yes ] && touch {tmp_path}/run/DONE', **wrap)
+    assert job.code == 0 and len(job.launches) == 2, job.output
+    assert job.calls.count("srun --container-image=a") == 2  # for the recipe, and for the run
+    assert job.calls.count("srun --container-mounts=b:c") == 2
+
+
+def test_wrong_launches(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+    job = submit("exit 0", SLURM_NTASKS="16")
+    assert job.code == 2 and not job.launches
+    assert "16 tasks on 2 nodes: the launcher is one task a node" in job.output
+    job = submit("exit 0", SLURM_JOB_ID="")
+    assert job.code == 2 and "no job of SLURM: submit this script" in job.output
 
 
 def test_missing_cpus_are_warned_of(submit: Callable[..., Submitted]) -> None:
