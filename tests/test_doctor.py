@@ -1,0 +1,330 @@
+"""doctor.py tells what a node and a job would train with, and names what would stop the run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import REPO, run, shard
+
+sys.path.insert(0, str(REPO / "tools"))
+import doctor
+import steps
+
+from fasttrain import config, schedule
+
+SECTIONS = {
+    "versions", "gpus", "network", "cpus", "memory", "data", "input", "storage", "run", "job",
+    "faults",
+}  # fmt: skip
+MULTI = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+Examined = Callable[..., tuple[dict[str, Any], list[str]]]
+
+
+@pytest.fixture
+def examined(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Examined:
+    """Runs doctor.py here; returns the JSON object and the lines before it."""
+
+    def check(code: int, *words: object, **environ: str) -> tuple[dict[str, Any], list[str]]:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as status:
+            doctor.main([str(word) for word in words])
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert status.value.code == code, "\n".join(lines)
+        found = json.loads(last)
+        assert [f"FAULT: {fault}" for fault in found["faults"]] == [
+            line for line in lines if line.startswith("FAULT:")
+        ]
+        return found, lines
+
+    return check
+
+
+# --------------------------------------------------------------------------------------------------
+# All of it
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_node(examined: Examined, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    found, lines = examined(0, tiny())
+    assert found.keys() == SECTIONS and found["faults"] == []
+    assert lines[-1] == "nothing that was looked at would stop the run"
+    data, storage, plan = found["data"], found["storage"], found["run"]
+    assert (data["train_images"], data["val_images"], data["classes"]) == (45, 13, 3)
+    assert 0 < data["size_gb"] < 0.01 and data["tars"] >= 5
+    assert storage["in_order_mb_per_s"] > 0 and storage["at_random_images_per_s"] > 0
+    assert 0 < storage["one_at_random_ms"] < 1500 and 0 < storage["opening_a_tar_ms"] < 1500
+    assert found["input"]["input_images_per_s"] > 0 and found["input"]["decode"] == "cpu"
+    assert (plan["micro_batch"], plan["accumulation"]) == (8, 1)
+    assert (plan["steps_per_epoch"], plan["total_steps"], plan["processes"]) == (5, 15, 1)
+    assert found["cpus"]["threads_each"] == 1 and found["memory"]["available_gb"] > 0
+    assert found["gpus"]["for_this_process"] == 0
+    assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+def test_no_data_set(examined: Examined, tiny: Callable[..., Path]) -> None:
+    found, _ = examined(1, tiny(), "--set", "data.root=/nowhere")
+    (fault,) = found["faults"]
+    assert fault.startswith("no data set at /nowhere ") and "tools/make_shards.py" in fault
+    assert found.keys() == SECTIONS - {"storage"}
+    assert found["input"]["input"] == "unknown (there are no images)"
+    assert found["run"]["micro_batch"] == 8 and found["run"]["total_steps"] == "unknown"
+    assert found["memory"]["available_gb"] > 0
+
+
+def test_faults_are_told_all_at_once(
+    examined: Examined, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    settings = [
+        ("train.micro_batch_size=3", "does not divide the 8 images"),
+        ("train.precision=fp16", "precision = fp16: needs a GPU"),
+        (f"log.run_dir={tmp_path}/file/run", 'run": cannot be written (Not a directory)'),
+        (f"data.stage={tmp_path}/file/copy", "stage = "),
+    ]
+    words = [word for setting, _ in settings for word in ("--set", setting)]
+    found, _ = examined(1, tiny(), *words)
+    assert len(found["faults"]) == 4
+    for _, said in settings:
+        assert any(said in fault for fault in found["faults"]), said
+    assert found["input"]["input_images_per_s"] > 0  # of other batches
+
+
+def test_a_wrong_recipe_or_command_line(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["/nowhere.toml"], [str(tiny()), "--set", "train.epochs=0"], []):
+        with pytest.raises(SystemExit) as status:
+            doctor.main(words)
+        assert status.value.code == 2 and not capsys.readouterr().out
+
+
+def test_a_stage_without_room(
+    examined: Examined, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(data={"stage": str(tmp_path / "stage")})
+    found, _ = examined(0, recipe)
+    assert found["storage"]["stage_to_copy_gb"] == pytest.approx(found["data"]["size_gb"])
+    monkeypatch.setattr(doctor.staging, "free_bytes", lambda folder: 1000)
+    found, _ = examined(1, recipe)
+    assert "GB are to be copied, and 0.0 GB are free" in found["faults"][0]
+
+
+def test_two_processes(tiny: Callable[..., Path]) -> None:
+    done = run([*MULTI, "tools/doctor.py", tiny()], ACCELERATE_USE_CPU="1")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert found["faults"] == [] and found["run"]["processes"] == 2
+    assert found["run"]["micro_batch"] == 4 and done.stdout.count("\nversions\n") == 1
+    assert [each["rank"] for each in found["job"]["processes"]] == [0, 1]
+    assert found["job"]["gradients_mb"] > 1 and found["job"]["all_reduce_ms"] > 0
+    assert found["job"]["all_reduce_rate_gb_per_s"] > 0
+    assert 0 < found["job"]["all_reduce_of_one_ms"] < 1000
+
+
+def test_a_fault_of_the_launch(examined: Examined, tiny: Callable[..., Path]) -> None:
+    found, _ = examined(1, tiny(), WORLD_SIZE="2")
+    assert found["run"]["processes"] == 2 and "no MASTER_ADDR" in found["faults"][0]
+    assert len(found["faults"]) == 1
+    found, _ = examined(1, tiny(), WORLD_SIZE="1", SLURM_RESTART_COUNT="many")
+    assert 'SLURM_RESTART_COUNT = "many"' in found["faults"][0]
+
+
+def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:
+    job = {"JOB_ID": "7", "NNODES": "2", "GPUS_ON_NODE": "2", "STEP_NUM_TASKS": "2"}
+    found, _ = examined(0, tiny(), **{f"SLURM_{name}": value for name, value in job.items()})
+    assert found["run"]["processes"] == 4 and found["run"]["micro_batch"] == 2
+    assert found["cpus"]["processes_here"] == 2 and found["job"]["SLURM_JOB_ID"] == "7"
+    assert found["input"]["measured"] == "in 1 of 4 processes, and taken 4 times"
+
+
+# --------------------------------------------------------------------------------------------------
+# Its parts
+# --------------------------------------------------------------------------------------------------
+
+
+def test_how_many_processes() -> None:
+    def size(gpus: int, **environ: str) -> tuple[int, int]:
+        return doctor.world_of(environ, gpus)[:2]
+
+    nodes = {"SLURM_NNODES": "3", "SLURM_GPUS_ON_NODE": "4"}
+    assert size(0) == (1, 1) and size(8) == (8, 8)
+    assert size(8, WORLD_SIZE="16", LOCAL_WORLD_SIZE="8", **nodes) == (16, 8)
+    assert size(8, ACCELERATE_MIXED_PRECISION="no") == (1, 1)
+    assert size(0, **nodes) == (12, 4)
+    assert size(0, FT_PROCS_PER_NODE="2", **nodes) == (6, 2)
+    assert size(0, SLURM_NNODES="3") == (3, 1)
+    with pytest.raises(config.ConfigError, match="FT_PROCS_PER_NODE"):
+        size(0, FT_PROCS_PER_NODE="two", **nodes)
+
+
+def test_processes_that_could_not_join() -> None:
+    def faults(gpus: int = 0, **environ: str) -> list[str]:
+        return [*doctor.launch_faults(environ, gpus, {"eth0": "up", "ib0": "up"})]
+
+    assert faults() == faults(gpus=2, LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="ib0") == []
+    assert "4 processes on this node, but 2 GPUs" in faults(gpus=2, LOCAL_WORLD_SIZE="4")[0]
+    assert "only eth0, ib0" in faults(GLOO_SOCKET_IFNAME="ib1")[0]
+
+
+TOPO = (
+    "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+    "GPU0\t X \tNV18\tSYS\tPIX\t0-23\t0\t\tN/A\n"
+    "GPU1\tNV18\t X \tSYS\tSYS\t0-23\t0\t\tN/A\n"
+    "GPU2\tSYS\tSYS\t X \tSYS\t0-23\t0\t\tN/A\n"
+    "NIC0\tPIX\tSYS\tSYS\t X \n\nLegend:\n\n  X    = Self\n"
+    "  SYS  = Connection traversing PCIe as well as the SMP interconnect\n"
+)
+
+
+def test_links_between_gpus() -> None:
+    assert doctor.link_counts(TOPO) == ["2 x SYS, PCIe", "1 x NV18, NVLink"]
+    assert doctor.link_counts("\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n") == []
+    assert doctor.link_counts("") == []
+
+
+def test_network_of_a_tree(tmp_path: Path) -> None:
+    files = {
+        "net/eth0/operstate": "up\n", "net/eth0/speed": "25000\n", "net/ib0/operstate": "down\n",
+        "net/ib0/speed": "-1\n", "net/lo/operstate": "unknown\n",
+        "ib/mlx5_0/ports/1/state": "4: ACTIVE\n", "ib/mlx5_0/ports/1/rate": "400 Gb/sec (4X NDR)\n",
+        "ib/mlx5_1/ports/1/state": "1: DOWN\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert doctor.interfaces(tmp_path / "net") == {
+        "eth0": "up, 25,000 Mbit/s",
+        "ib0": "down, speed unknown",
+    }
+    assert doctor.infiniband(tmp_path / "ib") == [
+        "mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)",
+        "mlx5_1 port 1: DOWN, unknown",
+    ]
+    assert doctor.interfaces(tmp_path / "none") == {} and doctor.infiniband(tmp_path / "no") == []
+
+
+def test_cuda_of_driver_and_packages() -> None:
+    built = {"torch": "13.0", "DALI": "13"}
+    assert doctor.cuda_faults(built, "13.1") == []
+    assert [fault.split()[0] for fault in doctor.cuda_faults(built, "12.8")] == ["torch", "DALI"]
+    assert doctor.agree("13.0", "13") is True and doctor.agree("12.8", "13") is False
+    assert str(doctor.agree("none", "13")).startswith("unknown")
+
+
+def test_gpus_that_torch_does_not_see(
+    examined: Examined, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {
+        "": "| NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4 |\n",
+        "topo": TOPO,
+        "--query-gpu=index,name,memory.total": "0, NVIDIA H100, 81559 MiB\n",
+        "--query-gpu=driver_version": "550.1\n550.1\n",
+    }
+    monkeypatch.setattr(doctor, "smi", lambda *words: said[words[0] if words else ""])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(doctor, "torch_gpus", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found, lines = examined(1, tiny())
+    assert "torch finds none of the 1 GPUs" in " ".join(found["faults"])
+    assert "but the driver has CUDA 12.4" in " ".join(found["faults"])
+    assert found["gpus"]["found"] == ["0, NVIDIA H100, 81559 MiB"]
+    assert found["versions"]["driver"] == "550.1"
+    assert "  links                   2 x SYS, PCIe" in lines
+
+
+def test_quota_of_a_container() -> None:
+    assert doctor.quota_in("150000 100000") == 1.5
+    assert doctor.quota_in("max 100000") is None and doctor.quota_in("unknown") is None
+
+
+def test_advice_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(doctor.forecast, "available_bytes", lambda: 10**12)
+    data = config.Data()
+    for kind in ("nfs4", "lustre", "fuse.sshfs", "beegfs", "ceph"):
+        copy, blocks, pread = doctor.advice(kind, data, 10**9)
+        assert "data.stage=/dev/shm/fasttrain copies the 1.0 GB" in copy
+        assert "data.shuffle=blocks" in blocks and "data.read=pread" in pread
+    assert "data.stage=/a/local/disk" in doctor.advice("nfs", data, 10**12)[0]
+    for kind in ("ext4", "xfs", "tmpfs", "fuseblk", "overlay"):
+        assert doctor.advice(kind, data, 10**9) == []
+    assert doctor.advice("nfs", data.model_copy(update={"stage": Path("/tmp")}), 1) == []
+
+
+def test_time_left_in_a_job() -> None:
+    environ = {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "1600"}
+    assert doctor.slurm(environ, now=1000)["time_left_min"] == 10
+    assert doctor.slurm({"SLURM_JOB_ID": "1"}, now=0)["time_left_min"] == "unknown"
+    assert doctor.slurm({}, now=0) == {"slurm": None}
+
+
+def test_reading_one_tar(folder: Path, tmp_path: Path) -> None:
+    shard(folder, tmp_path, shard_size=100)
+    split = doctor.train.open_data(config.Data(root=tmp_path))[0]
+    assert doctor.read_in_order(split)["in_order_mb_per_s"] > 0
+    found = doctor.read_at_random(split, threads=2)
+    assert found["at_random_images_per_s"] > 0 and found["at_random_by_threads"] == 2
+
+
+def test_the_gpu_of_a_process_alone() -> None:
+    def gpu(**environ: str) -> str:
+        kept = doctor.alone({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
+        assert kept.keys() == {"HOME", "CUDA_VISIBLE_DEVICES"}
+        return kept["CUDA_VISIBLE_DEVICES"]
+
+    assert gpu() == gpu(LOCAL_RANK="0") == "0" and gpu(LOCAL_RANK="2") == "2"
+    assert gpu(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="4,5") == "5"
+
+
+def test_a_step() -> None:
+    job = steps.StepJob(
+        name="fasttrain", arch="small", width=0.35, batch=2, px=32, precision="no",
+        execution="eager", layout="channels_last", device="cpu", threads=1, seconds=0.01,
+    )  # fmt: skip
+    found = doctor.run_step(job.model_dump_json(), doctor.alone({**doctor.os.environ}))
+    assert found["step_images_per_s"] > 0 and found["step_peak_gb"] > 0 and found["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "--set train.micro_batch_size=4"),
+        ("RuntimeError: no kernel image", "see versions and gpus above"),
+    ],
+)
+def test_a_step_that_fails(
+    said: str, remedy: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        return subprocess.CompletedProcess([], 1, "", f"Traceback\n  ...\n{said}\n")
+
+    recipe = config.load(tiny())
+    plan = schedule.make_plan(recipe.train, recipe.optim, 45, 1)
+    monkeypatch.setattr(doctor.subprocess, "run", fail)
+    examination = doctor.Doctor(recipe, {})
+    assert examination.try_step(plan) == {"failed": said}
+    (fault,) = examination.faults
+    assert said in fault and remedy in fault
+
+
+def test_whether_the_input_is_enough(tiny: Callable[..., Path]) -> None:
+    examination = doctor.Doctor(config.load(tiny()), {})
+    examination.data()
+    for asked, verdict in ((1.0, " times as fast as the steps"), (1e9, "limits them; what would")):
+        examination.step = {"step_images_per_s": asked}
+        found = examination.input()
+        assert verdict in found["verdict"] and found["epoch_min"] > 0
+
+
+def test_words() -> None:
+    facts = {"speed_mb_per_s": 1234.5, "X_Y": None, "a_b": [], "of": {"c_ms": 0.1}, "d": True}
+    assert [*doctor.rows(facts)] == [
+        ("speed", "1,234 MB/s"), ("X_Y", "not set"), ("a b", "none"), ("of", "c 0.1 ms"),
+        ("d", "yes"),
+    ]  # fmt: skip
