@@ -12,6 +12,7 @@ import pytest
 from conftest import REPO, run, shard
 
 sys.path.insert(0, str(REPO / "tools"))
+import benchmark
 import doctor
 import steps
 
@@ -282,13 +283,25 @@ def test_the_gpu_of_a_process_alone() -> None:
     assert gpu(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="4,5") == "5"
 
 
-def test_a_step() -> None:
-    job = steps.StepJob(
-        name="fasttrain", arch="small", width=0.35, batch=2, px=32, precision="no",
-        execution="eager", layout="channels_last", device="cpu", threads=1, seconds=0.01,
-    )  # fmt: skip
-    found = doctor.run_step(job.model_dump_json(), doctor.alone({**doctor.os.environ}))
-    assert found["step_images_per_s"] > 0 and found["step_peak_gb"] > 0 and found["step_ms"] > 0
+def test_a_step(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(command: list[str], **_: Any) -> Any:
+        assert command[:2] == [sys.executable, str(REPO / "tools" / "benchmark.py")]
+        benchmark.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
+
+    def measured(job: steps.StepJob) -> dict[str, float]:
+        assert (job.batch, job.px, job.arch, job.width) == (8, 32, "small", 0.35)
+        return {"images_per_s": 1000.0, "step_ms": 8.0, "peak_gib": 1.0}
+
+    recipe = config.load(tiny())
+    plan = schedule.make_plan(recipe.train, recipe.optim, 45, 1)
+    monkeypatch.setattr(doctor.subprocess, "run", here)
+    monkeypatch.setattr(steps, "measure", measured)
+    examination = doctor.Doctor(recipe, {})
+    found = {"step_images_per_s": 1000.0, "step_ms": 8.0, "step_peak_memory_gb": 2**30 / 1e9}
+    assert examination.try_step(plan) == found and examination.faults == []
 
 
 @pytest.mark.parametrize(

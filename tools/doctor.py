@@ -34,6 +34,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fasttrain import config, decoding, forecast, run_folder, schedule, staging, train
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
@@ -59,6 +61,7 @@ STEP_S = 120  # that a trial of training steps may take
 JOIN_S = 300  # that processes wait for each other
 READ_S = 1.5  # of each way of reading
 IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # read at most
+TARS = 32  # read from at most
 PIECE_BYTES = 4 << 20
 FOLIO_BYTES = 256 << 10  # the page cache drops no part of a folio, few of which are larger
 NETWORK = (
@@ -170,13 +173,8 @@ class Doctor:
     def look(self, probe: Callable[[], Facts]) -> None:
         """Prints and keeps what a probe finds, or why it finds nothing."""
         facts: Facts = {"unknown": "by a fault, told at the end"}
-        with self.told():
-            try:
-                facts = probe()
-            except config.Fault:
-                raise
-            except Exception as error:
-                facts = {"unknown": reason(error)}
+        with self.told(lambda why: facts.update(unknown=why)):
+            facts = probe()
         self.found[probe.__name__] = facts
         self.say(f"\n{probe.__name__}")
         for label, text in rows(facts):
@@ -189,12 +187,16 @@ class Doctor:
             self.faults.append(line)
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """Notes a fault that is raised within."""
+    def told(self, otherwise: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Notes a fault that is raised within; `otherwise` gets the reason of other errors."""
         try:
             yield
         except config.Fault as fault:
             self.fault(str(fault))
+        except Exception as error:
+            if otherwise is None:
+                raise
+            otherwise(reason(error))
 
     def finish(self) -> int:
         """Prints the faults and the JSON object; returns the exit code."""
@@ -343,7 +345,11 @@ class Doctor:
         settings = self.recipe.data
         if self.recipe.train.deterministic and settings.decode == "auto":
             settings = settings.model_copy(update={"decode": "cpu"})
-        with self.told():
+
+        def unknown(why: str) -> None:
+            self.why_decode = f"unknown ({why})"
+
+        with self.told(unknown):
             for split in self.splits[:1]:
                 self.decode, self.why_decode = decoding.choose(
                     split, settings, self.num_gpus > 0, self.threads, self.environ
@@ -392,17 +398,13 @@ class Doctor:
                 self.fault(fault)
             if faults or not self.environ.get("MASTER_ADDR"):  # it would wait for ever
                 return
-        with self.told():
-            try:
-                limit = InitProcessGroupKwargs(timeout=timedelta(seconds=JOIN_S))
-                self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[limit])
-                self.process = runtime.start(
-                    self.accelerator, self.recipe.train, self.recipe.data, self.environ
-                )
-            except config.Fault:
-                raise
-            except Exception as error:
-                self.fault(f"the processes cannot join ({reason(error)}): see network above")
+        where = "see network above"
+        with self.told(lambda why: self.fault(f"the processes cannot join ({why}): {where}")):
+            limit = InitProcessGroupKwargs(timeout=timedelta(seconds=JOIN_S))
+            self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[limit])
+            self.process = runtime.start(
+                self.accelerator, self.recipe.train, self.recipe.data, self.environ
+            )
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes that joined, in order."""
@@ -430,12 +432,13 @@ class Doctor:
         facts["input_images_per_s"] = delivers
         if len(known) < size:
             facts["measured"] = f"in {len(known)} of {size} processes, and taken {size} times"
-        facts["of"] = forecast.describe(train_set, self.decode, self.threads, size)
+        decode = "raw" if train_set.store == "raw" else self.decode
+        facts["of"] = forecast.describe(train_set, decode, self.threads, size)
         facts |= self.step
         if asked := self.step.get("step_images_per_s", 0.0) * size:
             facts["verdict"] = f"the input is {delivers / asked:.1f} times as fast as the steps"
             if delivers < forecast.HEADROOM * asked:
-                remedies = forecast.advice_for(train_set, self.decode, self.threads)
+                remedies = forecast.advice_for(train_set, decode, self.threads)
                 facts["verdict"] += f", and limits them; {remedies['decode']}"
             facts["epoch_min"] = train_set.num_samples / min(asked, delivers) / 60
         return facts
@@ -768,7 +771,7 @@ def forget(file: int, offset: int, size: int) -> None:
 def read_in_order(split: Split) -> Facts:
     """Opens tars, taken at random, and reads each in large pieces."""
     done, reading_s, opening_s = 0, 0.0, []
-    for path in random.sample(split.shard_paths, len(split.shard_paths)):
+    for path in random.sample(split.shard_paths, min(TARS, len(split.shard_paths))):
         begun = time.perf_counter()
         with path.open("rb", buffering=0) as file:
             size = min(os.fstat(file.fileno()).st_size, IN_ORDER_BYTES - done)
@@ -789,7 +792,9 @@ def read_in_order(split: Split) -> Facts:
 
 def read_at_random(split: Split, threads: int) -> Facts:
     """Reads single images, by as many threads as the loader has."""
-    samples = random.sample(range(split.num_samples), min(1024, split.num_samples))
+    tars = random.sample(range(len(split.shard_paths)), min(TARS, len(split.shard_paths)))
+    there = np.flatnonzero(np.isin(split.shard, tars)).tolist()
+    samples = random.sample(there, min(1024, len(there)))
     at_most = max(1, AT_RANDOM_BYTES // int(split.size[samples].mean()))
     cached: list[bool] = []
     taken: list[float] = []
@@ -868,7 +873,7 @@ def run_step(job: str, environ: Mapping[str, str]) -> Facts:
     return {
         "step_images_per_s": found["images_per_s"],
         "step_ms": found["step_ms"],
-        "step_peak_gb": found["peak_gib"] * 2**30 / 1e9,
+        "step_peak_memory_gb": found["peak_gib"] * 2**30 / 1e9,
     }
 
 
