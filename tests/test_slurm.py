@@ -87,11 +87,10 @@ def num_updates(folder: Path) -> int:
     return len(lines(path, "train")) if path.exists() else 0
 
 
-def long(tiny: Callable[..., Path], name: str = "tiny") -> Path:
+def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:
     """A recipe that is still busy when something happens to it."""
     return tiny(
-        name,
-        train={"epochs": 24, "eval_every_epochs": 8, "global_batch_size": 8},
+        train={"epochs": epochs, "eval_every_epochs": 8, "global_batch_size": 8},
         checkpoint={"every_steps": 1000},
         log={"every_steps": 1},
     )
@@ -104,10 +103,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_nodes_give_the_weights_of_one(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    recipe = tiny()
+    recipe = tiny(data={"stage": "/dev/shm/fasttrain-test"})  # of which each node has its own
     job = cluster.submit("--nodes=2", "tools/train.sbatch", recipe, **TWO_BY_TWO)
     state = cluster.finish(job)
     assert state["JobState"] == "COMPLETED" and state["ExitCode"] == "0:0", cluster.output(job)
+    assert re.search(r"stage: 0 MB on 2 nodes, of which 0 MB were copied", cluster.output(job))
     done = json.loads((tmp_path / "run" / "DONE").read_text())
     assert done["step"] == 14 and done["seen"] == 13
     (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -124,17 +124,20 @@ def test_two_nodes_give_the_weights_of_one(
 def test_before_the_time_limit_it_saves_and_is_requeued(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    job = cluster.submit("--nodes=2", "tools/train.sbatch", long(tiny), **TWO_BY_TWO)
-    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
-    cluster.command("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1 sends it
+    """Which is of two minutes here: half a minute after its start. What a job that was requeued
+    comes to is seen where it was preempted."""
+    limit = ("--nodes=2", "--time=2", "--signal=B:USR1@90")
+    job = cluster.submit(*limit, "tools/train.sbatch", long(tiny, epochs=2000), **TWO_BY_TWO)
     cluster.wait(job, lambda state: state["Restarts"] == "1")
-    saved = checkpoint.find(tmp_path / "run" / "checkpoints")
-    state = cluster.finish(job)
-    output = cluster.output(job)
-    assert state["JobState"] == "COMPLETED", output
-    assert len(saved) == 1 and f"going on from {saved[0]}" in output
+    (saved,) = checkpoint.find(tmp_path / "run" / "checkpoints")
+    before = num_updates(tmp_path / "run")
+    assert int(saved.name.removeprefix("step_")) == before
+    cluster.wait(job, lambda _: num_updates(tmp_path / "run") > before)
+    cluster.command("scancel", job)
+    cluster.finish(job)
+    assert f"going on from {saved}" in cluster.output(job)
     steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl", "train")]
-    assert steps == list(range(120))
+    assert steps == list(range(len(steps)))
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(
@@ -198,6 +201,35 @@ def test_each_job_of_an_array_has_its_own_folder(
         state = cluster.finish(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", cluster.output(job)
         assert (tmp_path / f"run-{task}" / "DONE").exists()
+
+
+def test_wrong_launches(cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Each fails at once, says why, and is not requeued."""
+    wrong: list[tuple[list[object], dict[str, str], str]] = [
+        (["--nodes=2", "--ntasks-per-node=2", "tools/train.sbatch", tiny()], {}, "one task a node"),
+        (
+            ["--nodes=2", "tools/train.sbatch", tiny()],
+            {"FT_PROCS_PER_NODE": "3"},
+            "global_batch_size = 8: does not divide over 6 processes",
+        ),
+        (
+            ["--nodes=2", f"--wrap=srun python fasttrain/train.py {tiny()}"],
+            {},
+            "SLURM started 2 tasks, but none of them launched processes that know of each other",
+        ),
+        (["tools/train.sbatch", tiny(), "--set", "train.epoch=3"], {}, "did you mean epochs?"),
+        (
+            ["--nodes=2", "tools/train.sbatch", tiny(data={"stage": "/proc/no"}, log={})],
+            {},
+            "[data] stage = /proc/no: ",
+        ),
+    ]
+    for words, changes, said in wrong:
+        job = cluster.submit(*words, **changes)
+        state = cluster.finish(job)
+        output = cluster.output(job)
+        assert state["JobState"] == "FAILED" and state["Restarts"] == "0", output
+        assert said in output
 
 
 def test_an_array_makes_shards_and_a_job_after_it_verifies_them(
