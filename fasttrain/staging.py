@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -226,7 +227,7 @@ def file_system_of(path: Path) -> str:
     kinds = {}
     for line in Path("/proc/mounts").read_text().splitlines():
         _, place, kind, *_ = line.split()
-        kinds[Path(place.encode().decode("unicode_escape"))] = kind  # a space is \040
+        kinds[Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), place))] = kind
     path = path.resolve()
     return next(kinds[place] for place in (path, *path.parents) if place in kinds)
 

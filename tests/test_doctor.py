@@ -14,6 +14,7 @@ from conftest import REPO, run, shard
 sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import doctor
+import probes
 import steps
 
 from fasttrain import config, schedule
@@ -184,9 +185,9 @@ TOPO = (
 
 
 def test_links_between_gpus() -> None:
-    assert doctor.link_counts(TOPO) == ["2 x SYS, PCIe", "1 x NV18, NVLink"]
-    assert doctor.link_counts("\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n") == []
-    assert doctor.link_counts("") == []
+    assert probes.link_counts(TOPO) == ["2 x SYS, PCIe", "1 x NV18, NVLink"]
+    assert probes.link_counts("\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n") == []
+    assert probes.link_counts("") == []
 
 
 def test_network_of_a_tree(tmp_path: Path) -> None:
@@ -199,23 +200,23 @@ def test_network_of_a_tree(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert doctor.interfaces(tmp_path / "net") == {
+    assert probes.interfaces(tmp_path / "net") == {
         "eth0": "up, 25,000 Mbit/s",
         "ib0": "down, speed unknown",
     }
-    assert doctor.infiniband(tmp_path / "ib") == [
+    assert probes.infiniband(tmp_path / "ib") == [
         "mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)",
         "mlx5_1 port 1: DOWN, unknown",
     ]
-    assert doctor.interfaces(tmp_path / "none") == {} and doctor.infiniband(tmp_path / "no") == []
+    assert probes.interfaces(tmp_path / "none") == {} and probes.infiniband(tmp_path / "no") == []
 
 
 def test_cuda_of_driver_and_packages() -> None:
     built = {"torch": "13.0", "DALI": "13"}
-    assert doctor.cuda_faults(built, "13.1") == []
-    assert [fault.split()[0] for fault in doctor.cuda_faults(built, "12.8")] == ["torch", "DALI"]
-    assert doctor.agree("13.0", "13") is True and doctor.agree("12.8", "13") is False
-    assert str(doctor.agree("none", "13")).startswith("unknown")
+    assert probes.cuda_faults(built, "13.1") == []
+    assert [fault.split()[0] for fault in probes.cuda_faults(built, "12.8")] == ["torch", "DALI"]
+    assert probes.agree("13.0", "13") is True and probes.agree("12.8", "13") is False
+    assert str(probes.agree("none", "13")).startswith("unknown")
 
 
 def test_gpus_that_torch_does_not_see(
@@ -227,9 +228,9 @@ def test_gpus_that_torch_does_not_see(
         "--query-gpu=index,name,memory.total": "0, NVIDIA H100, 81559 MiB\n",
         "--query-gpu=driver_version": "550.1\n550.1\n",
     }
-    monkeypatch.setattr(doctor, "smi", lambda *words: said[words[0] if words else ""])
+    monkeypatch.setattr(probes, "smi", lambda *words: said[words[0] if words else ""])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    monkeypatch.setattr(doctor, "torch_gpus", lambda: 0)
+    monkeypatch.setattr(probes, "torch_gpus", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found, lines = examined(1, tiny())
     assert "torch finds none of the 1 GPUs" in " ".join(found["faults"])
@@ -240,22 +241,22 @@ def test_gpus_that_torch_does_not_see(
 
 
 def test_quota_of_a_container() -> None:
-    assert doctor.quota_in("150000 100000") == 1.5
-    assert doctor.quota_in("max 100000") is None and doctor.quota_in("unknown") is None
+    assert probes.quota_in("150000 100000") == 1.5
+    assert probes.quota_in("max 100000") is None and probes.quota_in("unknown") is None
 
 
 def test_advice_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(doctor.forecast, "available_bytes", lambda: 10**12)
+    monkeypatch.setattr(probes.forecast, "available_bytes", lambda: 10**12)
     data = config.Data()
     for kind in ("nfs4", "lustre", "fuse.sshfs", "beegfs", "ceph"):
-        copy, blocks, pread = doctor.advice(kind, data, 10**9)
+        copy, blocks, pread = probes.advice(kind, data, 10**9)
         assert "data.stage=/dev/shm/fasttrain copies the 1.0 GB" in copy
         assert "data.shuffle=blocks" in blocks and "data.read=pread" in pread
-    assert "data.stage=/a/local/disk" in doctor.advice("nfs", data, 10**12)[0]
+    assert "data.stage=/a/local/disk" in probes.advice("nfs", data, 10**12)[0]
     for kind in ("ext4", "xfs", "tmpfs", "fuseblk", "overlay"):
-        assert doctor.advice(kind, data, 10**9) == []
-    assert doctor.advice("nfs", data.model_copy(update={"stage": Path("/tmp")}), 1) == []
+        assert probes.advice(kind, data, 10**9) == []
+    assert probes.advice("nfs", data.model_copy(update={"stage": Path("/tmp")}), 1) == []
 
 
 def test_time_left_in_a_job() -> None:
@@ -268,14 +269,14 @@ def test_time_left_in_a_job() -> None:
 def test_reading_one_tar(folder: Path, tmp_path: Path) -> None:
     shard(folder, tmp_path, shard_size=100)
     split = doctor.train.open_data(config.Data(root=tmp_path))[0]
-    assert doctor.read_in_order(split)["in_order_mb_per_s"] > 0
-    found = doctor.read_at_random(split, threads=2)
+    assert probes.read_in_order(split)["in_order_mb_per_s"] > 0
+    found = probes.read_at_random(split, threads=2)
     assert found["at_random_images_per_s"] > 0 and found["at_random_by_threads"] == 2
 
 
 def test_the_gpu_of_a_process_alone() -> None:
     def gpu(**environ: str) -> str:
-        kept = doctor.alone({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
+        kept = probes.alone({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
         assert kept.keys() == {"HOME", "CUDA_VISIBLE_DEVICES"}
         return kept["CUDA_VISIBLE_DEVICES"]
 
@@ -297,7 +298,7 @@ def test_a_step(
 
     recipe = config.load(tiny())
     plan = schedule.make_plan(recipe.train, recipe.optim, 45, 1)
-    monkeypatch.setattr(doctor.subprocess, "run", here)
+    monkeypatch.setattr(probes.subprocess, "run", here)
     monkeypatch.setattr(steps, "measure", measured)
     examination = doctor.Doctor(recipe, {})
     found = {"step_images_per_s": 1000.0, "step_ms": 8.0, "step_peak_memory_gb": 2**30 / 1e9}
@@ -319,7 +320,7 @@ def test_a_step_that_fails(
 
     recipe = config.load(tiny())
     plan = schedule.make_plan(recipe.train, recipe.optim, 45, 1)
-    monkeypatch.setattr(doctor.subprocess, "run", fail)
+    monkeypatch.setattr(probes.subprocess, "run", fail)
     examination = doctor.Doctor(recipe, {})
     assert examination.try_step(plan) == {"failed": said}
     (fault,) = examination.faults

@@ -47,11 +47,17 @@ def test_the_commands_are_those_we_know() -> None:
         "python tools/make_shards.py SOURCE data/imagenet",
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
         "python tools/evaluate.py runs/large --data data/imagenet",
-        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 "
-        "tools/train.sbatch recipes/large.toml",
+        "python -m venv .venv && source .venv/bin/activate && pip install -e '.[sources]'",
         "job=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
         "data/imagenet)",
         'sbatch --dependency=afterok:$job --wrap "python tools/verify_shards.py data/imagenet"',
+        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --wrap "
+        '"srun python tools/doctor.py recipes/large.toml"',
+        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 "
+        "tools/train.sbatch recipes/large.toml",
+        "accelerate launch --multi_gpu --rdzv_backend static --num_machines 2 --machine_rank 0 "
+        "--main_process_ip FIRST \\",
+        "--main_process_port 29500 --num_processes 16 fasttrain/train.py recipes/large.toml",
         "python tools/verify_shards.py data/imagenet",
         "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER   "
         "# torchvision, webdataset, DALI",
@@ -80,8 +86,9 @@ def test_demo(clone: Path) -> None:
 
 def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
     """The commands for ImageNet, on the tests' images and one process without a GPU."""
-    # Those for a cluster are tested on one: test_slurm.py.
-    shard, launch, evaluate, verify = [c for c in COMMANDS[2:] if "sbatch" not in c][:4]
+    # Those for a cluster are tested on one, test_slurm.py and test_two_machines.py.
+    shard, launch, evaluate = COMMANDS[2:5]
+    verify = "python tools/verify_shards.py data/imagenet"
     assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0
     small = "train.global_batch_size=8 train.max_steps=2 train.precision=no data.crop_px=32"
     settings = " ".join(f"--set {setting}" for setting in small.split())

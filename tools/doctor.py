@@ -18,23 +18,19 @@ import contextlib
 import json
 import os
 import platform
-import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+import probes
+from probes import Facts
 
 from fasttrain import config, decoding, forecast, run_folder, schedule, staging, train
 from fasttrain.schedule import Plan
@@ -45,7 +41,6 @@ if TYPE_CHECKING:
 
     from fasttrain.runtime import Process
 
-Facts = dict[str, Any]  # the name of a quantity ends in its unit, one of `UNITS`
 
 UNITS = {
     "_images_per_s": "images/s",
@@ -56,20 +51,8 @@ UNITS = {
     "_ms": "ms",
     "_min": "minutes",
 }
-SMI_S = 30  # that nvidia-smi may take
-STEP_S = 120  # that a trial of training steps may take
 JOIN_S = 300  # that processes wait for each other
-READ_S = 1.5  # of each way of reading
-IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # read at most
-TARS = 32  # read from at most
-PIECE_BYTES = 4 << 20
-FOLIO_BYTES = 256 << 10  # the page cache drops no part of a folio, few of which are larger
-NETWORK = (
-    "nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "cifs", "smb", "9p", "afs", "panfs",
-    "wekafs", "glusterfs", "pvfs", "orangefs", "virtiofs",
-)  # fmt: skip
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
-OF_LAUNCHERS = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
 OF_JOBS = (
     "JOB_ID", "JOB_PARTITION", "JOB_NODELIST", "NNODES", "NTASKS", "GPUS_ON_NODE", "MEM_PER_NODE",
     "RESTART_COUNT",
@@ -129,7 +112,7 @@ class Doctor:
         from fasttrain import runtime
 
         runtime.raise_file_limit()
-        self.num_gpus = torch_gpus() if runtime.has_gpu(self.environ) else 0
+        self.num_gpus = probes.torch_gpus() if runtime.has_gpu(self.environ) else 0
         for probe in (self.versions, self.gpus, self.network):
             self.look(probe)
         with self.told():
@@ -220,24 +203,25 @@ class Doctor:
         built = {"torch": torch.version.cuda or "none"}
         if digits := re.search(r"cuda(\d+)0$", names[-1]):  # nvidia-dali-cuda130
             built["DALI"] = digits[1]
-        driver = smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        drivers = probes.smi("--query-gpu=driver_version", "--format=csv,noheader").split()
         # Such as "CUDA Version: 13.0": what is built for that or an older one runs on it.
-        newest = re.search(r"CUDA[\w ]* Version: *([\d.]+)", smi())
-        for message in cuda_faults(built, newest[1]) if newest else ():
+        newest = re.search(r"CUDA[\w ]* Version: *([\d.]+)", probes.smi())
+        for message in probes.cuda_faults(built, newest[1]) if newest else ():
             self.fault(message)
         return {
             "fasttrain": f"{metadata.version('fasttrain')}, commit {runtime.commit() or 'unknown'}",
             "python": platform.python_version(),
             **{name: attempt(metadata.version, name) for name in names},
-            "driver": driver or None,
+            "driver": drivers[0] if drivers else None,
             "cuda": {**built, "driver": newest[1] if newest else None},
-            "torch_and_dali_agree": agree(*built.values()),
+            "torch_and_dali_agree": probes.agree(*built.values()),
         }
 
     def gpus(self) -> Facts:
         query = "--query-gpu=index,name,memory.total"
-        found = smi(query, "--format=csv,noheader").splitlines()  # "0, NVIDIA H100, 81559 MiB"
-        seen, visible = torch_gpus(), self.environ.get("CUDA_VISIBLE_DEVICES")
+        # Such as "0, NVIDIA H100, 81559 MiB".
+        found = probes.smi(query, "--format=csv,noheader").splitlines()
+        seen, visible = probes.torch_gpus(), self.environ.get("CUDA_VISIBLE_DEVICES")
         on_cpu = self.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         if found and not seen and not on_cpu and visible not in ("", "-1", "NoDevFiles"):
             self.fault(
@@ -248,13 +232,13 @@ class Doctor:
             "found": found,
             "for_this_process": seen,
             "CUDA_VISIBLE_DEVICES": visible,
-            "links": link_counts(smi("topo", "-m")),
+            "links": probes.link_counts(probes.smi("topo", "-m")),
         }
 
     def network(self) -> Facts:
         return {
-            "interfaces": [f"{name}: {text}" for name, text in interfaces().items()],
-            "infiniband": infiniband(),
+            "interfaces": [f"{name}: {text}" for name, text in probes.interfaces().items()],
+            "infiniband": probes.infiniband(),
             **{name: self.environ.get(name) for name in SOCKETS},
         }
 
@@ -267,7 +251,7 @@ class Doctor:
             "model": runtime.cpu_name(),
             "of_the_machine": os.cpu_count(),
             "for_this_process": len(os.sched_getaffinity(0)),
-            "quota": quota_in(text_of(Path("/sys/fs/cgroup/cpu.max"))),
+            "quota": probes.quota_in(probes.text_of(Path("/sys/fs/cgroup/cpu.max"))),
             "SLURM_CPUS_PER_TASK": self.environ.get("SLURM_CPUS_PER_TASK"),
             "processes_here": self.world.here,
             "threads_each": self.recipe.train.cpu_threads or runtime.cpu_share(share),
@@ -301,30 +285,31 @@ class Doctor:
             "val_images": val_set.num_samples,
             "classes": len(train_set.classes),
             "tars": len(train_set.shard_paths) + len(val_set.shard_paths),
-            "size_gb": num_bytes(self.splits) / 1e9,
+            "size_gb": probes.num_bytes(self.splits) / 1e9,
         }
 
     def storage(self) -> Facts:
         """How fast the folder is, by reading from it for some seconds; and `data.stage`."""
         data, train_set = self.recipe.data, self.splits[0]
         kind = attempt(staging.file_system_of, train_set.root)
-        facts: Facts = {"file_system": kind, "over_a_network": kind.startswith(NETWORK)}
+        facts: Facts = {"file_system": kind, "over_a_network": kind.startswith(probes.NETWORK)}
         try:
-            facts |= read_in_order(train_set) | read_at_random(train_set, data.read_threads)
+            facts |= probes.read_in_order(train_set)
+            facts |= probes.read_at_random(train_set, data.read_threads)
         except OSError as error:
             self.fault(f"{train_set.root} cannot be read ({error}): mend that or copy it anew")
         if data.stage:
             facts |= self.stage(data.stage)
-        return facts | {"advice": advice(kind, data, num_bytes(self.splits))}
+        return facts | {"advice": probes.advice(kind, data, probes.num_bytes(self.splits))}
 
     def stage(self, stage: Path) -> Facts:
         """The folder that the shards are copied into, and whether they have room there."""
         folder = staging.folder_of(self.splits[0].root, stage)
         part, (train_set, val_set) = self.recipe.data.stage_part, self.splits
-        wanted = part * num_bytes([train_set]) + num_bytes([val_set])
+        wanted = part * probes.num_bytes([train_set]) + probes.num_bytes([val_set])
         wanted -= sum(path.stat().st_size for path in folder.glob("*.tar"))
-        free = staging.free_bytes(existing(folder))
-        if message := cannot_write(folder):
+        free = staging.free_bytes(probes.existing(folder))
+        if message := probes.cannot_write(folder):
             self.fault(f"[data] stage = {stage}: cannot be written ({message}); name another")
         elif wanted > free:
             self.fault(
@@ -372,13 +357,13 @@ class Doctor:
             threads=1,
             seconds=0.5,
         )
-        facts = attempt(run_step, job.model_dump_json(), alone(self.environ))
+        facts = attempt(probes.run_step, job.model_dump_json(), probes.alone(self.environ))
         if isinstance(facts, str):
             return {"step": facts}
         if message := facts.get("failed"):
             remedy = "see versions and gpus above"
             if "out of memory" in message.lower():
-                smaller = smaller_batch(plan)
+                smaller = probes.smaller_batch(plan)
                 remedy = (
                     f"--set train.micro_batch_size={smaller}" if smaller else "use a larger GPU"
                 )
@@ -393,7 +378,7 @@ class Doctor:
         from fasttrain import runtime
 
         if self.environ.get("WORLD_SIZE", "1") != "1":
-            faults = [*launch_faults(self.environ, self.num_gpus, interfaces())]
+            faults = [*launch_faults(self.environ, self.num_gpus, probes.interfaces())]
             for fault in faults:
                 self.fault(fault)
             if faults or not self.environ.get("MASTER_ADDR"):  # it would wait for ever
@@ -472,7 +457,7 @@ class Doctor:
                 again = recipe.checkpoint.model_copy(update={"resume": "auto"})
                 recipe = recipe.model_copy(update={"checkpoint": again})
             done = run_folder.check(recipe)
-        if message := cannot_write(folder):
+        if message := probes.cannot_write(folder):
             self.fault(
                 f'[log] run_dir = "{folder}": cannot be written ({message}); choose another with '
                 "--set log.run_dir=..."
@@ -487,7 +472,7 @@ class Doctor:
             "steps_per_epoch": plan.steps_per_epoch if plan and self.splits else "unknown",
             "total_steps": plan.total_steps if plan and self.splits else "unknown",
             "run_folder": f"{folder}{', where the run is done' if done else ''}",
-            "run_folder_free_gb": shutil.disk_usage(existing(folder)).free / 1e9,
+            "run_folder_free_gb": shutil.disk_usage(probes.existing(folder)).free / 1e9,
         }
 
     def job(self) -> Facts:
@@ -558,92 +543,9 @@ def attempt(probe: Callable[..., Any], *arguments: Any) -> Any:
         return f"unknown ({reason(error)})"
 
 
-def text_of(path: Path) -> str:
-    """What a small file says, or unknown."""
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
-        return "unknown"
-
-
 # --------------------------------------------------------------------------------------------------
-# The node and its job
+# The job
 # --------------------------------------------------------------------------------------------------
-
-
-def smi(*arguments: str) -> str:
-    """What nvidia-smi says; empty where there is none or it fails."""
-    command = ["nvidia-smi", *arguments]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_S)
-        return done.stdout
-    return ""
-
-
-def torch_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def major(version: str) -> int:
-    """13 of `13.0`; 0 of no version."""
-    found = re.match(r"\d+", version)
-    return int(found[0]) if found else 0
-
-
-def agree(torch_cuda: str, dali_cuda: str = "") -> bool | str:
-    """Whether torch and DALI are built for the same CUDA."""
-    if not major(torch_cuda) or not major(dali_cuda):
-        return "unknown (one of them is built without CUDA)"
-    return major(torch_cuda) == major(dali_cuda)
-
-
-def cuda_faults(built: Mapping[str, str], driver: str) -> list[str]:
-    """What was built for a newer CUDA than the driver has."""
-    return [
-        f"{name} is built for CUDA {version}, but the driver has CUDA {driver}: update the driver, "
-        'or install what suits it (README.md, "CUDA 12")'
-        for name, version in built.items()
-        if major(version) > major(driver)
-    ]
-
-
-def link_counts(text: str) -> list[str]:
-    """`["28 x NV18, NVLink"]`: kinds of links between two GPUs, of `nvidia-smi topo -m`."""
-    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # the heading is underlined
-    table = [line.split() for line in lines if re.match(r"GPU\d+\s", line)]
-    kinds = Counter(row[1 + column] for n, row in enumerate(table) for column in range(n))
-    return [
-        f"{count} x {kind}, {'NVLink' if kind.startswith('NV') else 'PCIe'}"
-        for kind, count in kinds.most_common()
-    ]
-
-
-def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, str]:
-    """`{"eth0": "up, 25,000 Mbit/s"}`, without the loopback."""
-    found = {}
-    for path in sorted(root.glob("*/operstate")):
-        if (name := path.parent.name) != "lo":
-            speed = text_of(path.with_name("speed"))  # -1 where unknown
-            text = f"{int(speed):,} Mbit/s" if speed.isdecimal() else "speed unknown"
-            found[name] = f"{text_of(path)}, {text}"
-    return found
-
-
-def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """`["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
-    return [
-        f"{port.parent.parent.name} port {port.name}: "
-        f"{text_of(port / 'state').rpartition(': ')[2]}, {text_of(port / 'rate')}"
-        for port in sorted(root.glob("*/ports/*"))
-    ]
-
-
-def quota_in(text: str) -> float | None:
-    """CPUs that a container's quota amounts to, of `cpu.max`; None without one."""
-    quota, _, period = text.partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
 
 
 def world_of(environ: Mapping[str, str], gpus: int) -> World:
@@ -719,168 +621,6 @@ def time_exchange(recipe: config.Recipe, classes: int, device: Any) -> Facts:
         "all_reduce_rate_gb_per_s": 4 * numbers / 1e9 / medians[1],
         "all_reduce_of_one_ms": 1e3 * medians[0],
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# Storage
-# --------------------------------------------------------------------------------------------------
-
-
-def num_bytes(splits: Sequence[Split]) -> int:
-    return sum(sum(split.shard_bytes) for split in splits)
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
-
-
-def cannot_write(folder: Path) -> str:
-    """Why a folder cannot be made or written in; empty if it can."""
-    try:
-        with tempfile.TemporaryFile(dir=existing(folder)):
-            return ""
-    except OSError as error:
-        return str(error.strerror)
-
-
-def advice(kind: str, data: config.Data, size: int) -> list[str]:
-    """What makes reading over a network faster or safer; `size` in bytes, of all shards."""
-    if not kind.startswith(NETWORK) or data.stage:
-        return []
-    fits = size < min(shutil.disk_usage("/dev/shm").free, forecast.available_bytes()) / 2
-    place = "/dev/shm/fasttrain" if fits else "/a/local/disk"
-    found = [
-        f"--set data.stage={place} copies the {size / 1e9:,.1f} GB to each node before it runs"
-    ]
-    if data.shuffle == "full":
-        found.append("without a copy, --set data.shuffle=blocks reads in large pieces")
-    if data.read == "mmap":
-        found.append("without a copy, --set data.read=pread survives files that change")
-    return found
-
-
-def forget(file: int, offset: int, size: int) -> None:
-    """Drops a range of a file from the page cache, where nothing holds it there."""
-    first = offset - offset % FOLIO_BYTES
-    end = -(-(offset + size) // FOLIO_BYTES) * FOLIO_BYTES
-    os.posix_fadvise(file, first, end - first, os.POSIX_FADV_DONTNEED)
-
-
-def read_in_order(split: Split) -> Facts:
-    """Opens tars, taken at random, and reads each in large pieces."""
-    done, reading_s, opening_s = 0, 0.0, []
-    for path in random.sample(split.shard_paths, min(TARS, len(split.shard_paths))):
-        begun = time.perf_counter()
-        with path.open("rb", buffering=0) as file:
-            size = min(os.fstat(file.fileno()).st_size, IN_ORDER_BYTES - done)
-            opening_s.append(time.perf_counter() - begun)
-            forget(file.fileno(), 0, size)
-            begun = time.perf_counter()
-            while size > 0 and reading_s + time.perf_counter() - begun < READ_S:
-                piece = len(file.read(min(PIECE_BYTES, size)))
-                done, size = done + piece, size - piece if piece else 0
-            reading_s += time.perf_counter() - begun
-        if reading_s >= READ_S or done >= IN_ORDER_BYTES:
-            break
-    return {
-        "opening_a_tar_ms": 1e3 * statistics.median(opening_s),
-        "in_order_mb_per_s": done / 1e6 / reading_s,
-    }
-
-
-def read_at_random(split: Split, threads: int) -> Facts:
-    """Reads single images, by as many threads as the loader has."""
-    tars = random.sample(range(len(split.shard_paths)), min(TARS, len(split.shard_paths)))
-    there = np.flatnonzero(np.isin(split.shard, tars)).tolist()
-    samples = random.sample(there, min(1024, len(there)))
-    at_most = max(1, AT_RANDOM_BYTES // int(split.size[samples].mean()))
-    cached: list[bool] = []
-    taken: list[float] = []
-    with contextlib.ExitStack() as stack:
-        files: dict[int, int] = {}
-        ranges = []
-        for sample in samples[:at_most]:
-            shard = int(split.shard[sample])
-            if shard not in files:
-                opened = stack.enter_context(split.shard_paths[shard].open("rb", buffering=0))
-                files[shard] = opened.fileno()
-                os.posix_fadvise(files[shard], 0, 0, os.POSIX_FADV_RANDOM)  # what is not asked for
-            ranges.append((files[shard], int(split.offset[sample]), int(split.size[sample])))
-            forget(*ranges[-1])
-
-        def read(place: tuple[int, int, int]) -> None:
-            file, offset, size = place
-            start = time.perf_counter()
-            if start - begun < READ_S:
-                if (at_once := is_cached(file, offset)) is not None:
-                    cached.append(at_once)
-                os.pread(file, size, offset)
-                taken.append(time.perf_counter() - start)
-
-        begun = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(read, ranges))
-        seconds = time.perf_counter() - begun
-    return {
-        "at_random_images_per_s": len(taken) / seconds,
-        "one_at_random_ms": 1e3 * statistics.median(taken),
-        "at_random_by_threads": threads,
-        "of_that_in_page_cache": f"{statistics.mean(cached):.0%}" if cached else "unknown",
-    }
-
-
-def is_cached(file: int, offset: int) -> bool | None:
-    """Whether a byte of a file is in the page cache; None where the file system does not tell."""
-    try:
-        return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
-
-# --------------------------------------------------------------------------------------------------
-# Training steps
-# --------------------------------------------------------------------------------------------------
-
-
-def alone(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is no part of the launch, but has this one's GPU."""
-    here = int(environ.get("LOCAL_RANK", "0"))
-    visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here + 1)))).split(
-        ","
-    )
-    kept = {key: value for key, value in environ.items() if not key.startswith(OF_LAUNCHERS)}
-    return kept | {"CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]}
-
-
-def run_step(job: str, environ: Mapping[str, str]) -> Facts:
-    """Speed and memory of updates as `benchmark.py` measures them; or `failed`, and why."""
-    script = str(Path(__file__).with_name("benchmark.py"))
-    command = [sys.executable, script, "measure", "step", job]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=STEP_S, env=dict(environ)
-        )
-    except subprocess.TimeoutExpired:
-        return {"step": f"unknown (no answer in {STEP_S} s)"}
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": said[-1][:300]}
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {
-        "step_images_per_s": found["images_per_s"],
-        "step_ms": found["step_ms"],
-        "step_peak_memory_gb": found["peak_gib"] * 2**30 / 1e9,
-    }
-
-
-def smaller_batch(plan: Plan) -> int:
-    """The largest micro-batch, of at most half the images, that divides evenly; 0 for none."""
-    images = plan.micro_batch_size * plan.accumulation
-    return max((n for n in range(1, plan.micro_batch_size // 2 + 1) if images % n == 0), default=0)
 
 
 if __name__ == "__main__":

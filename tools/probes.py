@@ -1,0 +1,289 @@
+"""What a machine has and how fast its storage is: probes of `doctor.py`, which say unknown rather
+than raise."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain import config, forecast
+from fasttrain.schedule import Plan
+from fasttrain.shards import Split
+
+Facts = dict[str, Any]  # the name of a quantity ends in its unit
+
+SMI_S = 30  # that nvidia-smi may take
+STEP_S = 120  # that a trial of training steps may take
+READ_S = 1.5  # of each way of reading
+IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # read at most
+TARS = 32  # read from at most
+PIECE_BYTES = 4 << 20
+FOLIO_BYTES = 256 << 10  # the page cache drops no part of a folio, few of which are larger
+NETWORK = (
+    "nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "cifs", "smb", "9p", "afs", "panfs",
+    "wekafs", "glusterfs", "pvfs", "orangefs", "virtiofs",
+)  # fmt: skip
+OF_LAUNCHERS = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
+
+# --------------------------------------------------------------------------------------------------
+# The node
+# --------------------------------------------------------------------------------------------------
+
+
+def text_of(path: Path) -> str:
+    """What a small file says, or unknown."""
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return "unknown"
+
+
+def smi(*arguments: str) -> str:
+    """What nvidia-smi says; empty where there is none or it fails."""
+    command = ["nvidia-smi", *arguments]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_S)
+        return done.stdout
+    return ""
+
+
+def torch_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def major(version: str) -> int:
+    """13 of `13.0`; 0 of no version."""
+    found = re.match(r"\d+", version)
+    return int(found[0]) if found else 0
+
+
+def agree(torch_cuda: str, dali_cuda: str = "") -> bool | str:
+    """Whether torch and DALI are built for the same CUDA."""
+    if not major(torch_cuda) or not major(dali_cuda):
+        return "unknown (one of them is built without CUDA)"
+    return major(torch_cuda) == major(dali_cuda)
+
+
+def cuda_faults(built: Mapping[str, str], driver: str) -> list[str]:
+    """What was built for a newer CUDA than the driver has."""
+    return [
+        f"{name} is built for CUDA {version}, but the driver has CUDA {driver}: update the driver, "
+        'or install what suits it (README.md, "CUDA 12")'
+        for name, version in built.items()
+        if major(version) > major(driver)
+    ]
+
+
+def link_counts(text: str) -> list[str]:
+    """`["28 x NV18, NVLink"]`: kinds of links between two GPUs, of `nvidia-smi topo -m`."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # the heading is underlined
+    table = [line.split() for line in lines if re.match(r"GPU\d+\s", line)]
+    kinds = Counter(row[1 + column] for n, row in enumerate(table) for column in range(n))
+    return [
+        f"{count} x {kind}, {'NVLink' if kind.startswith('NV') else 'PCIe'}"
+        for kind, count in kinds.most_common()
+    ]
+
+
+def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, str]:
+    """`{"eth0": "up, 25,000 Mbit/s"}`, without the loopback."""
+    found = {}
+    for path in sorted(root.glob("*/operstate")):
+        if (name := path.parent.name) != "lo":
+            speed = text_of(path.with_name("speed"))  # -1 where unknown
+            text = f"{int(speed):,} Mbit/s" if speed.isdecimal() else "speed unknown"
+            found[name] = f"{text_of(path)}, {text}"
+    return found
+
+
+def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """`["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
+    return [
+        f"{port.parent.parent.name} port {port.name}: "
+        f"{text_of(port / 'state').rpartition(': ')[2]}, {text_of(port / 'rate')}"
+        for port in sorted(root.glob("*/ports/*"))
+    ]
+
+
+def quota_in(text: str) -> float | None:
+    """CPUs that a container's quota amounts to, of `cpu.max`; None without one."""
+    quota, _, period = text.partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Storage
+# --------------------------------------------------------------------------------------------------
+
+
+def num_bytes(splits: Sequence[Split]) -> int:
+    return sum(sum(split.shard_bytes) for split in splits)
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def cannot_write(folder: Path) -> str:
+    """Why a folder cannot be made or written in; empty if it can."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return ""
+    except OSError as error:
+        return str(error.strerror)
+
+
+def advice(kind: str, data: config.Data, size: int) -> list[str]:
+    """What makes reading over a network faster or safer; `size` in bytes, of all shards."""
+    if not kind.startswith(NETWORK) or data.stage:
+        return []
+    fits = size < min(shutil.disk_usage("/dev/shm").free, forecast.available_bytes()) / 2
+    place = "/dev/shm/fasttrain" if fits else "/a/local/disk"
+    found = [
+        f"--set data.stage={place} copies the {size / 1e9:,.1f} GB to each node before it runs"
+    ]
+    if data.shuffle == "full":
+        found.append("without a copy, --set data.shuffle=blocks reads in large pieces")
+    if data.read == "mmap":
+        found.append("without a copy, --set data.read=pread survives files that change")
+    return found
+
+
+def forget(file: int, offset: int, size: int) -> None:
+    """Drops a range of a file from the page cache, where nothing holds it there."""
+    first = offset - offset % FOLIO_BYTES
+    end = -(-(offset + size) // FOLIO_BYTES) * FOLIO_BYTES
+    os.posix_fadvise(file, first, end - first, os.POSIX_FADV_DONTNEED)
+
+
+def read_in_order(split: Split) -> Facts:
+    """Opens tars, taken at random, and reads each in large pieces."""
+    done, reading_s, opening_s = 0, 0.0, []
+    for path in random.sample(split.shard_paths, min(TARS, len(split.shard_paths))):
+        begun = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            size = min(os.fstat(file.fileno()).st_size, IN_ORDER_BYTES - done)
+            opening_s.append(time.perf_counter() - begun)
+            forget(file.fileno(), 0, size)
+            begun = time.perf_counter()
+            while size > 0 and reading_s + time.perf_counter() - begun < READ_S:
+                piece = len(file.read(min(PIECE_BYTES, size)))
+                done, size = done + piece, size - piece if piece else 0
+            reading_s += time.perf_counter() - begun
+        if reading_s >= READ_S or done >= IN_ORDER_BYTES:
+            break
+    return {
+        "opening_a_tar_ms": 1e3 * statistics.median(opening_s),
+        "in_order_mb_per_s": done / 1e6 / reading_s,
+    }
+
+
+def read_at_random(split: Split, threads: int) -> Facts:
+    """Reads single images, by as many threads as the loader has."""
+    tars = random.sample(range(len(split.shard_paths)), min(TARS, len(split.shard_paths)))
+    there = np.flatnonzero(np.isin(split.shard, tars)).tolist()
+    samples = random.sample(there, min(1024, len(there)))
+    at_most = max(1, AT_RANDOM_BYTES // int(split.size[samples].mean()))
+    cached: list[bool] = []
+    taken: list[float] = []
+    with contextlib.ExitStack() as stack:
+        files: dict[int, int] = {}
+        ranges = []
+        for sample in samples[:at_most]:
+            shard = int(split.shard[sample])
+            if shard not in files:
+                opened = stack.enter_context(split.shard_paths[shard].open("rb", buffering=0))
+                files[shard] = opened.fileno()
+                os.posix_fadvise(files[shard], 0, 0, os.POSIX_FADV_RANDOM)  # what is not asked for
+            ranges.append((files[shard], int(split.offset[sample]), int(split.size[sample])))
+            forget(*ranges[-1])
+
+        def read(place: tuple[int, int, int]) -> None:
+            file, offset, size = place
+            start = time.perf_counter()
+            if start - begun < READ_S:
+                if (at_once := is_cached(file, offset)) is not None:
+                    cached.append(at_once)
+                os.pread(file, size, offset)
+                taken.append(time.perf_counter() - start)
+
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, ranges))
+        seconds = time.perf_counter() - begun
+    return {
+        "at_random_images_per_s": len(taken) / seconds,
+        "one_at_random_ms": 1e3 * statistics.median(taken),
+        "at_random_by_threads": threads,
+        "of_that_in_page_cache": f"{statistics.mean(cached):.0%}" if cached else "unknown",
+    }
+
+
+def is_cached(file: int, offset: int) -> bool | None:
+    """Whether a byte of a file is in the page cache; None where the file system does not tell."""
+    try:
+        return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Training steps
+# --------------------------------------------------------------------------------------------------
+
+
+def alone(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is no part of the launch, but has this one's GPU."""
+    here = int(environ.get("LOCAL_RANK", "0"))
+    visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here + 1)))).split(
+        ","
+    )
+    kept = {key: value for key, value in environ.items() if not key.startswith(OF_LAUNCHERS)}
+    return kept | {"CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]}
+
+
+def run_step(job: str, environ: Mapping[str, str]) -> Facts:
+    """Speed and memory of updates as `benchmark.py` measures them; or `failed`, and why."""
+    script = str(Path(__file__).with_name("benchmark.py"))
+    command = [sys.executable, script, "measure", "step", job]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=STEP_S, env=dict(environ)
+        )
+    except subprocess.TimeoutExpired:
+        return {"step": f"unknown (no answer in {STEP_S} s)"}
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": said[-1][:300]}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "step_images_per_s": found["images_per_s"],
+        "step_ms": found["step_ms"],
+        "step_peak_memory_gb": found["peak_gib"] * 2**30 / 1e9,
+    }
+
+
+def smaller_batch(plan: Plan) -> int:
+    """The largest micro-batch, of at most half the images, that divides evenly; 0 for none."""
+    images = plan.micro_batch_size * plan.accumulation
+    return max((n for n in range(1, plan.micro_batch_size // 2 + 1) if images % n == 0), default=0)
