@@ -12,14 +12,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import distributed
 
+Item = TypeVar("Item")
+
 STATUS = 124  # of a run that was ended so; as of the command `timeout`
 START_S = 3600.0  # allowed before the first step, for compiling and for slow storage
+LOST_S = 300.0  # without a step or an answer of the store, after which rank 0's machine is lost
 INTERVAL_S = 5.0  # between two signs of life, at most; a tenth of the timeout if that is less
 
 
@@ -43,7 +46,8 @@ class Heartbeat:
         connect: Callable[[], Any],
         end: Callable[[], Any] = lambda: os._exit(STATUS),
     ) -> None:
-        """Begins at once, in two threads, as one that uses the store may be held up there.
+        """Begins at once, in two threads, as one that uses the store may be held up there; of a
+        process alone nothing is expected.
 
         Args:
             timeout_s: seconds without a step, after the first, until the run is ended.
@@ -59,13 +63,20 @@ class Heartbeat:
         self.stepped_at = self.answered_at = time.monotonic()
         self.seen: list[dict[int, Sign]] = []  # by rank; each time the store was asked
         self.closed = threading.Event()
-        for target in (self._give_signs, self._watch):
+        for target in (self._give_signs, self._watch) if world_size > 1 else ():
             threading.Thread(target=target, daemon=True).start()
 
     def step(self) -> None:
         """This process has begun another step; called equally often by all."""
         self.steps += 1
         self.stepped_at = time.monotonic()
+
+    def counted(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The same; to have got one is a step, so that who waits for its own does not look like
+        those that wait for it in an exchange."""
+        for batch in batches:
+            self.step()
+            yield batch
 
     def close(self) -> None:
         """From here on nothing is expected."""
@@ -97,18 +108,22 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self.closed.wait(self.interval_s):
             still_s = time.monotonic() - self.stepped_at
-            if still_s > self._limit_s():
+            silent_s = time.monotonic() - self.answered_at
+            lost = min(still_s, silent_s) > min(LOST_S, self.timeout_s)
+            if lost:
+                self._say(
+                    f"no step for {still_s:.0f} s, and the launcher's store has not answered for "
+                    f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it"
+                )
+            elif still_s > self._limit_s():
                 self._report(still_s)
+            if lost or still_s > self._limit_s():
                 self.close()
                 self.end()
 
     def _report(self, still_s: float) -> None:
-        silent_s = time.monotonic() - self.answered_at
-        if silent_s > max(10 * self.interval_s, self._limit_s() / 2) or not self.seen:
-            self._say(
-                f"no step for {still_s:.0f} s, and the launcher's store has not answered for "
-                f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it"
-            )
+        if len(self.seen) < 2:
+            self._say(f"no step for {still_s:.0f} s, and the launcher's store tells too little")
             return
         at_fault, why = culprits(self.seen[0], self.seen[-1], self.world_size)
         speaker = min(set(range(self.world_size)) - at_fault.keys(), default=self.rank)
@@ -144,7 +159,7 @@ def culprits(
         frozen = {rank for rank, sign in now.items() if sign.steps == fewest}
         why = "these are stuck, and all others wait for them:"
         if len(frozen) == world_size:
-            why = "all are alive and wait for each other; the network between them is at fault:"
+            why = "all are alive and in the same step; one never ends it, or the network fails:"
     return {rank: f"{now[rank].place}, last at {now[rank].where}" for rank in sorted(frozen)}, why
 
 

@@ -71,11 +71,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     # Seconds of imports, so only once the recipe is known to be right.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import (
-        InitProcessGroupKwargs,
-        broadcast_object_list,
-        gather_object,
-    )
+    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
     from fasttrain import checkpoint, data, decoding, display, execution, heartbeat, loop, runtime
     from fasttrain.mixing import build_mix
@@ -116,13 +112,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
             copy = staging.Staging(recipe.data.root, recipe.data)
         staging.wait(copy, lambda report: gather_object([report]), view.say)
         train_set, val_set = (staging.open_copy(each, recipe.data) for each in (train_set, val_set))
-    signs = None
-    if process.world_size > 1:
-        connect = partial(heartbeat.launcher_store, os.environ)
-        signs = heartbeat.Heartbeat(
-            process.rank, process.world_size, recipe.train.hang_timeout_s, connect
-        )
-        stop.on_step = signs.step
+    signs = heartbeat.Heartbeat(
+        process.rank, process.world_size, recipe.train.hang_timeout_s,
+        partial(heartbeat.launcher_store, os.environ),
+    )  # fmt: skip
+    stop.on_step = signs.step
     root = folder / run_folder.CHECKPOINTS
     kind = runtime.device_name(process.device)
     about = {
@@ -174,8 +168,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         checkpoint.restore(newest, learner, about, view.say)
         view.say(f"going on from {newest}")
     state = learner.state
-    if signs:
-        signs.where = lambda: f"update {learner.state.step}"
+    signs.where = lambda: f"update {learner.state.step}"
     if accelerator.is_main_process:
         run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     accelerator.wait_for_everyone()
@@ -198,11 +191,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     updater = execution.build(mode, accelerator, learner, plan, recipe.train)
     with view:
         done = loop.fit(
-            accelerator, learner, train_batches, eval_batches, val_set.num_samples, plan, outputs,
-            stop.agreed, updater, build_mix(recipe.train, num_classes),
+            accelerator, learner, lambda step: signs.counted(train_batches(step)), eval_batches,
+            val_set.num_samples, plan, outputs, stop.agreed, updater,
+            build_mix(recipe.train, num_classes),
         )  # fmt: skip
-    if signs:
-        signs.close()
+    signs.close()
     if done and accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
     saved = next(iter(checkpoint.find(root)), None) if accelerator.is_main_process else None

@@ -190,6 +190,23 @@ def test_launches(
     refused(train.main, [word.format(recipe=tiny()) for word in words], *said)
 
 
+@pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, 1), (1, 1, 0), (8, 0, 1), (9, 1, 0)])
+def test_one_process_of_each_node_says_what_is_wrong(
+    rank: int,
+    local: int,
+    speaks: bool,
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    with pytest.raises(SystemExit, match="2"):
+        train.main([str(tiny(data={"root": "/nowhere"}))])
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank {rank}: " if rank else "no data set") if speaks else not said
+
+
 def test_demo_without_its_library(
     tiny: Callable[..., Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
