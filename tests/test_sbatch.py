@@ -195,10 +195,14 @@ def test_in_a_container(submit: Callable[..., Submitted], tmp_path: Path) -> Non
     assert job.calls.count("srun --container-mounts=b:c") == 2
 
 
-def test_wrong_launches(submit: Callable[..., Submitted], tmp_path: Path) -> None:
-    job = submit("exit 0", SLURM_NTASKS="16")
-    assert job.code == 2 and not job.launches
-    assert "16 tasks on 2 nodes: the launcher is one task a node" in job.output
+def test_however_many_tasks_it_is_one_launcher_a_node(submit: Callable[..., Submitted]) -> None:
+    """As people ask for one task a GPU: it gets the CPUs of all of a node's."""
+    job = submit("exit 0", SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="8")
+    assert len(job.launches) == 2 and "srun cpus 64 export ALL" in job.calls
+    assert {"srun --nodes=2", "srun --ntasks=2", "srun --ntasks-per-node=1"} < set(job.calls)
+
+
+def test_outside_of_slurm(submit: Callable[..., Submitted]) -> None:
     job = submit("exit 0", SLURM_JOB_ID="")
     assert job.code == 2 and "no job of SLURM: submit this script" in job.output
 
