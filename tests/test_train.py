@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class StopAfter:
 
     asked: int = sys.maxsize
 
-    def __init__(self, world_size: int, file: Path) -> None:
+    def __init__(self, world_size: int, file: Path, timeout: timedelta) -> None:
         self.left, self.decision = self.asked, 0
 
     def agreed(self) -> int:
