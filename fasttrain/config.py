@@ -245,7 +245,7 @@ class Train(Section):
     speed; on a CPU a run repeats anyway."""
     hang_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds without a step after which a run of several processes ends, and names the process
-    that all others wait for; before the first step it is an hour at the least."""
+    that all others wait for; of the first step, an hour at the least."""
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
 

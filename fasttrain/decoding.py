@@ -122,6 +122,12 @@ def _versions() -> dict[str, str]:
     return {n: metadata.version(n) for n in sorted(names) if "dali" in n or "nvimgcodec" in n}
 
 
+def alone(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher says of other processes."""
+    launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
+    return {key: value for key, value in environ.items() if not key.startswith(launchers)}
+
+
 def try_in_a_process(
     split: Split,
     data: config.Data,
@@ -133,16 +139,13 @@ def try_in_a_process(
     """Tries one strategy in a fresh interpreter, and says what became of it."""
     settings = data.model_copy(update={"decode": strategy, "root": split.root})
     command = [sys.executable, "-m", "fasttrain.decoding", settings.model_dump_json()]
-    # It is alone: what the launcher told us about other processes is not for it.
-    launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
-    alone = {key: value for key, value in environ.items() if not key.startswith(launchers)}
     try:
         done = subprocess.run(
             [*command, split.name, str(threads), device],
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
-            env=alone,
+            env=alone(environ),
         )
     except subprocess.TimeoutExpired:
         return Trial(strategy, 0.0, 0.0, f"no answer in {TIMEOUT_S} s")

@@ -1,8 +1,8 @@
 """Ends a run of several processes that has stopped moving, and names the one all others wait for.
 
-Every process leaves a sign of life in the launcher's key-value store: how many steps it has begun,
+Every process leaves a sign of life in the launcher's key-value store: how many steps it has done,
 and a number that its thread raises. Nobody reads them until its own steps stop. Then the one whose
-thread is silent is frozen or gone with its machine; else the one that has begun the fewest steps is
+thread is silent is frozen or gone with its machine; else the one that has done the fewest steps is
 stuck, and shows where. Timeouts of NCCL and gloo name nobody, or the process that waited.
 """
 
@@ -21,7 +21,7 @@ from torch import distributed
 Item = TypeVar("Item")
 
 STATUS = 124  # of a run that was ended so; as of the command `timeout`
-START_S = 3600.0  # allowed before the first step, for compiling and for slow storage
+START_S = 3600.0  # allowed up to the end of the first step, for compiling and slow storage
 LOST_S = 300.0  # without a step or an answer of the store, after which rank 0's machine is lost
 INTERVAL_S = 5.0  # between two signs of life, at most; a tenth of the timeout if that is less
 
@@ -29,7 +29,7 @@ INTERVAL_S = 5.0  # between two signs of life, at most; a tenth of the timeout i
 class Sign(NamedTuple):
     """What a process has left in the store."""
 
-    steps: int  # that it has begun
+    steps: int  # that it has done, and batches that it has got
     ticks: int  # of its thread
     place: str  # `rank 3 on node2`
     where: str  # `update 1234`
@@ -60,6 +60,7 @@ class Heartbeat:
         self.where: Callable[[], str] = lambda: "before the first update"
         self.place = f"rank {rank} on {os.uname().nodename}"
         self.steps = 0
+        self.started = False  # the first update, which may compile, is done
         self.stepped_at = self.answered_at = time.monotonic()
         self.seen: list[dict[int, Sign]] = []  # by rank; each time the store was asked
         self.closed = threading.Event()
@@ -67,15 +68,19 @@ class Heartbeat:
             threading.Thread(target=target, daemon=True).start()
 
     def step(self) -> None:
-        """This process has begun another step; called equally often by all."""
+        """This process has done another step; called equally often by all."""
+        self.started = True
+        self._move()
+
+    def _move(self) -> None:
         self.steps += 1
         self.stepped_at = time.monotonic()
 
     def counted(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same; to have got one is a step, so that who waits for its own does not look like
-        those that wait for it in an exchange."""
+        """The same; to have got one counts as well, so that who waits for its own does not look
+        like those that wait for it in an exchange."""
         for batch in batches:
-            self.step()
+            self._move()
             yield batch
 
     def close(self) -> None:
@@ -83,7 +88,7 @@ class Heartbeat:
         self.closed.set()
 
     def _limit_s(self) -> float:
-        return self.timeout_s if self.steps else max(START_S, self.timeout_s)
+        return self.timeout_s if self.started else max(START_S, self.timeout_s)
 
     def _give_signs(self) -> None:
         store, ticks, known = None, 0, set[int]()

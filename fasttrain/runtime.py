@@ -234,8 +234,9 @@ class StopRequest:
         Over several processes it is known one step later: the exchange runs on the CPU beside the
         step, and nothing waits for the device.
         """
+        if self.training:
+            self.on_step()
         self.training = True
-        self.on_step()
         now = time.monotonic()
         if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
             self.file_seen_at = now

@@ -50,11 +50,7 @@ class Staging:
     """Copies a data set to this node in threads, or waits for another run that does."""
 
     def __init__(self, root: Path, data: config.Data) -> None:
-        """Begins at once; `data.stage` must be set.
-
-        Raises:
-            ShardError: there is no data set at `root`.
-        """
+        """Begins at once; `root` is a data set, and `data.stage` is set."""
         assert data.stage is not None
         self.root, self.data = root, data
         self.folder = folder_of(root, data.stage)
@@ -103,10 +99,10 @@ class Staging:
                 fcntl.flock(self.used, fcntl.LOCK_SH)
         except ShardError as error:
             self.fault = str(error)
-        except OSError as error:
+        except Exception as error:  # in a thread, where it would be lost
             self.fault = (
-                f"[data] stage = {self.data.stage}: {error}; name another folder, one with room "
-                "for all with data.stage_part, or unset data.stage"
+                f"[data] stage = {self.data.stage}: {error}; mend that, name another folder, or "
+                "unset data.stage"
             )
 
     def _copy_all(self) -> None:
@@ -114,16 +110,9 @@ class Staging:
             leftover.unlink()
         files = _files(self.root, self.data.stage_part)
         self.total = sum(file.size for file in files)
-        missing = [file for file in files if not _is_there(self.folder / file.name, file.size)]
-        asked = sum(file.size for file in missing)
-        self.done = self.total - asked
-        free = free_bytes(self.folder)
-        if asked > free:
-            raise ShardError(
-                f"[data] stage = {self.data.stage}: {asked / 1e9:,.1f} GB are to be copied, and "
-                f"{free / 1e9:,.1f} GB are free; make room, name another folder, or copy a part: "
-                f"--set data.stage_part={max(0.01, self._part_that_fits(free)):.2f}"
-            )
+        missing = _missing(self.folder, files)
+        self.done = self.total - sum(file.size for file in missing)
+        check_room(self.root, self.data, self.total - self.done, free_bytes(self.folder))
         with ThreadPoolExecutor(self.data.read_threads, "stage") as pool:
             for future in [pool.submit(self._copy, file) for file in missing]:
                 try:
@@ -134,10 +123,6 @@ class Staging:
         if self.data.stage_part == 1:  # a whole data set then, which `open_split` will take
             for name in (shards.MANIFEST_DIGEST, shards.MANIFEST):
                 shards.write_atomically(self.folder / name, (self.root / name).read_bytes())
-
-    def _part_that_fits(self, free: int) -> float:
-        fixed = sum(file.size for file in _files(self.root, 0.0))
-        return math.floor(95 * (free - fixed) / max(1, self.total - fixed)) / 100
 
     def _copy(self, file: _File) -> None:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
@@ -162,6 +147,30 @@ def folder_of(root: Path, stage: Path) -> Path:
     """Where the copy of the data set at `root` lies."""
     digest = hashlib.sha256((root / shards.MANIFEST).read_bytes()).hexdigest()
     return stage / f"{root.resolve().name}-{digest[:12]}"
+
+
+def bytes_to_copy(root: Path, data: config.Data) -> int:
+    """What this node's copy still lacks."""
+    assert data.stage is not None
+    missing = _missing(folder_of(root, data.stage), _files(root, data.stage_part))
+    return sum(file.size for file in missing)
+
+
+def check_room(root: Path, data: config.Data, asked: int, free: int) -> None:
+    """Whether `asked` bytes of the data set at `root` fit into the `free` ones.
+
+    Raises:
+        ShardError: they do not; says which part would.
+    """
+    if asked <= free:
+        return
+    fixed, whole = (sum(file.size for file in _files(root, part)) for part in (0.0, 1.0))
+    part = math.floor(95 * (free - fixed) / max(1, whole - fixed)) / 100
+    raise ShardError(
+        f"[data] stage = {data.stage}: {asked / 1e9:,.1f} GB are to be copied, and "
+        f"{free / 1e9:,.1f} GB are free; make room, or name another folder"
+        + (f", or copy a part: --set data.stage_part={part:.2f}" if part > 0 else "")
+    )
 
 
 def open_copy(split: Split, data: config.Data) -> Split:
@@ -232,11 +241,14 @@ def file_system_of(path: Path) -> str:
     return next(kinds[place] for place in (path, *path.parents) if place in kinds)
 
 
-def _is_there(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size  # copies appear whole
-    except FileNotFoundError:
-        return False
+def _missing(folder: Path, files: Sequence[_File]) -> list[_File]:
+    """Those that a copy lacks. What is there appeared whole, after it was compared."""
+
+    def is_there(file: _File) -> bool:
+        path = folder / file.name
+        return path.exists() and path.stat().st_size == file.size
+
+    return [file for file in files if not is_there(file)]
 
 
 def _num_copied(split: str, num_shards: int, part: float) -> int:

@@ -111,7 +111,7 @@ def test_a_stage_without_room(
 ) -> None:
     recipe = tiny(data={"stage": str(tmp_path / "stage")})
     found, _ = examined(0, recipe)
-    assert found["storage"]["stage_to_copy_gb"] == pytest.approx(found["data"]["size_gb"])
+    assert found["storage"]["stage_to_copy_gb"] > found["data"]["size_gb"]  # with the indexes
     monkeypatch.setattr(doctor.staging, "free_bytes", lambda folder: 1000)
     found, _ = examined(1, recipe)
     assert "GB are to be copied, and 0.0 GB are free" in found["faults"][0]

@@ -305,21 +305,15 @@ class Doctor:
     def stage(self, stage: Path) -> Facts:
         """The folder that the shards are copied into, and whether they have room there."""
         folder = staging.folder_of(self.splits[0].root, stage)
-        part, (train_set, val_set) = self.recipe.data.stage_part, self.splits
-        wanted = part * probes.num_bytes([train_set]) + probes.num_bytes([val_set])
-        wanted -= sum(path.stat().st_size for path in folder.glob("*.tar"))
+        wanted = staging.bytes_to_copy(self.splits[0].root, self.recipe.data)
         free = staging.free_bytes(probes.existing(folder))
         if message := probes.cannot_write(folder):
             self.fault(f"[data] stage = {stage}: cannot be written ({message}); name another")
-        elif wanted > free:
-            self.fault(
-                f"[data] stage = {stage}: {wanted / 1e9:,.1f} GB are to be copied, and "
-                f"{free / 1e9:,.1f} GB are free; make room, name another folder, or copy a part: "
-                "--set data.stage_part=..."
-            )
+        with self.told():
+            staging.check_room(self.splits[0].root, self.recipe.data, wanted, free)
         return {
             "stage": str(folder),
-            "stage_to_copy_gb": max(0.0, wanted / 1e9),
+            "stage_to_copy_gb": wanted / 1e9,
             "stage_free_gb": free / 1e9,
         }
 

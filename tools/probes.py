@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain import config, forecast
+from fasttrain import config, decoding, forecast
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -37,7 +37,6 @@ NETWORK = (
     "nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "cifs", "smb", "9p", "afs", "panfs",
     "wekafs", "glusterfs", "pvfs", "orangefs", "virtiofs",
 )  # fmt: skip
-OF_LAUNCHERS = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
 
 # --------------------------------------------------------------------------------------------------
 # The node
@@ -258,8 +257,7 @@ def alone(environ: Mapping[str, str]) -> dict[str, str]:
     visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here + 1)))).split(
         ","
     )
-    kept = {key: value for key, value in environ.items() if not key.startswith(OF_LAUNCHERS)}
-    return kept | {"CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]}
+    return decoding.alone(environ) | {"CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]}
 
 
 def run_step(job: str, environ: Mapping[str, str]) -> Facts:
