@@ -274,7 +274,12 @@ def write_dataset(
         ShardError: `out` holds other shards, or was begun with other options; images were rejected
             under `strict`; a split has no usable image.
     """
-    claim(out, source, policy, seed, shard_size, in_place)
+    try:
+        claim(out, source, policy, seed, shard_size, in_place)
+    except ShardError:
+        if part != (1, 1) and _is_finished(source, out, policy, seed):
+            return read_manifest(out)  # before this part began
+        raise
     if (out / MANIFEST).exists():  # killed after the last file: only the clearing away is left
         _clear_away(out)
         return read_manifest(out)
@@ -365,6 +370,23 @@ def check_out(out: Path, in_place: bool = False) -> None:
         raise ShardError(
             f"{out} holds files of other origin ({found[0].name}); choose another folder"
         )
+
+
+def _is_finished(source: Source, out: Path, policy: Policy, seed: int) -> bool:
+    """Whether `out` holds the data set of this source and these options."""
+    if (out / UNFINISHED).exists() or not (out / MANIFEST).exists():
+        return False
+    manifest = read_manifest(out)
+    counts = {
+        split: entry["num_samples"] + len(entry["rejected"])
+        for split, entry in manifest["splits"].items()
+    }
+    return (
+        (manifest["form"], manifest["seed"], manifest["policy"])
+        == (source.form, seed, asdict(policy))
+        and manifest["classes"] == list(source.classes)
+        and counts == {split: len(listing) for split, listing in source.splits.items()}
+    )
 
 
 def claim(

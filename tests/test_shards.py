@@ -224,6 +224,18 @@ def test_a_finished_data_set_is_not_overwritten(folder: Path, dataset: Path) -> 
     assert files_of(dataset) == before
 
 
+def test_a_part_of_a_finished_data_set_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
+    """Of an array of jobs with more parts than shards, some begin when all is done."""
+    out, command = tmp_path / "out", ["python", "tools/make_shards.py", folder, tmp_path / "out"]
+    assert shard(folder, out)
+    before = files_of(out)
+    late = run([*command, "--part", "7/8"])
+    assert json.loads(late.stdout.splitlines()[-1])["splits"]["train"]["samples"] == 45
+    other = run([*command, "--part", "7/8", "--seed", "1"], code=2)
+    assert "already holds a finished data set" in other.stderr
+    assert files_of(out) == before
+
+
 def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(dataset, out)

@@ -127,9 +127,9 @@ def test_two_nodes_give_the_weights_of_one(
 def test_before_the_time_limit_it_saves_and_is_requeued(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Which is of two minutes here: half a minute after its start. What a job that was requeued
+    """Which is of two minutes here: a minute after its start. What a job that was requeued
     comes to is seen where it was preempted."""
-    limit = ("--nodes=2", "--time=2", "--signal=B:USR1@90")
+    limit = ("--nodes=2", "--time=2", "--signal=B:USR1@60")
     job = cluster.submit(*limit, "tools/train.sbatch", long(tiny, epochs=2000), **TWO_BY_TWO)
     cluster.wait(job, lambda state: state["Restarts"] == "1")
     (saved,) = checkpoint.find(tmp_path / "run" / "checkpoints")

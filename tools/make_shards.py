@@ -158,7 +158,8 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
         store=arguments.store,
         decode=not arguments.skip_decoding,
     )
-    sharding.check_out(out, arguments.in_place)
+    if arguments.part == (1, 1):  # a part may come after the others have finished it
+        sharding.check_out(out, arguments.in_place)
     form = arguments.form or sources.recognise(root)
     if arguments.in_place and form != "webdataset":
         raise shards.ShardError(f"--in-place: {root} holds {form}, not WebDataset tars")
