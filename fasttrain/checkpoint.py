@@ -62,7 +62,7 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
     """
     folder = root / f"step_{learner.state.step:08d}"
     for leftover in root.glob("*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # one may be in use, over NFS for example
     if folder.exists() and faults_of(folder):
         _remove(folder)
     if not folder.exists():  # else it is the same step again, and equal

@@ -15,6 +15,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -97,6 +98,9 @@ def locked(recipe: Recipe) -> Iterator[None]:
     folder = run_dir(recipe)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / CHECKPOINTS):
+            if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"no permission for {place}")
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise config.ConfigError(
@@ -141,7 +145,7 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     if (folder / ENVIRONMENT).exists():
         try:
             starts = [*json.loads((folder / ENVIRONMENT).read_bytes())]
-        except (ValueError, TypeError):  # not worth a run, nor to be lost
+        except (OSError, ValueError, TypeError):  # not worth a run, nor to be lost
             (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
     write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
 

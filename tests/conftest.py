@@ -106,6 +106,20 @@ def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets Accelerate take the GPU in this process; skips where there is none."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: on the CPU, and without what a test run leaves there."""
     ours = ("ACCELERATE", "OMP", "PYTEST")

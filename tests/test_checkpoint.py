@@ -74,6 +74,13 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_100000000", "step_00000012"]
 
 
+def test_what_cannot_be_cleared_up_does_not_keep_it_from_saving(tmp_path: Path) -> None:
+    (tmp_path / "step_00000004.tmp").touch()  # stands in for a folder with a file in use, over NFS
+    checkpoint.save(tmp_path, learner(step=8), ABOUT, keep=2)
+    (tmp_path / "step_00000004.tmp").unlink()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000008"]
+
+
 def test_saving_the_same_step_again_replaces_a_damaged_one(tmp_path: Path) -> None:
     saved = learner(0, 4)
     folder = checkpoint.save(tmp_path, saved, ABOUT, keep=2)

@@ -287,12 +287,14 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
 @pytest.mark.parametrize("micro", [8, 4])
 def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int) -> None:
     recipe = recipe_for(micro_batch_size=micro)
     plan = plan_for(recipe)
     accelerator = Accelerator(mixed_precision="no")
+    assert accelerator.device.type == "cuda"
     for updates, rel in ((5, 1e-3), (20, 1e-2)):  # weights: see the compiled network above
         batches = batches_for(plan, updates, sizes=(32, 48))
         expected, eager = carry_out("eager", recipe, plan, batches, None, accelerator)

@@ -577,8 +577,14 @@ def test_damaged_files_of_a_run_folder(
     assert [json.loads(line)["event"] for line in lines[4:]][-2:] == ["eval", "done"]
 
 
-def test_run_folders(going_on: list[Any], refused: Refused, tmp_path: Path) -> None:
+def test_run_folders(
+    going_on: list[Any], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
+    with monkeypatch.context() as closed:  # as tests may be run by root, to whom all is open
+        closed.setattr(os, "access", lambda path, mode: path != folder / "checkpoints")
+        said = f"cannot be written (no permission for {folder}/checkpoints); choose another"
+        refused(train.main, going_on, said)
     wider = [*going_on, "--set", "model.width=0.5"]
     refused(train.main, wider, f"{folder} holds a run of another recipe", "width: 0.35 -> 0.5")
     forced = [*wider, "--set", "checkpoint.resume=force"]

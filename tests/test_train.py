@@ -610,6 +610,37 @@ def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_pa
     assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 14
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_on_a_gpu_a_deterministic_run_ends_bit_for_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    ends_equal_when_resumed(tiny, tmp_path, precision, CUDA_VISIBLE_DEVICES="0")
+
+
+def test_a_deterministic_run_ends_bit_for_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    ends_equal_when_resumed(tiny, tmp_path, "no")
+
+
+def ends_equal_when_resumed(
+    tiny: Callable[..., Path], tmp_path: Path, precision: str, **changes: str
+) -> None:
+    """A run in one go, and one that ends and starts again: in processes of their own."""
+    settings = {"deterministic": True, "precision": precision, "cpu_threads": 1}
+    recipe = tiny(**ALL | {"train": ALL["train"] | settings})
+    for folder, ends in (("straight", [15]), ("resumed", [7, 15])):
+        for end in ends:
+            words = ["--set", f"log.run_dir={tmp_path / folder}", "--set", f"train.max_steps={end}"]
+            run(["python", "fasttrain/train.py", recipe, *words], **changes)
+    ours, expected = (result_of(tmp_path / name)[0] for name in ("resumed", "straight"))
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
 def test_fp16_without_a_gpu_is_refused(
     tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
