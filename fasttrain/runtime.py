@@ -68,13 +68,7 @@ def start(
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
     cpu_threads = train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = not train.deterministic
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    choose_kernels(train.deterministic)
     seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":
@@ -88,6 +82,17 @@ def start(
         data_threads=data_threads(data, environ),
         cpu_threads=cpu_threads,
     )
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """The fastest of torch's kernels, or the fastest of those that repeat bit for bit."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def cpu_share(environ: Mapping[str, str]) -> int:

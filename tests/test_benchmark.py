@@ -204,8 +204,12 @@ def test_the_loop_over_the_step(capsys: pytest.CaptureFixture[str]) -> None:
         "--repeats",
         "1",
     )
-    benchmark.main(["loop", *small, "--seconds", "0.5", "--profile"])
-    machine, bare, *profiled, loop, ratio = map(json.loads, capsys.readouterr().out.splitlines())
+    benchmark.main(["loop", *small, "--seconds", "0.5", "--profile", "--deterministic"])
+    machine, bare, *profiled, repeats, loop, cost, ratio = map(
+        json.loads, capsys.readouterr().out.splitlines()
+    )
+    assert repeats["name"] == "fasttrain deterministic" and repeats["execution"] == "eager"
+    assert 0.2 < cost["speed_over"]["fasttrain deterministic"] < 5
     assert machine["torch"] and bare["name"] == "fasttrain" and loop["name"] == "fasttrain loop"
     assert bare["images_per_s"] > 0 and bare["first_step_s"] > 0 and bare["peak_gib"] > 0
     assert 0.2 < ratio["loop_over_step"]["fasttrain loop"] < 5

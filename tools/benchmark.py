@@ -589,6 +589,8 @@ def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
     device = "cuda" if arguments.device == "gpu" else "cpu"
     rivals_modes = [mode for mode in arguments.modes if "graph" not in mode]
     names: list[Any] = ["fasttrain"]
+    if arguments.deterministic:
+        names += ["fasttrain deterministic"]
     if arguments.part == "loop":
         names += ["fasttrain loop"]
     if arguments.part == "step":
@@ -596,7 +598,9 @@ def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
         names += ["timm"] if importlib.util.find_spec("timm") else []
     for batch, precision, name in itertools.product(arguments.batch, arguments.precision, names):
         ours = name.startswith("fasttrain")
-        modes = arguments.modes if ours else ["eager"] if name == "plain loop" else rivals_modes
+        modes = arguments.modes if ours else rivals_modes
+        if name in ("fasttrain deterministic", "plain loop"):
+            modes = ["eager"]
         both = name in ("torchvision", "timm")
         layouts: list[Any] = ["channels_last", "contiguous"] if both else ["channels_last"]
         for mode, layout in itertools.product(modes, layouts):
@@ -799,6 +803,9 @@ def add_step(part: argparse.ArgumentParser) -> None:
         "--repeats", type=config.positive, default=3, metavar="N", help="(default: 3)"
     )
     part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
+    part.add_argument(
+        "--deterministic", action="store_true", help="what train.deterministic costs, as well"
+    )
     part.add_argument("--batch", type=counts, metavar="N,...", help="(default: 1024; CPU: 64)")
     lists = (
         ("--modes", MODES, "(default: all; CPU: eager, as compiling takes two minutes each)"),

@@ -34,7 +34,9 @@ class StepJob(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: Literal["fasttrain", "plain loop", "torchvision", "timm", "fasttrain loop"]
+    name: Literal[
+        "fasttrain", "fasttrain deterministic", "fasttrain loop", "plain loop", "torchvision", "timm"
+    ]
     arch: Literal["large", "small"]
     width: float
     batch: int
@@ -62,11 +64,10 @@ def measure(job: StepJob) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     if job.name.startswith("fasttrain") and not job.gpu:
         runtime.keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    runtime.choose_kernels(deterministic=job.name == "fasttrain deterministic")
     if job.name == "fasttrain loop":
         return measure_loop(job)
-    update = fasttrain_update(job) if job.name == "fasttrain" else rival_update(job)
+    update = fasttrain_update(job) if job.name.startswith("fasttrain") else rival_update(job)
     timed(update, job, 1)
     first_step_s = time.perf_counter() - begun
     timed(update, job, 5 if job.gpu else 1)
