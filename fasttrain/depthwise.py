@@ -56,7 +56,8 @@ class _TapSums(Function):
             ],
             dim=1,
         )  # (C, k * k)
-        return grad_x, grad_w.view_as(w), None
+        # The same place in memory for either layout of w, which DistributedDataParallel asks for.
+        return grad_x, grad_w.as_strided(w.shape, w.stride()), None
 
 
 def _overlap(in_px: int, out_px: int, shift: int, stride: int) -> tuple[slice, slice]:

@@ -125,9 +125,10 @@ class TrainDisplay:
             self.say(f"{self._place(record['step'] + 1)}  {text}")
 
     def eval_line(self, record: dict[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         text = (
             f"top-1 {record['top1']:.2f} %  top-5 {record['top5']:.2f} %  "
-            f"loss {record['loss']:.4f}  on {record['seen']:,} images in {record['eval_s']:.1f} s"
+            f"loss {loss}  on {record['seen']:,} images in {record['eval_s']:.1f} s"
         )
         if "ema_top1" in record:
             text += f"  (EMA: top-1 {record['ema_top1']:.2f} %)"

@@ -13,6 +13,7 @@ import copy
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -266,12 +267,14 @@ def prepare(
     if "graph" not in mode:
         hooks = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
         accelerator.ddp_handler = DistributedDataParallelKwargs(
-            broadcast_buffers=False,  # BatchNorm's statistics are averaged: optim.BatchNormAverage
+            broadcast_buffers=False,  # BatchNorm's statistics are averaged: guard.Guard
             gradient_as_bucket_view=True,
             static_graph=mode == "eager" and plan.accumulation == 1,
             comm_hook=hooks[recipe.train.gradient_exchange],
         )
-        model, optimizer = accelerator.prepare(module, optimizer)
+        with warnings.catch_warnings():  # torch 2.14 has another name, which Accelerate has not
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, optimizer = accelerator.prepare(module, optimizer)
     return Learner(model, module, optimizer, average, accelerator.scaler)
 
 

@@ -194,7 +194,7 @@ def evaluate(
 
     Processes may have different numbers of batches, at most `most_batches`: sums are exchanged at
     the end alone, and `stop_requested` is asked equally often by all. Where it does not say 0,
-    nothing is returned. The loss is cross-entropy without smoothing.
+    nothing is returned. The loss is cross-entropy without smoothing, None where it is not finite.
 
     Raises:
         RuntimeError: not every one of `num_samples` images was seen exactly once.
@@ -249,6 +249,12 @@ def _evaluate_and_log(
     learner.state.last_eval = record
     outputs.write(record)
     outputs.display.eval_line(record)
+    if any(result["loss"] is None for result in results):
+        outputs.display.say(
+            f"WARNING: after update {step} the loss of the evaluation is not finite, so its "
+            "accuracy means nothing: weights or BatchNorm's statistics have grown too large; lower "
+            "[optim] lr, or raise train.micro_batch_size"
+        )
     return True
 
 

@@ -1,5 +1,6 @@
 """Sums on the device, their reduction over processes, and the clock of the throughput."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +30,17 @@ class EvalSums:
         self.sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), seen])
 
     def result(self) -> dict[str, Any]:
-        """`top1` and `top5` in percent, mean `loss`, and the number of images `seen`."""
+        """`top1` and `top5` in percent, mean `loss`, and the number of images `seen`.
+
+        The loss is None where it is not finite, as JSON has no such numbers.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
         loss, top1, top5, seen = self.sums.tolist()
         return {
             "top1": 100 * top1 / seen,
             "top5": 100 * top5 / seen,
-            "loss": loss / seen,
+            "loss": loss / seen if math.isfinite(loss) else None,
             "seen": int(seen),
         }
 

@@ -90,6 +90,21 @@ def test_learns_64_images_by_heart(tmp_path: Path) -> None:
     assert len(losses) == 120 and losses[-1] < 0.1 * losses[0]
 
 
+def test_an_evaluation_that_is_not_finite_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(TrainDisplay, "say", lambda self, text: said.append(text))
+    batches = random_batches(2, 8)
+    plan = make_plan(Train(epochs=1, global_batch_size=8), Optim(warmup_epochs=0), 16, 1)
+    spoilt = [batches[0]._replace(images=batches[0].images * math.inf)]
+    _, done = run_fit(Plain(), batches, plan, tmp_path, evaluate_on=spoilt)
+    assert done and done["loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    line, warning = (text for text in said if "finite" in text)
+    assert "loss not finite  on 8 images" in line
+    assert "WARNING: after update 1 the loss of the evaluation is not finite" in warning
+
+
 class Plain(nn.Sequential):
     """A network without BatchNorm and dropout: a batch is the mean of its halves."""
 

@@ -34,8 +34,13 @@ class StepJob(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: Literal[
-        "fasttrain", "fasttrain deterministic", "fasttrain loop", "plain loop", "torchvision", "timm"
+    name: Literal[  # fmt: skip
+        "fasttrain",
+        "fasttrain deterministic",
+        "fasttrain loop",
+        "plain loop",
+        "torchvision",
+        "timm",
     ]
     arch: Literal["large", "small"]
     width: float
