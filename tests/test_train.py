@@ -212,7 +212,7 @@ def test_killed_at_500_random_moments_it_ends_bit_for_bit_equal(
 ) -> None:
     """Each time a forked process that has imported everything already, so that the moments fall
     into training, evaluating, saving and starting; `FASTTRAIN_KILLS` says how many."""
-    import torch._dynamo  # which optimizers import, and which takes seconds
+    import torch._dynamo  # noqa: F401  (seconds, at the first optimizer)
     from torchvision.transforms import v2  # noqa: F401
 
     from fasttrain import data, decoding, execution, loop  # noqa: F401

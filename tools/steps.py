@@ -34,7 +34,7 @@ class StepJob(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: Literal[  # fmt: skip
+    name: Literal[
         "fasttrain",
         "fasttrain deterministic",
         "fasttrain loop",
