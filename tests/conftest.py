@@ -76,6 +76,14 @@ def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a user clones, without data and runs."""
+    root = tmp_path_factory.mktemp("clone") / "fasttrain"
+    ignored = shutil.ignore_patterns("data", "runs", ".git", "__pycache__", "*.egg-info")
+    return Path(shutil.copytree(REPO, root, ignore=ignored))
+
+
 def listed(root: Path, spool: Path | None = None) -> sources.Source:
     """The source at `root`, recognised and listed."""
     return sources.scan(

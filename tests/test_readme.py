@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from conftest import REPO, environment
 
 README = (REPO / "README.md").read_text()
@@ -17,14 +15,6 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a user clones, without data and runs."""
-    root = tmp_path_factory.mktemp("clone") / "fasttrain"
-    ignored = shutil.ignore_patterns("data", "runs", ".git", "__pycache__", "*.egg-info")
-    return Path(shutil.copytree(REPO, root, ignore=ignored))
 
 
 def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
@@ -48,13 +38,14 @@ def test_the_commands_are_those_we_know() -> None:
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
         "python tools/evaluate.py runs/large --data data/imagenet",
         "python -m venv .venv && source .venv/bin/activate && pip install -e '.[sources]'",
-        "job=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
+        "made=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
         "data/imagenet)",
-        'sbatch --dependency=afterok:$job --wrap "python tools/verify_shards.py data/imagenet"',
-        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --wrap "
+        "good=$(sbatch --parsable --dependency=afterok:$made --cpus-per-task=16 --wrap "
+        '"python tools/verify_shards.py data/imagenet")',
+        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --wrap "
         '"srun python tools/doctor.py recipes/large.toml"',
-        "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 "
-        "tools/train.sbatch recipes/large.toml",
+        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 "
+        "--time=24:00:00 tools/train.sbatch recipes/large.toml",
         "accelerate launch --multi_gpu --rdzv_backend static --num_machines 2 --machine_rank 0 "
         "--main_process_ip FIRST \\",
         "--main_process_port 29500 --num_processes 16 fasttrain/train.py recipes/large.toml",

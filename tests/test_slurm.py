@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import REPO, environment, lines, run
 from safetensors.torch import load_file
+from test_readme import COMMANDS
 
 from fasttrain import checkpoint
 
@@ -37,7 +38,9 @@ class Cluster:
 
     def call(self, *words: str) -> None:
         command = [REPO / "tests" / "mini_cluster.sh", words[0], self.folder, *words[1:]]
-        env = environment(FT_OWNER_PID=str(os.getpid()), PATH=f"{os.environ['PATH']}:/usr/sbin")
+        nodes = {"FT_CPUS": "64", "FT_GPUS": "8"}  # which are not there
+        env = environment(FT_OWNER_PID=str(os.getpid()), **nodes)
+        env["PATH"] += ":/usr/sbin"
         subprocess.run(command, check=True, env=env, timeout=120)
 
     def command(self, *words: object, **changes: str) -> str:
@@ -96,8 +99,24 @@ def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:
     )
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.find(folder / "checkpoints")[0] / "model.safetensors")
+def assert_as_on_one_node(processes: int, recipe: Path, folder: Path) -> None:
+    """What a job left in `folder` is what so many processes of one node make without a stop."""
+    here = folder.with_name("here")
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--main_process_port", "0", "fasttrain/train.py", str(recipe)]
+    run([*command, "--set", f"log.run_dir={here}"], ACCELERATE_USE_CPU="1")
+    ours, expected = (
+        load_file(checkpoint.find(each / "checkpoints")[0] / "model.safetensors")
+        for each in (folder, here)
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    for event, keys in (("train", ("step", "loss", "lr")), ("eval", ("step", "top1", "loss"))):
+        found, wanted = (
+            [[line[key] for key in keys] for line in lines(each / "metrics.jsonl", event)]
+            for each in (folder, here)
+        )
+        assert found == wanted
 
 
 def test_two_nodes_give_the_weights_of_one(
@@ -115,13 +134,7 @@ def test_two_nodes_give_the_weights_of_one(
     assert done["step"] == 14 and done["seen"] == 13
     (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert start["world_size"] == 4 and start["slurm_job_id"] == job
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
-    words = ["--main_process_port", "0", "fasttrain/train.py", recipe]
-    here = tmp_path / "here"
-    run([*command, *words, "--set", f"log.run_dir={here}"], ACCELERATE_USE_CPU="1")
-    expected = weights(here)
-    for name, tensor in weights(tmp_path / "run").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_as_on_one_node(4, recipe, tmp_path / "run")
 
 
 def test_before_the_time_limit_it_saves_and_is_requeued(
@@ -170,7 +183,8 @@ def test_without_an_environment_and_with_one_process(
 def test_a_preempted_job_goes_on_when_the_other_is_done(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    job = cluster.submit("--partition=low", "--nodes=2", "tools/train.sbatch", long(tiny))
+    recipe = long(tiny)
+    job = cluster.submit("--partition=low", "--nodes=2", "tools/train.sbatch", recipe)
     cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
     other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3")
     cluster.wait(job, lambda state: state["Restarts"] == "1")
@@ -178,6 +192,7 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     state = cluster.finish(job)
     assert state["JobState"] == "COMPLETED", cluster.output(job)
     assert "going on from" in cluster.output(job)
+    assert_as_on_one_node(2, recipe, tmp_path / "run")
 
 
 def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
@@ -209,6 +224,25 @@ def test_each_job_of_an_array_has_its_own_folder(
         state = cluster.finish(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", cluster.output(job)
         assert (tmp_path / f"run-{task}" / "DONE").exists()
+
+
+def test_the_commands_of_the_readme(cluster: Cluster, folder: Path, clone: Path) -> None:
+    """From photographs to a run, submitted at once; on nodes without real GPUs, and for a while."""
+    settings = {"train.global_batch_size": 8, "train.max_steps": 2, "train.precision": "no"}
+    settings |= {"data.crop_px": 32, "train.micro_batch_size": 4}
+    words = "".join(f" --set {name}={value}" for name, value in settings.items())
+    script = "\n".join(command for command in COMMANDS if "sbatch" in command)
+    script = script.replace("SOURCE", str(folder)).replace("large.toml", f"large.toml{words}")
+    said = cluster.command(
+        "bash", "-ec", f"cd {clone}\n{script}", PYTHONPATH=str(clone), ACCELERATE_USE_CPU="1",
+        FT_PROCS_PER_NODE="1",
+    )  # fmt: skip
+    doctor, trained = re.findall(r"Submitted batch job (\d+)", said)
+    states = [cluster.finish(job)["JobState"] for job in (doctor, trained)]
+    outputs = {path.name: path.read_text() for path in clone.glob("*.out")}
+    assert states == ["COMPLETED", "COMPLETED"], outputs
+    assert "nothing that was looked at would stop the run" in outputs[f"slurm-{doctor}.out"]
+    assert "done: runs/large" in outputs[f"fasttrain-{trained}.out"]
 
 
 def test_wrong_launches(cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path) -> None:
