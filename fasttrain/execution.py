@@ -275,7 +275,26 @@ def prepare(
         with warnings.catch_warnings():  # torch 2.14 has another name, which Accelerate has not
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model, optimizer = accelerator.prepare(module, optimizer)
+        if accelerator.num_processes > 1:
+            _settle_buckets(accelerator, model)
     return Learner(model, module, optimizer, average, accelerator.scaler)
+
+
+def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
+    """Has DistributedDataParallel arrange its buckets before the first update.
+
+    It does so anew when it has seen one pass, or two of a static graph. Their layout is the order
+    in which gradients of three processes and more are added up: with another one in the first
+    updates after a restart, a run would not end bit for bit equal.
+    """
+    model.eval()  # changes no statistics and draws nothing
+    image = torch.zeros(1, 3, 32, 32, device=accelerator.device)
+    for _ in range(3):
+        with accelerator.autocast():
+            logits = model(image.to(memory_format=torch.channels_last))
+        logits.float().sum().backward()
+        model.zero_grad()
+    model.train()
 
 
 def build(

@@ -37,9 +37,9 @@ def plan_for(recipe: Recipe, world_size: int = 1) -> Plan:
     return make_plan(recipe.train, recipe.optim, 64, world_size)
 
 
-def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,)) -> Batches:
+def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,), seed: int = 1) -> Batches:
     """Images of the sizes in turn; labels as numbers, in the second half as probabilities."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(updates * plan.accumulation):
         px = sizes[number // plan.accumulation * len(sizes) // updates]
@@ -116,34 +116,79 @@ def test_what_is_recorded_equals_eager_over_20_updates(micro: int, nesterov: boo
     assert recorded.state.step == eager.state.step == 20
 
 
+def going_on(first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Batches) -> Learner:
+    """Takes over from `first`, as a run that was stopped there and started again, to the end."""
+    accelerator = Accelerator(cpu=True)
+    second = execution.prepare(mode, accelerator, network(), recipe, plan)
+    assert second.ema and first.ema
+    second.module.load_state_dict(first.module.state_dict())
+    second.ema.module.load_state_dict(first.ema.module.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.state = first.state
+    updater = execution.build(mode, accelerator, second, plan, recipe.train)
+    for number in range(first.state.step * plan.accumulation, len(batches)):
+        step, micro = divmod(number, plan.accumulation)
+        runtime.seed_torch(0, Stream.TORCH, step, micro)
+        updater.micro(*batches[number], is_last=micro + 1 == plan.accumulation)
+        if micro + 1 == plan.accumulation:
+            updater.update(0.02 + 0.001 * step)
+    return second
+
+
 def test_a_learner_goes_on_in_another_mode() -> None:
     recipe = recipe_for()
     plan = plan_for(recipe)
     batches = batches_for(plan, 12)
     _, straight = carry_out("eager", recipe, plan, batches)
     _, first = carry_out("graph", recipe, plan, batches[:6])
-    accelerator = Accelerator(cpu=True)
-    second = execution.prepare("eager", accelerator, copy.deepcopy(first.module), recipe, plan)
-    assert second.ema and first.ema
-    second.ema.module.load_state_dict(first.ema.module.state_dict())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.state = first.state
-    updater = execution.build("eager", accelerator, second, plan, recipe.train)
-    for step in range(6, 12):
-        runtime.seed_torch(0, Stream.TORCH, step, 0)
-        updater.micro(*batches[step], is_last=True)
-        updater.update(0.02 + 0.001 * step)
-    assert_same(second, straight)
+    assert_same(going_on(first, "eager", recipe, plan, batches), straight)
 
 
-def in_a_process(rank: int, port: int, folder: Path) -> None:
-    """One of two: trains in each mode, and keeps losses and weights."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def joined(rank: int, world: int, port: int) -> Accelerator:
+    """Makes this process one of so many."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_MULTI_CPU": "1"}
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
+    assert accelerator.num_processes == world
+    return accelerator
+
+
+def spawn(function: Any, world: int, folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(function, (world, port, folder), nprocs=world)
+
+
+def one_of_three(rank: int, world: int, port: int, folder: Path) -> None:
+    accelerator = joined(rank, world, port)
+    for micro in (4, 2):  # images; of two, an update takes two passes
+        recipe = recipe_for(global_batch_size=4 * world, micro_batch_size=micro)
+        plan = plan_for(recipe, world)
+        batches = batches_for(plan, 6, seed=rank)
+        _, straight = carry_out("eager", recipe, plan, batches, None, accelerator)
+        accelerator.free_memory()
+        _, first = carry_out("eager", recipe, plan, batches[: len(batches) // 2], None, accelerator)
+        accelerator.free_memory()
+        resumed = going_on(first, "eager", recipe, plan, batches)
+        for (name, found), (_, expected) in zip(
+            everything(resumed), everything(straight), strict=True
+        ):
+            assert torch.equal(found, expected), name
+        accelerator.free_memory()
+    torch.distributed.destroy_process_group()
+
+
+def test_three_processes_that_go_on_end_bit_for_bit_equal(tmp_path: Path) -> None:
+    """Of three and more, the order in which gradients are added up can differ."""
+    spawn(one_of_three, 3, tmp_path)
+
+
+def one_of_two(rank: int, world: int, port: int, folder: Path) -> None:
+    """Trains in each mode, and keeps losses and weights."""
+    accelerator = joined(rank, world, port)
     for exchange in ("fp32", "bf16"):
         recipe = recipe_for(gradient_exchange=exchange)
         plan = plan_for(recipe, world_size=2)
@@ -164,10 +209,7 @@ def in_a_process(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_exchange_the_same_in_every_mode(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_a_process, (port, tmp_path), nprocs=2)
+    spawn(one_of_two, 2, tmp_path)
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     for exchange, close in (("fp32", 1e-3), ("bf16", 0.1)):
         for rank in (0, 1):

@@ -184,7 +184,8 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = long(tiny)
-    job = cluster.submit("--partition=low", "--nodes=2", "tools/train.sbatch", recipe)
+    words = ("--partition=low", "--nodes=2", "tools/train.sbatch", recipe)
+    job = cluster.submit(*words, **TWO_BY_TWO)
     cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
     other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3")
     cluster.wait(job, lambda state: state["Restarts"] == "1")
@@ -192,7 +193,7 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     state = cluster.finish(job)
     assert state["JobState"] == "COMPLETED", cluster.output(job)
     assert "going on from" in cluster.output(job)
-    assert_as_on_one_node(2, recipe, tmp_path / "run")
+    assert_as_on_one_node(4, recipe, tmp_path / "run")
 
 
 def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
