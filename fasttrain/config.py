@@ -338,6 +338,8 @@ MAY_CHANGE = frozenset(
 class Fault(Exception):
     """Something a user can mend: the message says what is wrong, where, and what to do."""
 
+    of_all = False  # whether all processes raise it alike, so that one a node need say it
+
 
 class ConfigError(Fault, ValueError):
     """A recipe is wrong; the message lists every fault, with its place and remedy."""

@@ -57,9 +57,13 @@ class Outputs:
 class NonFiniteLoss(config.Fault, RuntimeError):
     """Loss or gradient were not finite in more updates than may be skipped."""
 
+    of_all = True
+
 
 class Unsaved(config.Fault, RuntimeError):
     """The run cannot be saved, so it does not go on."""
+
+    of_all = True
 
 
 def fit(

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             started = True
             train(recipe, plan, train_set, val_set)
     except config.Fault as fault:
-        config.stop(str(fault), everywhere=started)  # up to there all processes say the same
+        # Up to there all processes say the same.
+        config.stop(str(fault), everywhere=started and not fault.of_all)
 
 
 def open_data(data: config.Data) -> tuple[Split, Split]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, run, shard
 
-from fasttrain import config, shards, train
+from fasttrain import config, loop, shards, train
 from fasttrain.sharding import Policy
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -205,6 +205,26 @@ def test_one_process_of_each_node_says_what_is_wrong(
         train.main([str(tiny(data={"root": "/nowhere"}))])
     said = capsys.readouterr().err
     assert said.startswith(f"rank {rank}: " if rank else "no data set") if speaks else not said
+
+
+def test_what_befalls_all_processes_is_said_once_a_node_and_else_by_each(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for fault, said in (
+        (loop.NonFiniteLoss("update 7"), ""),
+        (loop.Unsaved("no space"), ""),
+        (config.Fault("this one's tar"), "rank 3: this one's tar\n"),
+    ):
+
+        def fails(*_: object, fault: config.Fault = fault) -> None:
+            raise fault
+
+        monkeypatch.setattr(train, "train", fails)
+        with pytest.raises(SystemExit, match="2"):
+            train.main([str(tiny())])
+        assert capsys.readouterr().err == said
 
 
 def test_demo_without_its_library(

@@ -94,6 +94,7 @@ def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:
     """A recipe that is still busy when something happens to it."""
     return tiny(
         train={"epochs": epochs, "eval_every_epochs": 8, "global_batch_size": 8},
+        optim={"lr": 0.01},  # which two images a process stand
         checkpoint={"every_steps": 1000},
         log={"every_steps": 1},
     )
