@@ -1,6 +1,6 @@
 """train.sbatch on a real SLURM cluster of two nodes, which live on this machine.
 
-apt-get install slurm-wlm slurm-wlm-basic-plugins munge iproute2
+apt-get install slurm-wlm slurm-wlm-basic-plugins munge iproute2 bubblewrap
 python -m pytest -n 0 -m slurm tests/test_slurm.py
 """
 
@@ -29,6 +29,8 @@ pytestmark = [
 ]
 TIMEOUT_S = 240
 TWO_BY_TWO = {"FT_PROCS_PER_NODE": "2"}
+# A container with its own process numbers, as pyxis and Apptainer may have them.
+CONTAINER = "bwrap --dev-bind / / --unshare-pid --proc /proc --die-with-parent"
 
 
 class Cluster:
@@ -186,7 +188,8 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
 ) -> None:
     recipe = long(tiny)
     words = ("--partition=low", "--nodes=2", "tools/train.sbatch", recipe)
-    job = cluster.submit(*words, **TWO_BY_TWO)
+    contained = {"FT_WRAP": CONTAINER} if shutil.which("bwrap") else {}
+    job = cluster.submit(*words, **TWO_BY_TWO, **contained)
     cluster.wait(job, lambda _: num_updates(tmp_path / "run") > 5)
     other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3")
     cluster.wait(job, lambda state: state["Restarts"] == "1")
