@@ -143,9 +143,9 @@ def test_two_nodes_give_the_weights_of_one(
 def test_before_the_time_limit_it_saves_and_is_requeued(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Which is of two minutes here: a minute after its start. What a job that was requeued
+    """Which is of three minutes here: two after its start. What a job that was requeued
     comes to is seen where it was preempted."""
-    limit = ("--nodes=2", "--time=2", "--signal=B:USR1@60")
+    limit = ("--nodes=2", "--time=3", "--signal=B:USR1@60")
     job = cluster.submit(*limit, "tools/train.sbatch", long(tiny, epochs=2000), **TWO_BY_TWO)
     cluster.wait(job, lambda state: state["Restarts"] == "1")
     (saved,) = checkpoint.find(tmp_path / "run" / "checkpoints")
@@ -186,7 +186,7 @@ def test_without_an_environment_and_with_one_process(
 def test_a_preempted_job_goes_on_when_the_other_is_done(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    recipe = long(tiny)
+    recipe = long(tiny, epochs=60)
     words = ("--partition=low", "--nodes=2", "tools/train.sbatch", recipe)
     contained = {"FT_WRAP": CONTAINER} if shutil.which("bwrap") else {}
     job = cluster.submit(*words, **TWO_BY_TWO, **contained)

@@ -27,7 +27,6 @@ from fasttrain.schedule import make_plan
 sys.path.insert(0, str(REPO / "tools"))
 import evaluate
 
-MULTI = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 ALL = {
     "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
     "optim": {"ema_decay": 0.9},
@@ -141,12 +140,12 @@ def test_killed_at_any_moment_it_ends_bit_for_bit_equal(
     assert_same_result(straight, killed)
 
 
-def start(recipe: Path, *settings: str) -> subprocess.Popen[str]:
+def start(recipe: Path, *settings: str, world: int = 1) -> subprocess.Popen[str]:
     words = [word for setting in settings for word in ("--set", setting)]
     return subprocess.Popen(
-        ["accelerate", "launch", "fasttrain/train.py", recipe, *words],
+        [*launch(world), "fasttrain/train.py", recipe, *words],
         cwd=REPO,
-        env=environment(),
+        env=environment(ACCELERATE_USE_CPU="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -194,6 +193,42 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_equal(
         wait_until(lambda pid=launched.pid: not children_of(pid), "the end")
     train.main([str(recipe), "--set", f"log.run_dir={killed}"])
     assert_same_result(straight, killed)
+
+
+@pytest.mark.slow
+def test_a_process_of_three_killed_at_random_moments(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Or their launcher, 12 times in all: the others end by themselves."""
+    changes: dict[str, Any] = ALL | {"checkpoint": {"every_steps": 3}}
+    batches = {"global_batch_size": 12, "micro_batch_size": 2, "epochs": 80}
+    changes["train"] = ALL["train"] | batches | {"eval_every_epochs": 10}
+    changes["optim"] = ALL["optim"] | {"lr": 0.01}
+    recipe, straight, killed = tiny(**changes), tmp_path / "straight", tmp_path / "killed"
+    assert start(recipe, f"log.run_dir={straight}", world=3).communicate() and newest_step(straight)
+    moments = random.Random(0)
+    for number in range(12):
+        launched = start(recipe, f"log.run_dir={killed}", world=3)
+        done = 18 * number
+        wait_until(lambda done=done: newest_step(killed) > done, f"update {done}")
+        time.sleep(moments.uniform(0, 0.5))
+        victims = [launched.pid, *children_of(launched.pid)]
+        os.kill(moments.choice(victims), signal.SIGKILL)
+        begun = time.monotonic()
+        wait_until(lambda v=victims[1:]: not any(map(is_alive, v)), "the end of the others")
+        print(f"kill {number + 1}: the others ended after {time.monotonic() - begun:.0f} s")
+        launched.communicate()
+    ended = start(recipe, f"log.run_dir={killed}", world=3)
+    ended.communicate()
+    assert ended.returncode == 0
+    assert_same_result(straight, killed)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def num_updates(folder: Path) -> int:
@@ -476,7 +511,7 @@ def test_a_process_that_dies_takes_the_others_along(
         "train.main()\n"
     )
     launched = subprocess.Popen(
-        [*MULTI, program, tiny()],
+        [*launch(2), program, tiny()],
         cwd=REPO,
         env=environment(ACCELERATE_USE_CPU="1"),
         stdout=subprocess.PIPE,
@@ -502,8 +537,7 @@ def test_two_processes_see_the_global_batches_of_one(
     recipe = tiny(**ALL | {"train": batch})
     folders = {world: tmp_path / str(world) for world in (1, 2)}
     for world, folder in folders.items():
-        command = MULTI if world == 2 else ["accelerate", "launch"]
-        words = [*command, "fasttrain/train.py", recipe, "--set", f"log.run_dir={folder}"]
+        words = [*launch(world), "fasttrain/train.py", recipe, "--set", f"log.run_dir={folder}"]
         ended = run(words, ACCELERATE_USE_CPU="1")
         assert json.loads(ended.stdout.splitlines()[-1])["seen"] == 13
         assert "Warning" not in ended.stderr
@@ -526,7 +560,8 @@ def test_two_processes_see_the_global_batches_of_one(
 def launch(world: int) -> list[str]:
     if world == 1:
         return ["accelerate", "launch"]
-    return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(world)]
+    several = ["--multi_gpu", "--num_processes", str(world), "--main_process_port", "0"]
+    return ["accelerate", "launch", *several]
 
 
 @pytest.mark.slow
@@ -546,8 +581,7 @@ def test_global_batches_are_the_same_on_any_number_of_processes(
         recipe = tiny(
             train=train_table, log={"samples": True, "run_dir": str(folder)}, optim={"lr": 0.01}
         )
-        port = ["--main_process_port", "0"] if world > 1 else []
-        run([*launch(world), *port, "fasttrain/train.py", recipe], ACCELERATE_USE_CPU="1")
+        run([*launch(world), "fasttrain/train.py", recipe], ACCELERATE_USE_CPU="1")
         given = config.load(recipe)
         split = shards.open_split(given.data.root, "train")
         plan = make_plan(given.train, given.optim, split.num_samples, 1)
@@ -576,9 +610,8 @@ def test_begun_on_four_processes_and_continued_on_two_and_three(
         log={"samples": True, "every_steps": 1},
     )
     for world in (4, 2, 3):
-        command = [*launch(world), *(["--main_process_port", "0"] if world > 1 else [])]
         launched = subprocess.Popen(
-            [*command, "fasttrain/train.py", recipe],
+            [*launch(world), "fasttrain/train.py", recipe],
             cwd=REPO,
             env=environment(ACCELERATE_USE_CPU="1"),
             stdout=subprocess.PIPE,
@@ -601,7 +634,7 @@ def test_begun_on_four_processes_and_continued_on_two_and_three(
 
 def test_a_run_on_two_processes_goes_on_on_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny(log={"samples": True}, train={"max_steps": 7, "precision": "bf16"})
-    command = [*MULTI, "fasttrain/train.py", recipe]
+    command = [*launch(2), "fasttrain/train.py", recipe]
     run(command, ACCELERATE_USE_CPU="1")
     rest = ["accelerate", "launch", "fasttrain/train.py", recipe, "--set", "train.max_steps=15"]
     output = run(rest).stdout
@@ -656,7 +689,7 @@ def test_fp16_without_a_gpu_is_refused(
 
 def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
     failed = subprocess.run(
-        [*MULTI, "fasttrain/train.py", tiny()],
+        [*launch(2), "fasttrain/train.py", tiny()],
         cwd=REPO,
         env=environment(),
         capture_output=True,
