@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import random
 import re
 import tarfile
 import zlib
@@ -456,7 +457,10 @@ def _spool_all(
         f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
         "read at random; removed at the end"
     )
-    for _ in scan.run([partial(_fill, read, scan.spool, path, split) for path, split in jobs]):
+    # At random, so that the parts of an array of jobs share the work rather than all do it.
+    for _ in scan.run(
+        [partial(_fill, read, scan.spool, *job) for job in random.sample(jobs, len(jobs))]
+    ):
         pass
     splits: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
     for path, split in jobs:
