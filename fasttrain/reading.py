@@ -27,8 +27,6 @@ from fasttrain.shards import PPM_HEADER, Split
 
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
-RECHECK_S = 0.2  # the sizes of mapped tars are looked at again; 0.6 us a tar
-RECHECKS_PER_S = 500  # and of many tars less often, for the sake of a shared file system
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
@@ -161,6 +159,14 @@ class Ring:
         self.free.append(self.lent.pop(number))
 
 
+class _Started(NamedTuple):
+    """A batch that is being read."""
+
+    views: list[memoryview]  # of the bytes of each image
+    tasks: list[Future[dict[int, str]]]
+    shards: set[int]
+
+
 class ShardReader:
     """Reads batches of a split in the background: `start`, then `take`, then `give_back`."""
 
@@ -174,8 +180,7 @@ class ShardReader:
         self.mmaps: dict[int, mmap.mmap] = {}
         self.maps: dict[int, memoryview] = {}
         self.addresses: dict[int, int] = {}
-        self.started: dict[int, tuple[list[memoryview], list[Future[dict[int, str]]]]] = {}
-        self.looked_at = 0.0  # when, at the sizes of mapped tars
+        self.started: dict[int, _Started] = {}
         self.waited_s = 0.0  # in `take`: for storage
         self.faults = 0  # of this process, so far, that had to ask storage
         self.last_miss = 0  # the batch before which that number last rose
@@ -185,7 +190,8 @@ class ShardReader:
     def start(self, number: int, places: Places, verified: Sequence[int] = ()) -> None:
         """Begins to read batch `number`; and to check it, if it is given which samples these are,
         of which `places` must be all bytes."""
-        for shard in set(places.shards):
+        shards = set(places.shards)
+        for shard in shards:
             self._open(shard)
         triples = list(zip(*places, strict=True))
         if self.mapped:
@@ -195,7 +201,7 @@ class ShardReader:
                 self.faults, self.last_miss = faults, number
             resting = not self.ahead or number - self.last_miss > SUSPICION
             if resting and not verified:
-                self.started[number] = views, []
+                self.started[number] = _Started(views, [], shards)
                 return
         else:
             buffer = memoryview(self.ring.lend(number, sum(places.sizes)))  # type: ignore[arg-type]
@@ -206,7 +212,7 @@ class ShardReader:
             self.pool.submit(self._read, triples[part], views[part], verified[part])
             for part in parts
         ]
-        self.started[number] = views, tasks
+        self.started[number] = _Started(views, tasks, shards)
 
     def announce(self, pieces: Sequence[Piece]) -> None:
         """Tells the kernel of ranges that will be read soon."""
@@ -223,14 +229,16 @@ class ShardReader:
             BadSamples: they were to be verified, and some are damaged.
             DataError: they could not be read.
         """
-        views, tasks = self.started[number]
+        views, tasks, shards = self.started[number]
         begun = time.perf_counter()
         faults: dict[int, str] = {}
         for task in tasks:
             faults |= task.result()
         if faults:
             raise BadSamples(self.split, faults)
-        self._look_at_sizes()
+        for shard in shards if self.mapped else ():  # 0.6 us each
+            if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
+                raise self._changed(shard)  # which would mean SIGBUS
         self.waited_s += time.perf_counter() - begun
         return views
 
@@ -308,15 +316,6 @@ class ShardReader:
                 if not count:
                     raise self._changed(shard)
                 done += count
-
-    def _look_at_sizes(self) -> None:
-        """Every now and then: a mapped tar that shrank before would mean SIGBUS."""
-        now = time.monotonic()
-        if now - self.looked_at >= max(RECHECK_S, len(self.mmaps) / RECHECKS_PER_S):
-            self.looked_at = now
-            for shard, mapped in self.mmaps.items():
-                if mapped.size() != self.split.shard_bytes[shard]:
-                    raise self._changed(shard)
 
     def _will_need(self, shard: int, offset: int, size: int) -> None:
         if self.mapped:

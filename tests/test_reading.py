@@ -153,7 +153,6 @@ def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "SUSPICION", -1)
-    monkeypatch.setattr(reading, "RECHECK_S", 0)
     root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
     split = shards.open_split(root, "train")
     reader = ShardReader(split, config.Data(root=root), num_buffers=4)
