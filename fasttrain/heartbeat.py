@@ -115,20 +115,21 @@ class Heartbeat:
             still_s = time.monotonic() - self.stepped_at
             silent_s = time.monotonic() - self.answered_at
             lost = min(still_s, silent_s) > min(LOST_S, self.timeout_s)
-            if lost:
-                self._say(
-                    f"no step for {still_s:.0f} s, and the launcher's store has not answered for "
-                    f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it"
-                )
-            elif still_s > self._limit_s():
-                self._report(still_s)
             if lost or still_s > self._limit_s():
+                self._report(still_s, silent_s, lost)
                 self.close()
                 self.end()
 
-    def _report(self, still_s: float) -> None:
-        if len(self.seen) < 2:
-            self._say(f"no step for {still_s:.0f} s, and the launcher's store tells too little")
+    def _report(self, still_s: float, silent_s: float, lost: bool) -> None:
+        if lost or len(self.seen) < 2:
+            if lost or silent_s > 3 * self.interval_s:
+                told = (
+                    f"has not answered for {silent_s:.0f} s: the machine of rank 0 is gone, or the "
+                    "network to it"
+                )
+            else:
+                told = "tells too little"
+            self._say(f"no step for {still_s:.0f} s, and the launcher's store {told}")
             return
         at_fault, why = culprits(self.seen[0], self.seen[-1], self.world_size)
         speaker = min(set(range(self.world_size)) - at_fault.keys(), default=self.rank)
