@@ -349,19 +349,20 @@ def choose(
     train = recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
-    # Asked of all: those that go on exchange results, and must not wait for one that does not.
-    slow = train.precision == "bf16" and not runtime.has_fast_bf16(accelerator.device)
-    if any(gather_object([slow])):
+    on_cpu = accelerator.device.type == "cpu"
+    ratio = math.inf
+    if train.precision == "bf16" and on_cpu:
         ratio = bf16_ratio(module, schedule.largest_crop_px(recipe.data.crop_px))
+    # All decide alike: those that go on exchange results, and must not wait for one that does not.
+    if (ratio := min(gather_object([ratio]))) < 1:
         return "eager", (
-            f"WARNING: this CPU has no arithmetic in bfloat16 and takes {1 / ratio:.1f} times as "
-            "long with it as with float32: use --set train.precision=no\nexecution: eager"
+            f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
+            "--set train.precision=no\nexecution: eager"
         )
     if before:
         return before, f"execution: {before}, as before the stop"
     if train.deterministic:
         return "eager", "execution: eager, as a choice by speed may differ from run to run"
-    on_cpu = accelerator.device.type == "cpu"
 
     def trial(mode: str) -> Trial:
         return try_mode(mode, accelerator, module, recipe, plan, num_classes)

@@ -357,16 +357,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16, rather than in float32 with conversions."""
-    if device.type != "cpu":
-        return True
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text().split()
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-    return True
-
-
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
