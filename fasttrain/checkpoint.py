@@ -73,7 +73,7 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
 
 
 def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary = _temporary(folder)
     sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(files.items()))
     try:
         temporary.mkdir()
@@ -130,7 +130,15 @@ def _prune(root: Path, keep: int, written: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """At no moment is there half a checkpoint under its name."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.tmp")))
+    shutil.rmtree(folder.rename(_temporary(folder)), ignore_errors=True)
+
+
+def _temporary(folder: Path) -> Path:
+    """A free name beside a checkpoint, as what bears another may not have been removable."""
+    number = 0
+    while (path := folder.with_name(f"{folder.name}.{number}.tmp")).exists():
+        number += 1
+    return path
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:

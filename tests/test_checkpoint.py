@@ -75,9 +75,12 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_cleared_up_does_not_keep_it_from_saving(tmp_path: Path) -> None:
-    (tmp_path / "step_00000004.tmp").touch()  # stands in for a folder with a file in use, over NFS
+    left = [tmp_path / f"step_00000008.{number}.tmp" for number in range(2)]
+    for path in left:  # each stands in for a folder with a file in use, over NFS
+        path.touch()
     checkpoint.save(tmp_path, learner(step=8), ABOUT, keep=2)
-    (tmp_path / "step_00000004.tmp").unlink()
+    for path in left:
+        path.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000008"]
 
 
