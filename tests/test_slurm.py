@@ -148,7 +148,7 @@ def test_before_the_time_limit_it_saves_and_is_requeued(
     limit = ("--nodes=2", "--time=3", "--signal=B:USR1@60")
     job = cluster.submit(*limit, "tools/train.sbatch", long(tiny, epochs=2000), **TWO_BY_TWO)
     cluster.wait(job, lambda state: state["Restarts"] == "1")
-    (saved,) = checkpoint.find(tmp_path / "run" / "checkpoints")
+    saved = checkpoint.find(tmp_path / "run" / "checkpoints")[0]
     before = num_updates(tmp_path / "run")
     assert int(saved.name.removeprefix("step_")) == before
     cluster.wait(job, lambda _: num_updates(tmp_path / "run") > before)
