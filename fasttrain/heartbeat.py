@@ -121,15 +121,15 @@ class Heartbeat:
                 self.end()
 
     def _report(self, still_s: float, silent_s: float, lost: bool) -> None:
-        if lost or len(self.seen) < 2:
-            if lost or silent_s > 3 * self.interval_s:
-                told = (
-                    f"has not answered for {silent_s:.0f} s: the machine of rank 0 is gone, or the "
-                    "network to it"
-                )
-            else:
-                told = "tells too little"
-            self._say(f"no step for {still_s:.0f} s, and the launcher's store {told}")
+        known = len(self.seen) > 1
+        if lost or (not known and silent_s > 3 * self.interval_s):
+            self._say(
+                f"no step for {still_s:.0f} s, and the launcher's store has not answered for "
+                f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it"
+            )
+            return
+        if not known:
+            self._say(f"no step for {still_s:.0f} s, and the launcher's store tells too little")
             return
         at_fault, why = culprits(self.seen[0], self.seen[-1], self.world_size)
         speaker = min(set(range(self.world_size)) - at_fault.keys(), default=self.rank)
