@@ -13,7 +13,7 @@ from nvidia.dali.auto_aug import core
 from nvidia.dali.pipeline import do_not_convert
 
 from fasttrain import config
-from fasttrain.sampling import MAGNITUDE_BINS, Augment
+from fasttrain.sampling import MAGNITUDE_BINS, Augment, augmented
 
 FILL = 128  # where an operation moves the image away: grey, near ImageNet's mean
 
@@ -81,19 +81,11 @@ OPERATIONS: dict[str, tuple[Any, tuple[float, float] | None, tuple[float, float]
 }
 
 
+@do_not_convert
 def inputs(settings: config.Data) -> dict[str, tuple[Any, int]]:
-    """DALI's type and the dimensions of an image's row in each column of `sampling.Augment`.
-
-    Only of the columns that `settings` ask for, in the order of the fields.
-    """
-    found = {}
-    if settings.augment != "none":
-        found["operations"] = (types.INT32, 2)
-    if any(settings.color_jitter):
-        found["jitter"] = (types.FLOAT, 1)
-    if settings.erase:
-        found["erase"] = (types.FLOAT, 1)
-    return found
+    """DALI's type and the dimensions of an image's row in each column that `settings` ask for."""
+    kinds = {"operations": (types.INT32, 2), "jitter": (types.FLOAT, 1), "erase": (types.FLOAT, 1)}
+    return {name: kinds[name] for name in augmented(settings)}
 
 
 @do_not_convert

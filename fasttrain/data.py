@@ -1,4 +1,4 @@
-"""DALI pipelines, and the loaders around them.
+"""The loaders: batches on the device, made ahead of the training thread.
 
     draw (ids, windows, flips, ...)     from `sampling`, a pure function of the batch's number
       -> bytes of the images            from `reading`, ahead of time, uncopied
@@ -19,22 +19,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
-from fasttrain import augment, config, sampling
+from fasttrain import config, sampling
 from fasttrain.forecast import Stages
 from fasttrain.reading import BadSamples, DataError, Feed, faults_of, remedy
-from fasttrain.resize import MEAN, STD, Pending, Resizer
-from fasttrain.sampling import Augment, Draw, Piece
+from fasttrain.resize import Pending, Resizer
+from fasttrain.sampling import Draw, Piece
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
+
+if TYPE_CHECKING:  # DALI is imported where it is used: raw shards on a CPU need none
+    from fasttrain import pipeline
 
 
 class Batch(NamedTuple):
@@ -51,94 +52,6 @@ class Placement(NamedTuple):
     device: torch.device
     half: bool  # images as fp16 rather than fp32
     threads: int  # that decode on the CPU
-
-
-# --------------------------------------------------------------------------------------------------
-# DALI
-# --------------------------------------------------------------------------------------------------
-
-
-@pipeline_def
-def _pipeline(
-    source: Callable[[int], Any],
-    kind: str,
-    decode: str,
-    data: config.Data,
-    largest: tuple[int, int],
-    gpu: bool,
-    half: bool,
-) -> Any:
-    """What DALI makes of what `source` gives for a batch's number.
-
-    `source` returns the images' bytes (or their pixels, uint8 `(h, w, 3)`), corners (y, x) and
-    sizes (h, w) of the windows, flips, the size (h, w) of the images that come out, and what
-    `augment.inputs` names.
-
-    Args:
-        kind: `train` cuts whole-pixel windows and then resizes them, `val` resizes fractional
-            windows out of whole images: both reach PIL's pixels (at most 1/255 off). `windows`
-            stops at the windows.
-        decode: `raw` where the images are pixels, else as `data.decode`; on a CPU, the GPU's
-            strategies decode there.
-        largest: height and width of the largest image, for buffers that need not grow.
-    Returns:
-        Images `(B, S, S, 3)`, normalised; or windows uint8 `(h, w, 3)`.
-    """
-    source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
-    extra = augment.inputs(data) if kind == "train" else {}
-    inputs = [(types.UINT8, 3 if decode == "raw" else 1), (source_type, 1), (source_type, 1)]
-    if kind != "windows":
-        inputs += [(types.INT32, 0), (types.FLOAT, 1), *extra.values()]
-    images, corner, size, *more = fn.external_source(
-        source,
-        num_outputs=len(inputs),
-        batch=True,
-        no_copy=True,
-        dtype=[dtype for dtype, _ in inputs],
-        ndim=[ndim for _, ndim in inputs],
-        layout=["HWC" if decode == "raw" else "", *[""] * (len(inputs) - 1)],
-    )
-    window = {"start": corner, "shape": size, "axes": [0, 1]}
-    rgb: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
-    if gpu and decode.startswith("gpu"):
-        rgb |= {
-            "device": "mixed",
-            "hw_decoder_load": data.hw_decoder_load,
-            "preallocate_height_hint": largest[0],
-            "preallocate_width_hint": largest[1],
-        }
-    if decode != "raw" and (kind == "val" or decode == "gpu_full"):
-        images = fn.decoders.image(images, **rgb)
-    elif decode != "raw":
-        images = fn.decoders.image_slice(images, **window, **rgb)
-    if kind != "val" and decode in ("raw", "gpu_full"):
-        images = fn.slice(images, **window)
-    if kind == "windows":
-        return images
-    flip, out, *given = more
-    changes = Augment(**{name: given[place] for place, name in enumerate(extra)})
-    if gpu:
-        images = images.gpu()
-    resize: dict[str, Any] = {
-        "size": out,
-        "interp_type": {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[
-            data.interpolation
-        ],
-    }
-    if kind == "val":
-        resize |= {"roi_start": corner, "roi_end": corner + size}
-    images = fn.resize(images, antialias=True, **resize)
-    if kind == "train":
-        images = augment.augment(images, changes, data)
-    images = fn.crop_mirror_normalize(
-        images,
-        mirror=flip,
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-        dtype=types.FLOAT16 if half else types.FLOAT,
-        output_layout="HWC",
-    )
-    return augment.erase(images, changes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +109,7 @@ class Loader:
             training
             and place.device.type == "cpu"
             and self.decode in ("cpu", "raw")
-            and not augment.inputs(data)
+            and not sampling.augmented(data)
         )
         self.kind = "windows" if self.on_cpu else "train" if training else "val"
         self.open_feed = partial(
@@ -323,6 +236,8 @@ class Loader:
     def _run_dali(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
         """What DALI makes of each batch."""
 
+        from fasttrain import pipeline
+
         def source(number: int) -> tuple[Any, ...]:
             # An empty batch would kill DALI, so a process without a share never gets here.
             if number >= feed.num_batches or closed.is_set():
@@ -335,10 +250,10 @@ class Loader:
                     raise BadSamples(self.split, faults)
             x, y, w, h = draw.windows.T
             if self.raw:
-                images = self._pixels(draw, views)
+                images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
                 y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
             else:
-                images = [TensorCPU(view, "") for view in views]
+                images = pipeline.bytes_of(views)
             cut = images, np.stack([y, x], 1), np.stack([h, w], 1)
             if self.kind == "windows":
                 return cut
@@ -346,38 +261,21 @@ class Loader:
             changes = [column for column in draw.augment if column is not None]
             return *cut, draw.flips.astype(np.int32), out, *changes
 
-        device = self.place.device
-        pipeline = _pipeline(
-            source=source,
-            kind=self.kind,
-            decode=self.decode,
-            data=self.data,
-            largest=(int(self.split.height.max()), int(self.split.width.max())),
-            gpu=device.type == "cuda",
-            half=self.place.half,
-            batch_size=self.batch_size,
-            num_threads=self.place.threads,
-            device_id=device.index if device.type == "cuda" else None,
-            prefetch_queue_depth=self.data.queue_depth,
-            enable_conditionals=self.kind == "train" and self.data.augment != "none",
-        )
-        pipeline.build()
+        graph = pipeline.build(self._form(), self.data, source, self.place, self.batch_size)
         for number in range(feed.num_batches):
             try:
-                (images,) = pipeline.run()
+                (images,) = graph.run()
             except DataError:  # of our own source, and already clear
                 raise
             except RuntimeError as error:
                 raise self._at_fault(feed, error) from error
             yield images, feed.done(number)
 
-    def _pixels(self, draw: Draw, views: list[memoryview]) -> list[Any]:
-        """Raw images, or of raw training images the rows of their windows, for DALI."""
-        widths = self.split.width[draw.ids].tolist()
-        return [
-            TensorCPU(np.frombuffer(view, np.uint8).reshape(-1, width, 3), "HWC")
-            for view, width in zip(views, widths, strict=True)
-        ]
+    def _form(self) -> "pipeline.Form":
+        from fasttrain import pipeline
+
+        largest = int(self.split.height.max()), int(self.split.width.max())
+        return pipeline.Form(self.kind, self.decode, largest)
 
     def _labels(self, draw: Draw) -> Tensor:
         labels = torch.from_numpy(self.split.label[draw.ids].astype(np.int64))

@@ -166,7 +166,7 @@ def _try(argv: list[str]) -> None:
     """What the fresh interpreter does: settings as JSON, split, number of threads, device."""
     import torch
 
-    from fasttrain import data, runtime, schedule, shards
+    from fasttrain import data, resize, runtime, schedule, shards
 
     runtime.raise_file_limit()
     text, name, threads, kind = argv
@@ -181,7 +181,7 @@ def _try(argv: list[str]) -> None:
         data.train_batches(split, each, plan, 0, where, 0)
         for each, where in ((settings, place), (plain, on_cpu))
     )
-    std = torch.tensor(data.STD).view(1, 3, 1, 1)
+    std = torch.tensor(resize.STD).view(1, 3, 1, 1)
     differences = []
     for _ in range(4):
         ours, theirs = next(found).images.float().cpu(), next(expected).images

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fasttrain
 from fasttrain import config
 from fasttrain.shards import Split, write_atomically
 
@@ -158,7 +158,7 @@ def cache_dir() -> Path:
 
 def key_of(*parts: Any) -> str:
     """A short name for everything that a measurement depends on; fasttrain's version is added."""
-    text = json.dumps([version("fasttrain"), *parts], sort_keys=True, default=str)
+    text = json.dumps([fasttrain.__version__, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

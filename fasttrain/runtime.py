@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
+import fasttrain
 from fasttrain import config, forecast, rng
 
 STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
@@ -323,14 +324,18 @@ def check_alike(found: Sequence[Mapping[str, Any]]) -> None:
 
 def environment(process: Process) -> dict[str, Any]:
     """Versions, hardware, commit and command of this start."""
-    packages = ("accelerate", "numpy", "safetensors", "torch", "torchvision")
-    dali = [d.name for d in metadata.distributions() if d.name.startswith("nvidia-dali-cuda")]
-    versions = {name: metadata.version(name) for name in (*packages, *dali)}
+    packages = {"accelerate", "numpy", "safetensors", "torch", "torchvision"}
+    installed = {d.name: d.version for d in metadata.distributions()}
+    versions = {
+        name: version
+        for name, version in sorted(installed.items())
+        if name in packages or name.startswith("nvidia-dali-cuda")
+    }
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "commit": commit(),
-        "versions": {"fasttrain": metadata.version("fasttrain"), **versions},
+        "versions": {"fasttrain": fasttrain.__version__, **versions},
         "python": platform.python_version(),
         "host": platform.node(),
         "world_size": process.world_size,

@@ -247,6 +247,12 @@ def _centred_windows(
     return np.stack([(width - w) // 2, (height - h) // 2, w, h], 1)
 
 
+def augmented(data: config.Data) -> tuple[str, ...]:
+    """The fields of `Augment` that `data` switches on, in their order."""
+    on = data.augment != "none", any(data.color_jitter), bool(data.erase)
+    return tuple(name for name, asked in zip(Augment._fields, on, strict=True) if asked)
+
+
 def augment_draw(
     seed: int, epoch: int, ids: NDArray[np.int64], data: config.Data, crop_px: int
 ) -> Augment:
@@ -256,7 +262,8 @@ def augment_draw(
     torchvision.transforms.ColorJitter.
     """
     operations = jitter = erase = None
-    if data.augment != "none":
+    columns = augmented(data)
+    if "operations" in columns:
         number = data.augment_ops if data.augment == "rand" else 1
         key = (epoch, ids[:, None], np.arange(number))
         operation = uniform(seed, Stream.OPERATION, *key) * NUM_OPERATIONS  # (B, N)
@@ -266,13 +273,13 @@ def augment_draw(
             magnitude = uniform(seed, Stream.MAGNITUDE, *key) * MAGNITUDE_BINS
         negative = uniform(seed, Stream.SIGN, *key) < 0.5
         operations = np.stack([operation, magnitude, negative], -1).astype(np.int32)
-    if any(data.color_jitter):
+    if "jitter" in columns:
         *strengths, hue = data.color_jitter
         low = np.array([*(max(0, 1 - strength) for strength in strengths), -360 * hue])
         high = np.array([*(1 + strength for strength in strengths), 360 * hue])
         u = uniform(seed, Stream.JITTER, epoch, ids[:, None], np.arange(4))  # (B, 4)
         jitter = (low + (high - low) * u).astype(np.float32)
-    if data.erase:
+    if "erase" in columns:
         erase = erase_windows(seed, epoch, ids, data.erase, crop_px)
     return Augment(operations, jitter, erase)
 

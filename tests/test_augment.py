@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmen
 from torchvision.transforms import functional as TF
 from torchvision.transforms.autoaugment import _apply_op
 
-from fasttrain import augment, config, data, sampling, shards
+from fasttrain import augment, config, data, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, Placement
 from fasttrain.sampling import Augment
@@ -260,7 +260,7 @@ def test_the_erased_window_lies_in_the_mirrored_image(dataset: Path) -> None:
             expected = old.images[row].clone()
             expected[:, y : y + h, x : x + w] = 0
             # Without erasing, a CPU resizes outside DALI, which may round otherwise.
-            assert (new.images[row] - expected).abs().max() < 2 / 255 / min(data.STD)
+            assert (new.images[row] - expected).abs().max() < 2 / 255 / min(resize.STD)
             assert not new.images[row][:, y : y + h, x : x + w].any()
             seen.add((bool(flip), bool(h)))
     assert len(seen) == 4

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
-from fasttrain import config, data, sampling, shards
+from fasttrain import config, data, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement
 from fasttrain.schedule import Plan, make_plan
@@ -23,7 +23,7 @@ from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=2)
-MEAN, STD = torch.tensor(data.MEAN), torch.tensor(data.STD)
+MEAN, STD = torch.tensor(resize.MEAN), torch.tensor(resize.STD)
 
 
 @pytest.fixture(scope="module")

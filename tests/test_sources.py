@@ -16,7 +16,7 @@ from forms import FORMS, WNIDS, Photo
 from PIL import Image
 from test_shards import expected_samples, files_of
 
-from fasttrain import config, data, shards, sources
+from fasttrain import config, data, resize, shards, sources
 from fasttrain.shards import ShardError
 
 NAMED = [form for form in FORMS if form not in ("parquet-nopath", "webdataset-plain")]
@@ -81,7 +81,8 @@ def test_odd_images_come_out_as_pil_sees_them(made: dict[str, Path], photos: lis
     split = shards.open_split(root, "train")
     settings = config.Data(root=root, eval_resize_px=32, eval_crop_px=32)
     images = torch.cat([b.images for b in data.eval_loader(split, settings, 5, 0, 1, CPU)])
-    pixels = (images.permute(0, 2, 3, 1) * torch.tensor(data.STD) + torch.tensor(data.MEAN)) * 255
+    mean, std = torch.tensor(resize.MEAN), torch.tensor(resize.STD)
+    pixels = (images.permute(0, 2, 3, 1) * std + mean) * 255
     by_bytes = {p.data: p for p in photos}
     odd = 0
     for (_, stored), found in zip(expected_samples(root, "train"), pixels, strict=True):

@@ -196,6 +196,7 @@ class Doctor:
     def versions(self) -> Facts:
         import torch
 
+        import fasttrain
         from fasttrain import runtime
 
         names = ["torch", "torchvision", "accelerate"]
@@ -209,7 +210,7 @@ class Doctor:
         for message in probes.cuda_faults(built, newest[1]) if newest else ():
             self.fault(message)
         return {
-            "fasttrain": f"{metadata.version('fasttrain')}, commit {runtime.commit() or 'unknown'}",
+            "fasttrain": f"{fasttrain.__version__}, commit {runtime.commit() or 'unknown'}",
             "python": platform.python_version(),
             **{name: attempt(metadata.version, name) for name in names},
             "driver": drivers[0] if drivers else None,
