@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -48,7 +48,7 @@ class Saved(BaseModel):
     data: dict[str, str]  # digests of the index, by split
     world_size: int
     cpu_threads: int
-    execution: dict[str, Literal["eager", "compile", "graph", "compile_graph"]] = {}  # by device
+    execution: dict[str, config.Mode] = {}  # by device
 
 
 def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:

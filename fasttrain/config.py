@@ -31,6 +31,8 @@ from pydantic_core import ErrorDetails
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
+# Ways to carry out an update: see `execution`.
+Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
 # `~` and environment variables are for clusters: root = "$SLURM_TMPDIR/imagenet".
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
@@ -231,10 +233,11 @@ class Train(Section):
     """CutMix: paste a box of another image, likewise; with both, an even chance decides."""
     eval_every_epochs: Positive = 1
     """Evaluate after every so many epochs, and always at the end."""
-    execution: Literal["auto", "eager", "compile", "graph", "compile_graph"] = "auto"
+    execution: Literal["auto"] | Mode = "auto"
     """How an update is carried out, with the same result but for rounding: `compile` by
-    torch.compile, `graph` as one CUDA graph, `compile_graph` both; `auto` tries them before the
-    run and takes the fastest whose loss agrees with `eager`'s."""
+    torch.compile, `graph` as one CUDA graph, `compile_graph` both; with `_fuse` the compiler
+    computes cheap results again rather than store them. `auto` tries them before the run, takes
+    the fastest whose loss agrees with `eager`'s, and remembers it for later runs."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over processes; bf16 halves what is sent."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 0

@@ -5,37 +5,34 @@ compile  the same with forward, loss and backward compiled by torch.compile
 graph    all of an update recorded once as a CUDA graph and replayed, so that the host launches one
          thing instead of a thousand; exchanges one flat gradient instead of DDP's buckets
 compile_graph  the graph of the compiled update
+..._fuse       the compiler computes cheap results again rather than write and read them: see FUSE
 
-`choose` tries them on made-up images, and leaves no trace in what is trained.
+`modes` tries them on made-up images, and takes the fastest.
 """
 
 import copy
-import math
-import re
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DDPCommunicationHookType, gather_object
+from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fasttrain import config, runtime, schedule
+from fasttrain import config, flat
+from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
 from fasttrain.optim import Learner, WeightAverage, build_optimizer
-from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels
-
-
-class ExecutionError(config.Fault, RuntimeError):
-    """An update cannot be carried out as the recipe asks."""
+Run = Callable[[Any, Callable[[], object]], None]  # runs a function under a key
+Batch = tuple[Tensor, Tensor]  # images and labels
 
 
 class Eager:
@@ -47,13 +44,16 @@ class Eager:
         learner: Learner,
         plan: Plan,
         train: config.Train,
-        compile_it: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
+        """`options` are those of the compiler; None where nothing is compiled."""
         self.accelerator = accelerator
         self.learner = learner
         self.accumulation = plan.accumulation
-        self.guard = _guard(learner, plan, train)
-        self.loss_of = loss_function(learner.model, train, compile_it)
+        self.guard = Guard(learner, plan, train.max_skipped_steps)
+        self.compiled = options is not None
+        self.loss_of = loss_function(learner.model, train, options)
+        self.evaluators = _evaluators(learner, options, None)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """Adds the gradients of a micro-batch; only with the `is_last` are they exchanged.
@@ -81,68 +81,95 @@ class Eager:
         learner.state.step += 1
         if learner.ema:
             weight = self.guard.kept(learner.ema.weight(learner.state.step))
-            learner.ema.update(learner.module, weight)
+            learner.ema.update(learner.flat, weight)
+
+    def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
+        """Compiles for batches of these sizes. Changes nothing.
+
+        Raises:
+            Exception: what the compiler raises.
+        """
+        if not self.compiled:
+            return
+        learner = self.learner
+        kept = [tensor.clone() for tensor in learner.flat]
+        for images, labels in training:
+            with self.accelerator.no_sync(learner.model), self.accelerator.autocast():
+                loss = self.loss_of(images, labels)
+            loss.backward()
+        learner.optimizer.zero_grad()
+        with torch.no_grad():
+            for tensor, before in zip(learner.flat, kept, strict=True):
+                tensor.copy_(before)
+        _rehearse_evaluators(self.accelerator, self.evaluators, evaluation)
+
+    def close(self) -> None:
+        """Frees what only updates need."""
+        for parameter in self.learner.module.parameters():
+            parameter.grad = None
 
 
-def _guard(learner: Learner, plan: Plan, train: config.Train) -> Guard:
-    state = learner.state
-    return Guard(
-        learner.module, learner.optimizer, learner.scaler, plan.world_size,
-        train.max_skipped_steps, state.step, state.skipped_steps,
-    )  # fmt: skip
+# Inductor writes a result that several kernels read, BatchNorm's output in the backward of
+# hard-swish among them, in float32: 18 of 165 GB an update of Large at batch 1024 (counted from its
+# schedule, torch 2.14.1). Above these numbers of reads and operations it does so only later.
+FUSE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+MOST_SIZES = 64  # of images in a run, each compiled once
 
 
-def loss_function(model: nn.Module, train: config.Train, compile_it: bool) -> Loss:
-    """Compiled, it is for fixed shapes, with dropout drawn as eager draws it."""
+def compiler_options(mode: str) -> dict[str, Any] | None:
+    """The compiler's options for a mode; None where it compiles nothing."""
+    if "compile" not in mode:
+        return None
+    # Dropout is drawn as eager draws it.
+    return {"fallback_random": True, **(FUSE if "fuse" in mode else {})}
+
+
+def loss_function(model: nn.Module, train: config.Train, options: dict[str, Any] | None) -> Loss:
+    """Mean cross-entropy of a batch; compiled, if there are options, for each size of image."""
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
 
-    if compile_it:
-        compiled: Loss = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
-        return compiled
-    return loss_of
+    return loss_of if options is None else _compiled(loss_of, options)
 
 
-class Recorder:
-    """Runs functions of no arguments on a CUDA device as graphs, recorded when first called.
+def _compiled(function: Any, options: dict[str, Any]) -> Any:
+    from torch._dynamo import config as dynamo  # takes seconds
 
-    Source: CUDA graphs as PyTorch has them, pytorch.org/docs/stable/notes/cuda.html.
+    # Beyond its limit, 8, the compiler would run further sizes eagerly without a word.
+    dynamo.recompile_limit = MOST_SIZES
+    dynamo.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, options=options)
+
+
+class ComputeCopy:
+    """A network that forward and backward run in the place of another, for few kernels.
+
+    It shares BatchNorm's parameters and statistics with the network. Its other parameters are
+    copies in the type in which autocast multiplies: `refresh` makes them all at once, where
+    autocast casts each weight, and backward each gradient, by a kernel of its own. Nor does it
+    count BatchNorm's batches, which takes a kernel a layer.
     """
 
-    WARM_UPS = 3  # before recording: kernels are chosen and compiled, memory is found
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        """`dtype` is autocast's; None where all is float32, and all parameters are shared."""
+        layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        cast = [p for layer in layers for p in layer.parameters()] if dtype else []
+        copies = [nn.Parameter(p.detach().to(dtype)) for p in cast]
+        memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        memo |= {id(p): copied for p, copied in zip(cast, copies, strict=True)}
+        self.module = copy.deepcopy(module, memo)
+        for layer in self.module.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.num_batches_tracked = None
+        self.parameters = list(self.module.parameters())
+        self.copies = flat.lines([p.detach() for p in copies], cast)
+        self.originals = flat.lines([p.detach() for p in cast], cast)
 
-    def __init__(self, touched: Callable[[], list[Tensor]]) -> None:
-        self.touched = touched  # the tensors that functions change in place
-        self.graphs: dict[Any, Any] = {}
-        self.pool: Any = None
-
-    def __call__(self, key: Any, function: Callable[[], None]) -> None:
-        """Runs `function`; `key` tells it from others, and its shapes from other shapes."""
-        if key not in self.graphs:
-            self.graphs[key] = self._record(function)
-        self.graphs[key].replay()
-
-    def _record(self, function: Callable[[], None]) -> Any:
-        # Warming up changes weights and draws numbers; both are put back.
-        tensors, drawn = self.touched(), torch.cuda.get_rng_state()
-        kept = [tensor.clone() for tensor in tensors]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UPS):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, kept)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # The loader's thread may allocate meanwhile, which another mode would call a fault.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            function()
-        torch.cuda.set_rng_state(drawn)
-        self.pool = self.pool or graph.pool()
-        return graph
+    def refresh(self) -> None:
+        """Takes over the weights as they are now."""
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.originals)
 
 
 class Graphed:
@@ -158,39 +185,48 @@ class Graphed:
         learner: Learner,
         plan: Plan,
         train: config.Train,
-        compile_it: bool = False,
-        run: Callable[[Any, Callable[[], None]], None] | None = None,
+        options: dict[str, Any] | None = None,
+        run: Run | None = None,
     ) -> None:
-        """`run` runs a function under a key; by default as a CUDA graph."""
+        """`options` as of `Eager`. `run` runs a function; by default as a CUDA graph."""
         self.accelerator = accelerator
         self.learner = learner
         self.world_size = plan.world_size
         self.accumulation = plan.accumulation
-        self.guard = _guard(learner, plan, train)
         device = accelerator.device
+        on_gpu = device.type == "cuda"
+        self.guard = Guard(learner, plan, train.max_skipped_steps, bool(options) and on_gpu)
         self.lr = torch.zeros((), device=device)
         self.ema_weight = torch.zeros((), device=device)
-        self.inputs: dict[Any, tuple[Tensor, Tensor]] = {}
+        # Gradients are added up over processes and micro-batches, where DDP takes their mean.
+        self.share = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
+        self.inputs: dict[Any, Batch] = {}
         self.pending: Any = None  # the key of the last micro-batch's inputs
         self.exchange_bf16 = train.gradient_exchange == "bf16"
         for group in learner.optimizer.param_groups:
             group["lr"] = self.lr
-        self.gradients = _flat_gradients(learner.module)
-        self.run = run or Recorder(self._touched)
-        self.loss_of = loss_function(learner.module, train, compile_it)
+        self.dtype = torch.bfloat16 if train.precision == "bf16" else None
+        self.compute = ComputeCopy(learner.module, self.dtype)
+        parameters = list(learner.module.parameters())
+        self.gradients = torch.zeros_like(learner.flat.weights)
+        views = flat.views_of(self.gradients, parameters)
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.grad = view
+        # Of one micro-batch: added to the others where there are several.
+        self.fresh = torch.zeros_like(self.gradients) if plan.accumulation > 1 else self.gradients
+        self.places = flat.views_of(self.fresh, parameters)  # of the gradients
+        self.recorder = None if run else Recorder(self._touched())
+        self.run: Run = run or self.recorder  # type: ignore[assignment]
+        self.loss_of = loss_function(self.compute.module, train, options)
+        self.evaluators = _evaluators(learner, options, self.run)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """As of `Eager`; the last one is carried out with the update."""
-        key = (images.shape, images.dtype, labels.shape, labels.dtype)
-        if key not in self.inputs:
-            self.inputs[key] = torch.empty_like(images), torch.empty_like(labels)
-        static = self.inputs[key]
-        for target, given in zip(static, (images, labels), strict=True):
-            target.copy_(given, non_blocking=True)
+        key = self._take(images, labels)
         if is_last:
             self.pending = key
         else:
-            self.run(("micro", key), lambda: self._backward(*static))
+            self.run(("micro", key), lambda: self._backward(key))
 
     def update(self, lr: float) -> None:
         learner = self.learner
@@ -200,18 +236,59 @@ class Graphed:
         self.lr.fill_(lr)
         if learner.ema:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
+        self.run(("update", key), lambda: self._whole(key))
 
-        def whole() -> None:
-            self._backward(*self.inputs[key])
-            self._move()
+    def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
+        """Records the graphs for batches of these sizes. Changes nothing.
 
-        self.run(("update", key), whole)
+        To be done before a loader starts: see `Recorder.record`.
 
-    def _backward(self, images: Tensor, labels: Tensor) -> None:
+        Raises:
+            Exception: what the compiler or CUDA raise.
+        """
+        if self.recorder is None:
+            return
+        for images, labels in training:
+            key = self._take(images, labels)
+            if self.accumulation > 1:
+                self.recorder.record(("micro", key), partial(self._backward, key))
+            self.recorder.record(("update", key), partial(self._whole, key))
+        _rehearse_evaluators(self.accelerator, self.evaluators, evaluation)
+
+    def close(self) -> None:
+        """Frees the graphs, and the memory that only they need."""
+        if self.recorder:
+            self.recorder.close()
+        self.inputs.clear()
+        for parameter in self.learner.module.parameters():
+            parameter.grad = None
+
+    def _take(self, images: Tensor, labels: Tensor) -> Any:
+        """Copies a micro-batch to where the graphs look for it; returns its key."""
+        key = (images.shape, labels.shape, labels.dtype)
+        if key not in self.inputs:
+            self.inputs[key] = torch.empty_like(images, dtype=self.dtype), torch.empty_like(labels)
+        for target, given in zip(self.inputs[key], (images, labels), strict=True):
+            target.copy_(given, non_blocking=True)
+        return key
+
+    def _backward(self, key: Any) -> None:
+        """Adds the gradients of the micro-batch under `key`."""
+        images, labels = self.inputs[key]
+        with torch.no_grad():
+            self.compute.refresh()
         with self.accelerator.autocast():
             loss = self.loss_of(images, labels)
-        # Gradients are added over processes, where DDP takes their mean.
-        (loss / (self.accumulation * self.world_size)).backward()
+        found = torch.autograd.grad(loss, self.compute.parameters, self.share)
+        with torch.no_grad():
+            targets, sources = flat.lines(self.places, self.places), flat.lines(found, self.places)
+            for dtype in dict.fromkeys(source.dtype for source in sources):
+                # Lists of one type are copied by few kernels.
+                pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype]
+                torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+            if self.fresh is not self.gradients:
+                self.gradients += self.fresh
+            self.learner.flat.counts.add_(1)
         self.guard.add(loss, len(labels))
 
     @torch.no_grad()
@@ -226,35 +303,89 @@ class Graphed:
                 torch.distributed.all_reduce(self.gradients)
         self.guard.decide(self.gradients.norm())
         learner.optimizer.step()
-        self.gradients.zero_()
+        if self.fresh is not self.gradients:
+            self.gradients.zero_()
         if learner.ema:
-            learner.ema.update(learner.module, self.guard.kept(self.ema_weight))
+            learner.ema.update(learner.flat, self.guard.kept(self.ema_weight))
+
+    def _whole(self, key: Any) -> None:
+        """An update, with its last micro-batch."""
+        self._backward(key)
+        self._move()
 
     def _touched(self) -> list[Tensor]:
+        """All that an update changes, and that is there before and after it."""
         learner = self.learner
-        modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
         momenta = [
             state["momentum_buffer"]
             for state in learner.optimizer.state.values()
             if state.get("momentum_buffer") is not None
         ]
-        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        return [*(t.detach() for t in tensors), *momenta, self.gradients, *self.guard.tensors()]
-
-
-def _flat_gradients(module: nn.Module) -> Tensor:
-    """One tensor of zeros that the gradients of all parameters are views of, strides and all."""
-    parameters = list(module.parameters())
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    start = 0
-    for parameter in parameters:
-        view = flat[start : start + parameter.numel()]
-        parameter.grad = view.as_strided(parameter.shape, parameter.stride(), start)
-        start += parameter.numel()
-    return flat
+        average = learner.ema.flat if learner.ema else ()
+        return [*learner.flat, *average, *momenta, self.gradients, *self.guard.tensors()]
 
 
 Updater = Eager | Graphed
+
+
+class Evaluator:
+    """The logits of a network in evaluation, carried out as the updates are.
+
+    Batches of the size that was rehearsed are compiled, or recorded, or both; the last batch of an
+    evaluation may be smaller, and is carried out eagerly.
+    """
+
+    def __init__(
+        self, module: nn.Module, options: dict[str, Any] | None = None, run: Run | None = None
+    ) -> None:
+        self.module = module
+        self.forward: Callable[[Tensor], Tensor] = module
+        if options is not None:
+            self.forward = _compiled(lambda images: module(images), options)
+        self.run = run
+        self.plain = options is None and run is None
+        self.rehearsed: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # images and logits
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, S, S)` to logits `(B, C)`, which the next call may overwrite."""
+        if images.shape not in self.rehearsed:
+            logits: Tensor = self.module(images)
+            return logits
+        if self.run is None:
+            return self.forward(images)
+        place, logits = self.rehearsed[images.shape]
+        place.copy_(images, non_blocking=True)
+        self.run((id(self), images.shape), lambda: logits.copy_(self.forward(place)))
+        return logits
+
+    @torch.no_grad()
+    def rehearse(self, images: Tensor) -> None:
+        """Compiles and records for batches of this shape."""
+        if self.plain or images.shape in self.rehearsed:
+            return
+        was_training = self.module.training
+        self.module.eval()
+        logits = self.forward(images)
+        self.rehearsed[images.shape] = images, torch.empty_like(logits)
+        self(images)
+        self.module.train(was_training)
+
+
+def _evaluators(
+    learner: Learner, options: dict[str, Any] | None, run: Run | None
+) -> list[Evaluator]:
+    """Of the network, and of its moving average if there is one."""
+    modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
+    return [Evaluator(module, options, run) for module in modules]
+
+
+def _rehearse_evaluators(
+    accelerator: Accelerator, evaluators: Sequence[Evaluator], batches: Sequence[Tensor]
+) -> None:
+    for evaluator in evaluators:
+        for images in batches:
+            with accelerator.autocast():
+                evaluator.rehearse(images)
 
 
 def prepare(
@@ -277,7 +408,9 @@ def prepare(
             model, optimizer = accelerator.prepare(module, optimizer)
         if accelerator.num_processes > 1:
             _settle_buckets(accelerator, model)
-    return Learner(model, module, optimizer, average, accelerator.scaler)
+    # DistributedDataParallel would take the tensors apart again.
+    flattened = flat.flatten(module)
+    return Learner(model, module, flattened, optimizer, average, accelerator.scaler)
 
 
 def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
@@ -300,190 +433,9 @@ def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
 def build(
     mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
 ) -> Updater:
-    """What carries out the updates of a learner that `prepare` made for `mode`."""
+    """What carries out the updates of a learner that `prepare` made for `mode`.
+
+    A checkpoint has to be restored before: graphs keep the places of the tensors.
+    """
     kind = Graphed if "graph" in mode else Eager
-    return kind(accelerator, learner, plan, train, compile_it="compile" in mode)
-
-
-# --------------------------------------------------------------------------------------------------
-# Which mode
-# --------------------------------------------------------------------------------------------------
-
-AGREES = 0.01  # relative difference of the mean loss from eager's
-COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
-GAIN = 0.1  # of the time, about, by compiling on a CPU: -8 to 20 % measured
-CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What became of an attempt at a mode: `fault` is empty where it worked."""
-
-    mode: str
-    images_per_s: float = 0.0  # of all processes
-    loss: float = 0.0
-    fault: str = ""
-    remark: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.mode} {self.fault or f'{self.images_per_s:,.0f} images/s'}{self.remark}"
-
-
-def choose(
-    accelerator: Accelerator,
-    module: nn.Module,
-    recipe: config.Recipe,
-    plan: Plan,
-    num_classes: int,
-    before: str | None,
-    attempt: Callable[[str], Trial] | None = None,
-) -> tuple[str, str]:
-    """The mode to use, and one sentence on why; the same in all processes. Changes nothing.
-
-    Args:
-        before: the mode that the run had before it was stopped, if any, here.
-        attempt: tries a mode; by default on made-up images.
-    Raises:
-        ExecutionError: not even eager works.
-    """
-    train = recipe.train
-    if train.execution != "auto":
-        return train.execution, f"execution: {train.execution}, as the recipe says"
-    on_cpu = accelerator.device.type == "cpu"
-    ratio = math.inf
-    if train.precision == "bf16" and on_cpu:
-        ratio = bf16_ratio(module, schedule.largest_crop_px(recipe.data.crop_px))
-    # All decide alike: those that go on exchange results, and must not wait for one that does not.
-    if (ratio := min(gather_object([ratio]))) < 1:
-        return "eager", (
-            f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
-            "--set train.precision=no\nexecution: eager"
-        )
-    if before:
-        return before, f"execution: {before}, as before the stop"
-    if train.deterministic:
-        return "eager", "execution: eager, as a choice by speed may differ from run to run"
-
-    def trial(mode: str) -> Trial:
-        return try_mode(mode, accelerator, module, recipe, plan, num_classes)
-
-    attempt = attempt or trial
-    eager = attempt("eager")
-    if eager.fault:
-        raise ExecutionError(f"no update could be carried out: {eager}")
-    if on_cpu:
-        left_s = plan.total_steps * plan.global_batch_size / eager.images_per_s
-        if left_s * GAIN < COMPILE_S:
-            return "eager", "execution: eager, as compiling would take longer than it could save"
-        modes = ["compile"]
-    elif train.precision == "fp16":
-        modes = ["compile"]  # a scaled loss decides on the host whether to update
-    else:
-        modes = ["compile", "graph", "compile_graph"]
-    trials = [eager]
-    for other in map(attempt, modes):
-        if not other.fault and not abs(other.loss - eager.loss) <= AGREES * eager.loss:
-            fault = f"has another loss ({other.loss:.4f}, eager {eager.loss:.4f})"
-            other = replace(other, fault=fault)
-        trials.append(other)
-    best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
-    return best.mode, f"execution: {best.mode} ({'; '.join(map(str, trials))})"
-
-
-def try_mode(
-    mode: str,
-    accelerator: Accelerator,
-    module: nn.Module,
-    recipe: config.Recipe,
-    plan: Plan,
-    num_classes: int,
-) -> Trial:
-    """A few updates of a copy of the network, on made-up images of the recipe's largest size."""
-    device = accelerator.device
-    on_cpu = device.type == "cpu"
-    size = min(plan.micro_batch_size, CPU_IMAGES) if on_cpu else plan.micro_batch_size
-    some = replace(
-        plan, micro_batch_size=size, accumulation=1, global_batch_size=size * plan.world_size
-    )
-    generator = torch.Generator().manual_seed(0)
-    px = schedule.largest_crop_px(recipe.data.crop_px)
-    half = not on_cpu and recipe.train.precision != "no"
-    images = torch.randn(size, 3, px, px, generator=generator).to(
-        device, torch.float16 if half else torch.float32, memory_format=torch.channels_last
-    )
-    labels = torch.randint(num_classes, (size,), generator=generator).to(device)
-    warm_up, timed = (1, 2) if on_cpu else (5, 20)
-    seconds, loss, fault, remark = math.inf, 0.0, "", ""
-    try:
-        learner = prepare(mode, accelerator, copy.deepcopy(module), recipe, some)
-        updater = build(mode, accelerator, learner, some, recipe.train)
-
-        def updates(number: int) -> float:
-            begun = time.perf_counter()
-            for _ in range(number):
-                runtime.seed_torch(0, Stream.TORCH, learner.state.step)
-                updater.micro(images, labels, is_last=True)
-                updater.update(recipe.optim.warmup_lr)
-            updater.guard.loss_sum.item()  # waits for the device
-            return time.perf_counter() - begun
-
-        if "compile" in mode:
-            from torch._inductor.utils import run_and_get_code  # takes seconds
-
-            _, code = run_and_get_code(updates, warm_up)
-            lost = lost_channels_last(code)
-            remark = f" ({len(lost)} convolutions lose channels-last)" if lost else ""
-        else:
-            updates(warm_up)
-        seconds = updates(timed)
-        loss = float(updater.guard.loss_sum) / (size * (warm_up + timed))
-    except Exception as error:  # of a compiler, or of a device that lacks something
-        said = str(error).strip().splitlines() or ["nothing said"]
-        fault = f"failed: {type(error).__name__}: {said[0]}"
-    finally:
-        accelerator.free_memory()
-        if "compile" in mode:  # which imports the compiler
-            torch.compiler.reset()
-    results = gather_object([(seconds, loss, fault)])
-    faults = [text for _, _, text in results if text]
-    rate = timed * some.global_batch_size / max(taken for taken, _, _ in results)
-    mean = sum(found for _, found, _ in results) / len(results)
-    return Trial(mode, rate, mean, faults[0] if faults else "", remark)
-
-
-_CONVOLVED = re.compile(
-    r"assert_\w+\((\w+), \((\d+), (\d+), (\d+), (\d+)\), \((\d+), (\d+), .*aten\.(convolution\w*)"
-)
-
-
-def lost_channels_last(code: Sequence[str]) -> list[str]:
-    """The results of convolutions, forward and backward, that compiled code has in another layout.
-
-    Inductor is reported to lose it in the backward of depthwise convolutions on a GPU, which is 20
-    to 58 % slower.
-    """
-    lost = []
-    for line in "\n".join(code).splitlines():
-        if found := _CONVOLVED.search(line):
-            channels, height, width = (int(n) for n in found.group(3, 4, 5))
-            if channels > 1 and height * width > 1 and int(found[7]) != 1:
-                lost.append(f"{found[8]} {found[1]}")
-    return lost
-
-
-def bf16_ratio(module: nn.Module, px: int) -> float:
-    """Speed of forward and backward in bfloat16 over that in float32, on this CPU."""
-    network = copy.deepcopy(module)
-    images = torch.randn(8, 3, px, px).contiguous(memory_format=torch.channels_last)
-
-    def seconds(bf16: bool) -> float:
-        found = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = network(images).float().square().mean()
-            loss.backward()
-            found.append(time.perf_counter() - begun)
-        return min(found[1:])
-
-    return seconds(bf16=False) / seconds(bf16=True)
+    return kind(accelerator, learner, plan, train, compiler_options(mode))

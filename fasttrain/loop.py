@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fasttrain import checkpoint, config, runtime, sampling, schedule
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
-from fasttrain.execution import Updater
+from fasttrain.execution import Evaluator, Updater
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
 from fasttrain.mixing import Mix
@@ -108,8 +108,9 @@ def fit(
         _look_at_skipped(accelerator, learner, updater, plan, outputs)
         with clock.paused():
             return not _evaluate_and_log(
-                accelerator, learner, eval_batches, num_eval_samples, plan, outputs, stop_requested
-            )
+                accelerator, learner, updater.evaluators, eval_batches, num_eval_samples, plan,
+                outputs, stop_requested,
+            )  # fmt: skip
 
     # The run may have been stopped between an update and its evaluation.
     stopped = stop_requested() or evaluate_if_due()
@@ -188,13 +189,15 @@ def _update(
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
-    modules: Sequence[nn.Module],
+    evaluators: Sequence[Evaluator],
     batches: Iterable[Batch],
     num_samples: int,
     stop_requested: Callable[[], int] = lambda: 0,
     most_batches: int = 0,
 ) -> list[dict[str, Any]]:
     """`top1`, `top5` (percent), `loss` and `seen` of each network over all processes' batches.
+
+    Each network is in evaluation mode meanwhile.
 
     Processes may have different numbers of batches, at most `most_batches`: sums are exchanged at
     the end alone, and `stop_requested` is asked equally often by all. Where it does not say 0,
@@ -203,15 +206,16 @@ def evaluate(
     Raises:
         RuntimeError: not every one of `num_samples` images was seen exactly once.
     """
-    sums = [EvalSums(accelerator.device) for _ in modules]
+    sums = [EvalSums(accelerator.device) for _ in evaluators]
+    modules = [evaluator.module for evaluator in evaluators]
     was_training = [module.training for module in modules]
     for module in modules:
         module.eval()
     try:
         for batch, _ in itertools.zip_longest(batches, range(most_batches)):
-            for module, total in zip(modules, sums, strict=True) if batch else ():
+            for evaluator, total in zip(evaluators, sums, strict=True) if batch else ():
                 with accelerator.autocast():
-                    logits = module(batch.images)
+                    logits = evaluator(batch.images)
                 total.add(logits, batch.labels)
             if stop_requested():
                 return []
@@ -232,6 +236,7 @@ def evaluate(
 def _evaluate_and_log(
     accelerator: Accelerator,
     learner: Learner,
+    evaluators: Sequence[Evaluator],
     batches: Iterable[Batch],
     num_samples: int,
     plan: Plan,
@@ -240,9 +245,8 @@ def _evaluate_and_log(
 ) -> bool:
     """Whether it was carried out; not, where all should stop."""
     start = time.perf_counter()
-    modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
     most = sampling.num_eval_batches(num_samples, plan.micro_batch_size, 0, plan.world_size)
-    results = evaluate(accelerator, modules, batches, num_samples, stop_requested, most)
+    results = evaluate(accelerator, evaluators, batches, num_samples, stop_requested, most)
     if not results:
         return False
     step = learner.state.step - 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import config
+from fasttrain.flat import Flat, flatten
 
 
 def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
@@ -41,23 +42,17 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.flat = flatten(self.module)
 
     def weight(self, num_updates: int) -> float:
         """The part of the weights after update number `num_updates` (the first is 1)."""
         return 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, weight: Tensor) -> None:
-        """Takes in the weights by their part `weight`, 0-d on the device."""
-        average, given = _floats(self.module), _floats(model)
-        # lerp takes no single tensor of a weight.
-        difference = torch._foreach_sub(given, average)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(average, difference)
-
-
-def _floats(model: nn.Module) -> list[Tensor]:
-    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    def update(self, flat: Flat, weight: Tensor) -> None:
+        """Takes in the weights and statistics of the network by their part `weight`, 0-d there."""
+        self.flat.weights.lerp_(flat.weights, weight)
+        self.flat.statistics[:-1].lerp_(flat.statistics[:-1], weight)
 
 
 @dataclass(slots=True)
@@ -77,6 +72,7 @@ class Learner:
 
     model: nn.Module  # as prepared by Accelerate
     module: nn.Module  # the network itself
+    flat: Flat  # of the network
     optimizer: torch.optim.Optimizer
     ema: WeightAverage | None
     scaler: torch.amp.GradScaler | None

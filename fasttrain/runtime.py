@@ -152,8 +152,15 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
 
 
 def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
-    """Seeds torch's generators from counters, so that nothing depends on what was drawn before."""
-    torch.manual_seed(int(rng.hash64(seed, stream, *counters)[0]) >> 1)
+    """Seeds torch's generators from counters, so that nothing depends on what was drawn before.
+
+    Those of the CPU and of this process's GPU. `torch.manual_seed` would seed those of all devices
+    there are, and takes 0.2 to 0.8 ms, as it formats a traceback for each kind that is not in use.
+    """
+    number = int(rng.hash64(seed, stream, *counters)[0]) >> 1
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
 
 
 def _follow_launcher(environ: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from fasttrain.shards import Split
 
 if TYPE_CHECKING:
     from fasttrain import data, runtime
+    from fasttrain.optim import Learner
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +75,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-    from fasttrain import checkpoint, data, decoding, display, execution, heartbeat, loop, runtime
+    from fasttrain import checkpoint, data, decoding, display, heartbeat, loop, modes, runtime
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
@@ -139,8 +140,15 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
     module.to(process.device).to(memory_format=torch.channels_last)
-    mode, why_mode = execution.choose(accelerator, module, recipe, plan, num_classes, before)
-    learner = execution.prepare(mode, accelerator, module, recipe, plan)
+    setup = modes.Setup(accelerator, module, recipe, plan, num_classes)
+    mode, why_mode = modes.choose(setup, before, view.say)
+
+    def restore(learner: "Learner") -> None:
+        if newest:
+            checkpoint.restore(newest, learner, about, view.say)
+
+    mode, learner, updater = modes.start(mode, setup, restore, view.say)
+    about["execution"] = {kind: mode}
 
     # ---- what it is trained on
     half = process.device.type == "cuda" and recipe.train.precision != "no"
@@ -164,9 +172,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     )
     view.say(f"{why_decode}\n{why_mode}")
     outlook = _forecast(recipe, input_settings, train_set, plan, process, place, stages, view.say)
-    about["execution"] = {kind: mode}
     if newest:
-        checkpoint.restore(newest, learner, about, view.say)
         view.say(f"going on from {newest}")
     state = learner.state
     signs.where = lambda: f"update {learner.state.step}"
@@ -189,7 +195,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         forecast=outlook,
         keys_of=partial(_samples_of, train_set, recipe.data, plan),
     )
-    updater = execution.build(mode, accelerator, learner, plan, recipe.train)
     with view:
         done = loop.fit(
             accelerator, learner, lambda step: signs.counted(train_batches(step)), eval_batches,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import Optim
+from fasttrain.flat import flatten
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import Learner, TrainState, WeightAverage, build_optimizer
 
@@ -37,7 +38,8 @@ def learner(seed: int = 0, step: int = 0) -> Learner:
     optimizer = build_optimizer(model, Optim())
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
-    return Learner(model, model, optimizer, WeightAverage(model, 0.9), None, TrainState(step=step))
+    average = WeightAverage(model, 0.9)
+    return Learner(model, model, flatten(model), optimizer, average, None, TrainState(step=step))
 
 
 def same(a: Learner, b: Learner) -> bool:

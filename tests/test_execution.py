@@ -5,7 +5,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fasttrain import execution, runtime
+from fasttrain import execution, graphs, runtime
 from fasttrain.config import Data, Optim, Recipe, Train
-from fasttrain.execution import Graphed, Trial
+from fasttrain.execution import Graphed
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import Learner
 from fasttrain.rng import Stream
@@ -288,20 +288,18 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
     recording = False
 
     class Graph:
-        def pool(self) -> str:
-            return "pool"
+        def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+            nonlocal recording
+            assert (pool, capture_error_mode) == ("pool", "thread_local")
+            recording = True
+
+        def capture_end(self) -> None:
+            nonlocal recording
+            recording = False
+            self.function = recorded[-1]
 
         def replay(self) -> None:
             self.function()
-
-    @contextmanager
-    def graph(made: Graph, pool: str | None, capture_error_mode: str) -> Iterator[None]:
-        nonlocal recording
-        assert (pool, capture_error_mode) == ("pool" if recorded else None, "thread_local")
-        recording = True
-        yield
-        recording = False
-        made.function = recorded[-1]
 
     def function() -> None:
         if recording:
@@ -311,12 +309,15 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream, "synchronize": lambda: None,
+        "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool", "Stream": lambda: stream,
+        "synchronize": lambda: None, "empty_cache": lambda: None,
         "stream": lambda stream: nullcontext(), "current_stream": lambda: stream,
         "get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    recorder = execution.Recorder(lambda: [weights])
+    recorder = graphs.Recorder([weights])
+    recorder.record("small", function)
+    assert torch.equal(weights, torch.zeros(3))
     for seed, key in enumerate(("small", "small", "large")):
         torch.manual_seed(seed)
         recorder(key, function)
@@ -343,140 +344,3 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
         assert found == pytest.approx(expected, rel=rel)
         if updates == 5:
             assert_same(other, eager, rtol=1e-2, atol=1e-3)
-
-
-# --------------------------------------------------------------------------------------------------
-# Which mode
-# --------------------------------------------------------------------------------------------------
-
-
-class Device:
-    """Stands in for an accelerator of a kind."""
-
-    def __init__(self, kind: str) -> None:
-        self.device = torch.device(kind)
-
-
-def chosen(
-    trials: dict[str, Trial], kind: str = "cuda", before: str | None = None, **train: Any
-) -> tuple[str, str, list[str]]:
-    tried: list[str] = []
-
-    def attempt(mode: str) -> Trial:
-        tried.append(mode)
-        return trials[mode]
-
-    recipe = recipe_for(**{"precision": "bf16"} | train)
-    mode, why = execution.choose(
-        Device(kind),  # type: ignore[arg-type]
-        nn.Identity(), recipe, plan_for(recipe), 4, before, attempt,
-    )  # fmt: skip
-    return mode, why, tried
-
-
-GOOD = {
-    "eager": Trial("eager", 2000, 1.5),
-    "compile": Trial("compile", 3000, 1.501),
-    "graph": Trial("graph", 4000, 1.5),
-    "compile_graph": Trial("compile_graph", 5000, 1.499),
-}
-
-
-def test_the_fastest_that_agrees_is_taken() -> None:
-    mode, why, tried = chosen(GOOD)
-    assert mode == "compile_graph" and tried == list(GOOD)
-    assert why == (
-        "execution: compile_graph (eager 2,000 images/s; compile 3,000 images/s; "
-        "graph 4,000 images/s; compile_graph 5,000 images/s)"
-    )
-
-
-def test_what_is_wrong_or_fails_is_not_taken() -> None:
-    wrong = Trial("compile_graph", 5000, 1.6)
-    broken = Trial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
-    nan = Trial("compile", 3000, float("nan"))
-    mode, why, _ = chosen(GOOD | {"compile_graph": wrong, "graph": broken, "compile": nan})
-    assert mode == "eager"
-    assert "compile_graph has another loss (1.6000, eager 1.5000)" in why
-    assert "graph failed: RuntimeError: no graphs here" in why
-
-
-def test_fp16_takes_no_graph() -> None:
-    assert chosen(GOOD, precision="fp16")[2] == ["eager", "compile"]
-    with pytest.raises(ValueError, match="a CUDA graph cannot skip updates"):
-        recipe_for(precision="fp16", execution="graph")
-
-
-def test_a_run_keeps_its_mode_and_the_recipe_rules() -> None:
-    assert chosen({}, before="compile") == ("compile", "execution: compile, as before the stop", [])
-    mode, _, tried = chosen({}, before="compile", execution="eager")
-    assert (mode, tried) == ("eager", [])
-
-
-def test_a_fault_of_eager_itself_is_said() -> None:
-    broken = {"eager": Trial("eager", 0.0, 0.0, "failed: no memory")}
-    for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
-        with pytest.raises(execution.ExecutionError, match="carried out: eager failed: no memory"):
-            chosen(broken, kind, precision=precision)
-
-
-def test_a_short_run_on_a_cpu_is_not_compiled() -> None:
-    mode, why, tried = chosen(GOOD, "cpu", precision="no")
-    assert (mode, tried) == ("eager", ["eager"])
-    assert why == "execution: eager, as compiling would take longer than it could save"
-    slow = {"eager": Trial("eager", 0.1, 1.5), "compile": Trial("compile", 0.2, 1.5)}
-    assert chosen(slow, "cpu", precision="no")[0] == "compile"
-
-
-def test_a_trial_leaves_no_trace() -> None:
-    recipe = recipe_for()
-    module = network()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    accelerator = Accelerator(cpu=True)
-    trial = execution.try_mode("eager", accelerator, module, recipe, plan_for(recipe), 4)
-    assert not trial.fault and trial.images_per_s > 0 and 0.5 < trial.loss < 3
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert all(p.grad is None for p in module.parameters())
-
-
-def test_lost_layouts_are_found_in_compiled_code() -> None:
-    backward = "'torch.ops.aten.convolution_backward.default')"
-    last, first = "(2048, 1, 256, 32)", "(2048, 64, 8, 1)"
-    code = [
-        f"assert_size_stride(buf6, (8, 32, 8, 8), {last}, {backward}",
-        f"    assert_tensor_metadata(buf7, (8, 32, 8, 8), {first}, torch.float32, {backward}",
-        f"assert_size_stride(buf8, (8, 32, 8, 8), {first}, 'torch.ops.aten.mm.default')",
-        f"assert_size_stride(buf9, (32, 1, 3, 3), (9, 9, 3, 1), {backward}",  # of filters
-    ]
-    assert execution.lost_channels_last(code) == ["convolution_backward buf7"]
-
-
-def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(execution, "lost_channels_last", lambda code: seen.extend(code) or ["one"])
-    recipe = recipe_for()
-    torch.manual_seed(0)
-    block = Block().to(memory_format=torch.channels_last)
-    trial = execution.try_mode("compile", Accelerator(cpu=True), block, recipe, plan_for(recipe), 4)
-    assert not trial.fault and str(trial).endswith("images/s (1 convolutions lose channels-last)")
-    assert any("convolution" in text for text in seen)
-
-
-def test_bf16_that_is_slow_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0.001 < execution.bf16_ratio(network(), 32) < 10
-    trials = {"eager": Trial("eager", 1e9, 1.0)}
-    for ratio, said in (
-        (0.25, "WARNING: bfloat16 takes 4.0 times as long as float32 on this CPU: use --set "),
-        (1.5, "execution: eager, as compiling would take longer than it could save"),
-    ):
-        monkeypatch.setattr(execution, "bf16_ratio", lambda module, px, ratio=ratio: ratio)
-        mode, why, _ = chosen(trials, "cpu")
-        assert mode == "eager" and why.startswith(said)
-
-
-def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
-    recipe = recipe_for()
-    trial = execution.try_mode(
-        "graph", Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4
-    )
-    assert trial.fault.startswith("failed: ") and trial.images_per_s == 0

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fasttrain import execution
 from fasttrain.config import Optim, Recipe, Train
 from fasttrain.execution import Graphed, Updater
+from fasttrain.flat import flatten
 from fasttrain.guard import Guard
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import Learner, build_optimizer
-from fasttrain.schedule import make_plan
+from fasttrain.schedule import Plan, make_plan
 
 
 def built(mode: str, max_skipped: int = 100, micro: int = 8) -> tuple[Learner, Updater]:
@@ -46,6 +47,16 @@ def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(size, 3, 32, 32, generator=generator)
     return images, torch.randint(4, (size,), generator=generator)
+
+
+def learner_of(module: nn.Module, scaler: torch.amp.GradScaler | None = None) -> Learner:
+    flat = flatten(module)
+    return Learner(module, module, flat, build_optimizer(module, Optim()), None, scaler)
+
+
+def plan_of(images: int, world_size: int = 1) -> Plan:
+    train = Train(epochs=9, global_batch_size=images * world_size)
+    return make_plan(train, Optim(), 64, world_size)
 
 
 def carry_out(updater: Updater, step: int, spoil: Callable[[Tensor], object] | None = None) -> None:
@@ -116,9 +127,9 @@ def test_of_an_accumulated_update_one_bad_part_is_enough() -> None:
 
 def test_a_loss_alone_counts() -> None:
     """With a finite gradient, as of a class that softmax gives no chance at all."""
-    module = nn.Linear(2, 2)
-    optimizer = build_optimizer(module, Optim())
-    guard = Guard(module, optimizer, None, world_size=1, max_skipped=9)
+    learner = learner_of(nn.Linear(2, 2))
+    module, optimizer = learner.module, learner.optimizer
+    guard = Guard(learner, plan_of(4), max_skipped=9)
     before = copy.deepcopy(module.state_dict())
     for loss in (math.inf, 1.0):
         for parameter in module.parameters():
@@ -132,11 +143,11 @@ def test_a_loss_alone_counts() -> None:
 
 
 def test_with_a_scaler_gradients_are_its_business_and_the_loss_is_not() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    optimizer = build_optimizer(module, Optim())
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    guard = Guard(module, optimizer, scaler, world_size=1, max_skipped=9)
-    weight = module[0].weight
+    learner = learner_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), scaler)
+    module, optimizer = learner.module, learner.optimizer
+    guard = Guard(learner, plan_of(4), max_skipped=9)
+    weight = next(module.parameters())
     seen = []
     for loss, gradient in ((1.0, 2.0), (1.0, math.inf), (math.nan, 2.0), (1.0, 2.0)):
         for parameter in module.parameters():
@@ -158,7 +169,7 @@ def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     model = mobilenetv3_small(0.35, num_classes=4).train()
     alone = copy.deepcopy(model)
-    guard = Guard(model, build_optimizer(model, Optim()), None, world_size=2, max_skipped=9)
+    guard = Guard(learner_of(model), plan_of(4, world_size=2), max_skipped=9)
     # Another process with the same statistics: their average is unchanged.
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))
     images = torch.randn(4, 3, 32, 32)

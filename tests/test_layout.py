@@ -14,11 +14,12 @@ MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
 ROWS = (
     {"train"},
-    {"loop", "decoding"},
+    {"loop", "decoding", "modes"},
     {"checkpoint", "execution"},
-    {"data", "display", "guard", "metrics", "mixing", "optim", "runtime", "model"},
+    {"guard"},
+    {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime", "model"},
     {"pipeline"},
-    {"heartbeat", "reading", "resize"},
+    {"flat", "heartbeat", "reading", "resize"},
     {"augment", "digits", "depthwise", "run_folder", "staging"},
     {"forecast"},
     {"sampling"},

@@ -16,6 +16,7 @@ from fasttrain import checkpoint, execution, loop
 from fasttrain.config import Optim, Recipe, Train
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
+from fasttrain.execution import Evaluator
 from fasttrain.loop import Outputs
 from fasttrain.mixing import Mix, build_mix
 from fasttrain.model import mobilenetv3_small
@@ -309,5 +310,5 @@ def test_evaluation_must_see_every_image() -> None:
     model = mobilenetv3_small(0.35, num_classes=4)
     model.train()
     with pytest.raises(RuntimeError, match="evaluated 8 of 9 images"):
-        loop.evaluate(Accelerator(cpu=True), [model], random_batches(1, 8), 9)
+        loop.evaluate(Accelerator(cpu=True), [Evaluator(model)], random_batches(1, 8), 9)
     assert model.training

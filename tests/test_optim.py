@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasttrain.config import Optim
+from fasttrain.flat import flatten
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import WeightAverage, build_optimizer
 
@@ -50,6 +51,7 @@ def test_one_update_is_sgd_with_momentum() -> None:
 def test_moving_average_equals_torchs() -> None:
     torch.manual_seed(0)
     model = mobilenetv3_small(0.35, num_classes=4).train()
+    flat = flatten(model)
     ours = WeightAverage(model, decay=0.5)
     reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     reference.update_parameters(model)  # its first call copies
@@ -58,7 +60,7 @@ def test_moving_average_equals_torchs() -> None:
             model(torch.randn(2, 3, 32, 32))
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        ours.update(model, torch.tensor(ours.weight(number)))
+        ours.update(flat, torch.tensor(ours.weight(number)))
         reference.update_parameters(model)
     expected = reference.module.state_dict()
     for name, found in ours.module.state_dict().items():
@@ -72,5 +74,5 @@ def test_decay_grows() -> None:
     with torch.no_grad():
         average.module.weight.zero_()  # type: ignore[operator, union-attr]
         model.weight.fill_(1.0)
-    average.update(model, torch.tensor(average.weight(1)))
+    average.update(flatten(model), torch.tensor(average.weight(1)))
     assert average.module.weight.item() == pytest.approx(1 - 2 / 11)  # type: ignore[operator]

@@ -44,6 +44,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     from accelerate import Accelerator
 
     from fasttrain import checkpoint, data, decoding, loop, runtime
+    from fasttrain.execution import Evaluator
     from fasttrain.model import build_model
 
     weights, recipe = find_weights(arguments.checkpoint, arguments.ema, arguments.recipe)
@@ -63,7 +64,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     batches = data.eval_loader(
         split, settings, arguments.batch_size, process.rank, process.world_size, place
     )
-    (result,) = loop.evaluate(accelerator, [model], batches, split.num_samples)
+    (result,) = loop.evaluate(accelerator, [Evaluator(model)], batches, split.num_samples)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(result) + "\n")
     accelerator.end_training()

@@ -1,0 +1,375 @@
+"""Which way to carry out updates (`train.execution`): tried before a run, and what works then.
+
+Nothing that is tried leaves a trace in what is trained.
+"""
+
+import copy
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fasttrain import config, execution, forecast, runtime, schedule
+from fasttrain.execution import Batch, Updater
+from fasttrain.optim import Learner
+from fasttrain.rng import Stream
+from fasttrain.schedule import Plan
+
+AGREES = 0.01  # relative difference of the mean loss from eager's
+COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
+GAIN = 0.1  # of the time, about, by compiling on a CPU: -8 to 20 % measured
+CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
+
+
+class ExecutionError(config.Fault, RuntimeError):
+    """An update cannot be carried out as the recipe asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is to be trained, and where."""
+
+    accelerator: Accelerator
+    module: nn.Module  # on its device, channels-last
+    recipe: config.Recipe
+    plan: Plan
+    num_classes: int
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.accelerator.device.type == "cpu"
+
+    def images(self, size: int, px: int) -> Tensor:
+        """Made-up images `(size, 3, px, px)`, of the type and layout of the loader's."""
+        half = not self.on_cpu and self.recipe.train.precision != "no"
+        device = self.accelerator.device
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.randn(size, 3, px, px, generator=generator, device=device)
+        return images.to(
+            torch.float16 if half else torch.float32, memory_format=torch.channels_last
+        )
+
+    def batch(self, size: int, px: int) -> Batch:
+        """Made-up images, and labels `(size,)`, or `(size, C)` where labels are mixed."""
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(self.num_classes, (size,), generator=generator)
+        if self.recipe.train.mixup_alpha or self.recipe.train.cutmix_alpha:
+            labels = F.one_hot(labels, self.num_classes).float()
+        return self.images(size, px), labels.to(self.accelerator.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of an attempt at a mode: `fault` is empty where it worked."""
+
+    mode: str
+    images_per_s: float = 0.0  # of all processes
+    loss: float = 0.0
+    fault: str = ""
+    remark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.fault or f'{self.images_per_s:,.0f} images/s'}{self.remark}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The choice
+# --------------------------------------------------------------------------------------------------
+
+
+def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tuple[str, str]:
+    """The mode to use, and one sentence on why; the same in all processes.
+
+    What was measured without a fault is remembered for later runs on such a machine.
+
+    Args:
+        before: the mode that the run had before it was stopped, if any, on this kind of device.
+        say: is told what takes long.
+    Raises:
+        ExecutionError: not even eager works.
+    """
+    train, plan = setup.recipe.train, setup.plan
+    if train.execution != "auto":
+        return train.execution, f"execution: {train.execution}, as the recipe says"
+    ratio = math.inf
+    if train.precision == "bf16" and setup.on_cpu:
+        ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
+    # All decide alike: those that go on exchange results, and must not wait for one that does not.
+    if (ratio := min(gather_object([ratio]))) < 1:
+        return "eager", (
+            f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
+            "--set train.precision=no\nexecution: eager"
+        )
+    if before:
+        return before, f"execution: {before}, as before the stop"
+    if train.deterministic:
+        return "eager", "execution: eager, as a choice by speed may differ from run to run"
+    key = _key(setup)
+    remembered = broadcast_object_list([forecast.recall(key)])[0]
+    if remembered:
+        return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
+    eager = try_mode("eager", setup)
+    if eager.fault:
+        raise ExecutionError(f"no update could be carried out: {eager}")
+    if setup.on_cpu:
+        left_s = plan.total_steps * plan.global_batch_size / eager.images_per_s
+        if left_s * GAIN < COMPILE_S:
+            return "eager", "execution: eager, as compiling would take longer than it could save"
+    trials, modes = [eager], _candidates(setup)
+    for mode in modes:
+        if "compile" in mode:
+            say(
+                f"trying train.execution = {mode}: compiling may take minutes; it is kept for "
+                "later runs, and --set train.execution=MODE takes a mode without trying"
+            )
+        trial = try_mode(mode, setup)
+        if not trial.fault and not abs(trial.loss - eager.loss) <= AGREES * eager.loss:
+            fault = f"has another loss ({trial.loss:.4f}, eager {eager.loss:.4f})"
+            trial = replace(trial, fault=fault)
+        trials.append(trial)
+        if trial.fault and (unrecorded := mode.replace("compile_graph", "compile")) not in modes:
+            modes.append(unrecorded)
+    best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
+    why = f"{best.mode} ({'; '.join(map(str, trials))})"
+    if setup.accelerator.is_main_process and not any(trial.fault for trial in trials):
+        forecast.remember(key, {"mode": best.mode, "why": why})
+    return best.mode, f"execution: {why}"
+
+
+def _candidates(setup: Setup) -> list[str]:
+    """The modes to try beside eager."""
+    if setup.on_cpu or setup.recipe.train.precision == "fp16":
+        return ["compile"]  # a scaled loss decides on the host whether to update
+    found = ["graph", "compile_graph", "compile_graph_fuse"]
+    # One process alone gains nothing by launching what it could replay. Of several, those that are
+    # not recorded exchange gradients while others are still being computed.
+    return found if setup.plan.world_size == 1 else [*found, "compile", "compile_fuse"]
+
+
+def _key(setup: Setup) -> str:
+    """Of all that decides which mode is the fastest."""
+    device = setup.accelerator.device
+    recipe, plan = setup.recipe, setup.plan
+    return forecast.key_of(
+        "execution", runtime.device_name(device), torch.__version__, torch.version.cuda,
+        recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
+        bool(recipe.optim.ema_decay), recipe.data.crop_px, setup.num_classes,
+        plan.micro_batch_size, plan.accumulation, plan.world_size, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def bf16_ratio(module: nn.Module, px: int) -> float:
+    """Speed of forward and backward in bfloat16 over that in float32, on this CPU."""
+    network = copy.deepcopy(module)
+    images = torch.randn(8, 3, px, px).contiguous(memory_format=torch.channels_last)
+
+    def seconds(bf16: bool) -> float:
+        found = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = network(images).float().square().mean()
+            loss.backward()
+            found.append(time.perf_counter() - begun)
+        return min(found[1:])
+
+    return seconds(bf16=False) / seconds(bf16=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# A trial
+# --------------------------------------------------------------------------------------------------
+
+
+def try_mode(mode: str, setup: Setup) -> Trial:
+    """A few updates of a copy of the network, on made-up images of the recipe's largest size."""
+    size, plan = setup.plan.micro_batch_size, setup.plan
+    size = min(size, CPU_IMAGES) if setup.on_cpu else size
+    plan = replace(
+        plan, micro_batch_size=size, accumulation=1, global_batch_size=size * plan.world_size
+    )
+    tried = replace(setup, plan=plan)
+    images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
+    # A process that fails would have the others wait for it in an exchange: each tries alone first.
+    if plan.world_size > 1 and mode != "eager":
+        if fault := _first(_fault_alone(mode, tried, (images, labels))):
+            return Trial(mode, fault=fault)
+    warm_up, timed = (1, 2) if setup.on_cpu else (5, 20)
+    seconds, loss, fault, remark = math.inf, 0.0, "", ""
+    scaler = setup.accelerator.scaler
+    scaling = copy.deepcopy(scaler.__dict__) if scaler else {}
+    updater: Updater | None = None
+    try:
+        recipe = setup.recipe
+        learner = execution.prepare(
+            mode, setup.accelerator, copy.deepcopy(setup.module), recipe, plan
+        )
+        updater = execution.build(mode, setup.accelerator, learner, plan, recipe.train)
+        updates = _updates(updater, (images, labels), recipe.optim.warmup_lr)
+        if "compile" in mode:
+            from torch._inductor.utils import run_and_get_code  # takes seconds
+
+            _, code = run_and_get_code(updates, warm_up)
+            lost = lost_channels_last(code)
+            remark = f" ({len(lost)} convolutions lose channels-last)" if lost else ""
+        else:
+            updates(warm_up)
+        seconds = updates(timed)
+        loss = float(updater.guard.loss_sum) / (size * (warm_up + timed))
+    except Exception as error:  # of a compiler, or of a device that lacks something
+        fault = _text(error)
+    finally:
+        learner = updates = None  # type: ignore[assignment]
+        _give_back(mode, setup, updater)
+        updater = None
+        if scaler:  # which the run shares
+            scaler.__dict__.update(scaling)
+    results = gather_object([(seconds, loss, fault)])
+    faults = [text for _, _, text in results if text]
+    rate = timed * plan.global_batch_size / max(taken for taken, _, _ in results)
+    mean = sum(found for _, found, _ in results) / len(results)
+    return Trial(mode, rate, mean, faults[0] if faults else "", remark)
+
+
+def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float]:
+    """A function that carries out so many updates, and returns the seconds that they took."""
+
+    def updates(number: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(number):
+            runtime.seed_torch(0, Stream.TORCH, updater.learner.state.step)
+            updater.micro(*batch, is_last=True)
+            updater.update(lr)
+        updater.guard.loss_sum.item()  # waits for the device
+        return time.perf_counter() - begun
+
+    return updates
+
+
+def _fault_alone(mode: str, setup: Setup, batch: Batch) -> str:
+    """What fails when this process compiles and records without exchanging anything; or nothing."""
+    plan = replace(setup.plan, world_size=1)
+    module, recipe = copy.deepcopy(setup.module), setup.recipe
+    updater: Updater | None = None
+    try:
+        learner = execution.prepare("graph", setup.accelerator, module, recipe, plan)
+        updater = execution.build(mode, setup.accelerator, learner, plan, recipe.train)
+        updater.rehearse([batch], [])
+    except Exception as error:
+        return _text(error)
+    finally:
+        learner = None  # type: ignore[assignment]
+        _give_back(mode, setup, updater)
+    return ""
+
+
+def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
+    """Frees what a trial held: at batch 1024 some 25 GB, which the next one needs."""
+    if updater:
+        updater.close()
+    del updater
+    setup.accelerator.free_memory()
+    if "compile" in mode:  # which imports the compiler
+        torch.compiler.reset()
+    gc.collect()
+    if not setup.on_cpu:
+        torch.cuda.empty_cache()
+
+
+def _text(error: Exception) -> str:
+    said = str(error).strip().splitlines() or ["nothing said"]
+    return f"failed: {type(error).__name__}: {said[0]}"
+
+
+def _first(fault: str) -> str:
+    """The first fault of all processes, given this one's; empty where there is none."""
+    return next(filter(None, gather_object([fault])), "")
+
+
+_CONVOLVED = re.compile(
+    r"assert_\w+\((\w+), \((\d+), (\d+), (\d+), (\d+)\), \((\d+), (\d+), .*aten\.(convolution\w*)"
+)
+
+
+def lost_channels_last(code: Sequence[str]) -> list[str]:
+    """The results of convolutions, forward and backward, that compiled code has in another layout.
+
+    Inductor is reported to lose it in the backward of depthwise convolutions on a GPU, which is 20
+    to 58 % slower.
+    """
+    lost = []
+    for line in "\n".join(code).splitlines():
+        if found := _CONVOLVED.search(line):
+            channels, height, width = (int(n) for n in found.group(3, 4, 5))
+            if channels > 1 and height * width > 1 and int(found[7]) != 1:
+                lost.append(f"{found[8]} {found[1]}")
+    return lost
+
+
+# --------------------------------------------------------------------------------------------------
+# The start
+# --------------------------------------------------------------------------------------------------
+
+
+def start(
+    mode: str, setup: Setup, restore: Callable[[Learner], object], say: Callable[[str], object]
+) -> tuple[str, Learner, Updater]:
+    """What trains in `mode`, compiled and recorded; or in a simpler mode where that fails.
+
+    To be called before a loader starts: see `graphs.Recorder.record`.
+
+    Args:
+        restore: loads the checkpoint that the run goes on from, if any.
+        say: is told of each mode that failed.
+    Returns:
+        The mode that works, and what carries out its updates.
+    Raises:
+        ExecutionError: the mode that the recipe names fails, or every one.
+    """
+    recipe, plan = setup.recipe, setup.plan
+    for attempt in _simpler(mode):
+        learner = execution.prepare(attempt, setup.accelerator, setup.module, recipe, plan)
+        restore(learner)
+        updater = execution.build(attempt, setup.accelerator, learner, plan, recipe.train)
+        fault = ""
+        try:
+            if attempt != "eager":
+                updater.rehearse(*_batches_to_come(setup, learner.state.step))
+        except Exception as error:
+            fault = _text(error)
+        if not (fault := _first(fault)):
+            return attempt, learner, updater
+        del learner
+        _give_back(attempt, setup, updater)
+        del updater
+        if recipe.train.execution != "auto":
+            raise ExecutionError(
+                f"[train] execution = {attempt}: {fault}; use auto, which takes what works"
+            )
+        say(f"WARNING: train.execution = {attempt} {fault}; trying a simpler one")
+    raise ExecutionError("no update could be carried out")
+
+
+def _simpler(mode: str) -> list[str]:
+    """A mode and those to fall back on, in this order."""
+    found = [mode, mode.removesuffix("_fuse")]
+    found += ["compile"] if "compile" in mode else []
+    return [*dict.fromkeys([*found, "eager"])]
+
+
+def _batches_to_come(setup: Setup, step: int) -> tuple[list[Batch], list[Tensor]]:
+    """A made-up batch of each size of image that updates from `step` on, and evaluations, have."""
+    plan, data = setup.plan, setup.recipe.data
+    epochs = range(plan.epoch_of(step), plan.epoch_of(plan.total_steps - 1) + 1)
+    sizes = dict.fromkeys(schedule.crop_px_at(epoch, data.crop_px) for epoch in epochs)
+    size = plan.micro_batch_size
+    training = [setup.batch(size, px) for px in sizes]
+    return training, [setup.images(size, data.eval_crop_px)]

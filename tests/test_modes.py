@@ -1,0 +1,202 @@
+"""Which way to carry out updates is taken, and why; and what is done where it fails."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_execution import Block, network, plan_for, recipe_for
+from torch import nn
+
+from fasttrain import modes, runtime
+from fasttrain.modes import Trial
+
+
+class Device:
+    """Stands in for an accelerator of a kind."""
+
+    is_main_process = True
+
+    def __init__(self, kind: str) -> None:
+        self.device = torch.device(kind)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[str, str, list]]:
+    """Chooses a mode by made-up trials; also returns which were made."""
+    monkeypatch.setattr(runtime, "device_name", str)
+
+    def choose(
+        trials: dict[str, Trial], kind: str = "cuda", before: str | None = None, **train: Any
+    ) -> tuple[str, str, list[str]]:
+        tried: list[str] = []
+
+        def attempt(mode: str, setup: modes.Setup) -> Trial:
+            tried.append(mode)
+            return trials[mode]
+
+        monkeypatch.setattr(modes, "try_mode", attempt)
+        cache = train.pop("cache", f"{len(list(tmp_path.iterdir()))}")
+        (tmp_path / cache).mkdir(exist_ok=True)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        recipe = recipe_for(**{"precision": "bf16"} | train)
+        setup = modes.Setup(Device(kind), nn.Identity(), recipe, plan_for(recipe), 4)  # type: ignore[arg-type]
+        mode, why = modes.choose(setup, before, lambda text: None)
+        return mode, why, tried
+
+    return choose
+
+
+GOOD = {
+    "eager": Trial("eager", 2000, 1.5),
+    "graph": Trial("graph", 4000, 1.5),
+    "compile_graph": Trial("compile_graph", 4500, 1.499),
+    "compile_graph_fuse": Trial("compile_graph_fuse", 5000, 1.499),
+}
+Chosen = Callable[..., tuple[str, str, list[str]]]
+
+
+def test_the_fastest_that_agrees_is_taken_and_remembered(chosen: Chosen) -> None:
+    mode, why, tried = chosen(GOOD, cache="one")
+    assert mode == "compile_graph_fuse" and tried == list(GOOD)
+    said = (
+        "compile_graph_fuse (eager 2,000 images/s; graph 4,000 images/s; "
+        "compile_graph 4,500 images/s; compile_graph_fuse 5,000 images/s)"
+    )
+    assert why == f"execution: {said}"
+    again = chosen({}, cache="one")
+    assert again == (mode, f"execution: {said}, as measured in an earlier run", [])
+    assert chosen(GOOD, cache="one", micro_batch_size=4)[2] == list(GOOD)
+
+
+def test_what_is_wrong_or_fails_is_not_taken_nor_remembered(chosen: Chosen) -> None:
+    wrong = Trial("compile_graph", 5000, 1.6)
+    broken = Trial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
+    nan = Trial("compile_graph_fuse", 3000, float("nan"))
+    trials = GOOD | {"compile_graph": wrong, "graph": broken, "compile_graph_fuse": nan}
+    trials |= {mode: Trial(mode, 1000, 1.5) for mode in ("compile", "compile_fuse")}
+    mode, why, tried = chosen(trials, cache="one")
+    assert mode == "eager" and tried == list(trials)
+    assert chosen(GOOD, cache="one")[0] == "compile_graph_fuse"
+    assert "compile_graph has another loss (1.6000, eager 1.5000)" in why
+    assert "graph failed: RuntimeError: no graphs here" in why
+
+
+def test_fp16_takes_no_graph(chosen: Chosen) -> None:
+    trials = GOOD | {"compile": Trial("compile", 3000, 1.5)}
+    assert chosen(trials, precision="fp16")[2] == ["eager", "compile"]
+    with pytest.raises(ValueError, match="a CUDA graph cannot skip updates"):
+        recipe_for(precision="fp16", execution="graph")
+
+
+def test_a_run_keeps_its_mode_and_the_recipe_rules(chosen: Chosen) -> None:
+    assert chosen({}, before="compile") == ("compile", "execution: compile, as before the stop", [])
+    mode, _, tried = chosen({}, before="compile", execution="eager")
+    assert (mode, tried) == ("eager", [])
+
+
+def test_a_fault_of_eager_itself_is_said(chosen: Chosen) -> None:
+    broken = {"eager": Trial("eager", 0.0, 0.0, "failed: no memory")}
+    for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
+        with pytest.raises(modes.ExecutionError, match="carried out: eager failed: no memory"):
+            chosen(broken, kind, precision=precision)
+
+
+def test_a_short_run_on_a_cpu_is_not_compiled(chosen: Chosen) -> None:
+    mode, why, tried = chosen(GOOD, "cpu", precision="no")
+    assert (mode, tried) == ("eager", ["eager"])
+    assert why == "execution: eager, as compiling would take longer than it could save"
+    slow = {"eager": Trial("eager", 0.1, 1.5), "compile": Trial("compile", 0.2, 1.5)}
+    assert chosen(slow, "cpu", precision="no")[0] == "compile"
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    recipe = recipe_for()
+    module = network()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    setup = modes.Setup(accelerator, module, recipe, plan_for(recipe), 4)
+    trial = modes.try_mode("eager", setup)
+    assert not trial.fault and trial.images_per_s > 0 and 0.5 < trial.loss < 3
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_lost_layouts_are_found_in_compiled_code() -> None:
+    backward = "'torch.ops.aten.convolution_backward.default')"
+    last, first = "(2048, 1, 256, 32)", "(2048, 64, 8, 1)"
+    code = [
+        f"assert_size_stride(buf6, (8, 32, 8, 8), {last}, {backward}",
+        f"    assert_tensor_metadata(buf7, (8, 32, 8, 8), {first}, torch.float32, {backward}",
+        f"assert_size_stride(buf8, (8, 32, 8, 8), {first}, 'torch.ops.aten.mm.default')",
+        f"assert_size_stride(buf9, (32, 1, 3, 3), (9, 9, 3, 1), {backward}",  # of filters
+    ]
+    assert modes.lost_channels_last(code) == ["convolution_backward buf7"]
+
+
+def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(modes, "lost_channels_last", lambda code: seen.extend(code) or ["one"])
+    recipe = recipe_for()
+    torch.manual_seed(0)
+    block = Block().to(memory_format=torch.channels_last)
+    setup = modes.Setup(Accelerator(cpu=True), block, recipe, plan_for(recipe), 4)
+    trial = modes.try_mode("compile", setup)
+    assert not trial.fault and str(trial).endswith("images/s (1 convolutions lose channels-last)")
+    assert any("convolution" in text for text in seen)
+
+
+def test_bf16_that_is_slow_is_warned_of(chosen: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0.001 < modes.bf16_ratio(network(), 32) < 10
+    trials = {"eager": Trial("eager", 1e9, 1.0)}
+    for ratio, said in (
+        (0.25, "WARNING: bfloat16 takes 4.0 times as long as float32 on this CPU: use --set "),
+        (1.5, "execution: eager, as compiling would take longer than it could save"),
+    ):
+        monkeypatch.setattr(modes, "bf16_ratio", lambda module, px, ratio=ratio: ratio)
+        mode, why, _ = chosen(trials, "cpu")
+        assert mode == "eager" and why.startswith(said)
+
+
+def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
+    recipe = recipe_for()
+    setup = modes.Setup(Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4)
+    trial = modes.try_mode("graph", setup)
+    assert trial.fault.startswith("failed: ") and trial.images_per_s == 0
+
+
+def test_a_run_falls_back_on_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a capture fails, or a resumed run finds no compiler any more."""
+    tried, said = [], []
+    recipe = recipe_for()
+    setup = modes.Setup(Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4)
+
+    class Updater:
+        def __init__(self, mode: str, *_: object) -> None:
+            self.mode = mode
+
+        def rehearse(self, training: list, evaluation: list) -> None:
+            assert [tuple(images.shape) for images, _ in training] == [(8, 3, 32, 32)]
+            assert [tuple(images.shape) for images in evaluation] == [(8, 3, 224, 224)]
+            tried.append(self.mode)
+            if "compile" in self.mode:
+                raise RuntimeError("no compiler here\nat all")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(modes.execution, "build", Updater)
+    restored: list[Any] = []
+    mode, learner, updater = modes.start("compile_graph_fuse", setup, restored.append, said.append)
+    assert mode == "eager" and tried == ["compile_graph_fuse", "compile_graph", "compile"]
+    assert restored[-1] is learner and len(restored) == 4 and updater.mode == "eager"  # type: ignore[comparison-overlap]
+    assert said[0] == (
+        "WARNING: train.execution = compile_graph_fuse failed: RuntimeError: no compiler here; "
+        "trying a simpler one"
+    )
+    asked = recipe_for(execution="compile")
+    setup = modes.Setup(Accelerator(cpu=True), network(), asked, plan_for(recipe), 4)
+    with pytest.raises(modes.ExecutionError, match=r"execution = compile: .*no compiler here; use"):
+        modes.start("compile", setup, restored.append, said.append)
