@@ -139,6 +139,15 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
         )
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
+        processes, gpus = (
+            config.number_in(environ, "LOCAL_WORLD_SIZE", 1),
+            torch.cuda.device_count(),
+        )
+        if processes > gpus:
+            raise LaunchError(
+                f"{processes} processes were launched here, but there are {gpus} GPUs: launch one "
+                "process per GPU with --num_processes, or see CUDA_VISIBLE_DEVICES"
+            )
         if train.deterministic and decode.startswith("gpu"):
             raise LaunchError(
                 "[train] deterministic = true: decoding on a GPU is not known to repeat; use "

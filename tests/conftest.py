@@ -116,16 +116,25 @@ def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets Accelerate take the GPU in this process; skips where there is none."""
+    """Lets Accelerate take the GPU in this process, in full float32; skips where there is none.
+
+    With TensorFloat-32, momenta of two ways to carry out updates are apart after five of them.
+    """
     import torch
     from accelerate.state import AcceleratorState
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import copy
 import os
 import socket
 import tempfile
+import typing
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fasttrain import execution, graphs, runtime
+from fasttrain import config, execution, graphs, runtime
 from fasttrain.config import Data, Optim, Recipe, Train
 from fasttrain.execution import Graphed
-from fasttrain.model import mobilenetv3_small
+from fasttrain.model import mobilenetv3_large, mobilenetv3_small
 from fasttrain.optim import Learner
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan, make_plan
@@ -328,19 +329,143 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(weights, expected)
 
 
+def test_gradients_are_channels_last_as_the_images_are() -> None:
+    """In every place of an eager network: an operation that reads two layouts takes longer."""
+    for network in (mobilenetv3_large(0.35), mobilenetv3_small(0.35)):
+        wrong: list[str] = []
+
+        def look(name: str, output: Tensor, wrong: list[str] = wrong) -> None:
+            def check(gradient: Tensor) -> None:
+                if not gradient.is_contiguous(memory_format=torch.channels_last):
+                    wrong.append(f"{name} {tuple(gradient.shape)} {gradient.stride()}")
+
+            if output.ndim == 4:
+                output.register_hook(check)
+
+        for name, module in network.named_modules():
+            module.register_forward_hook(
+                lambda module, given, output, name=name: look(name, output)  # type: ignore[misc]
+            )
+        network.to(memory_format=torch.channels_last)
+        images = torch.randn(2, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+        network(images).sum().backward()
+        assert not wrong
+
+
+MODES = typing.get_args(config.Mode)
+
+
+def learnt(mode: str) -> nn.Module:
+    """What a test trains in a mode: all of a network, or where it is compiled one of each layer."""
+    torch.manual_seed(0)
+    return Block().to(memory_format=torch.channels_last) if "compile" in mode else network()
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
+@pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("micro", [8, 4])
 def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int) -> None:
+    """With EMA, dropout, accumulation, sizes that change, and labels that are mixed."""
     recipe = recipe_for(micro_batch_size=micro)
     plan = plan_for(recipe)
     accelerator = Accelerator(mixed_precision="no")
     assert accelerator.device.type == "cuda"
     for updates, rel in ((5, 1e-3), (20, 1e-2)):  # weights: see the compiled network above
         batches = batches_for(plan, updates, sizes=(32, 48))
-        expected, eager = carry_out("eager", recipe, plan, batches, None, accelerator)
-        found, other = carry_out(mode, recipe, plan, batches, None, accelerator, record=True)
+        expected, eager = carry_out("eager", recipe, plan, batches, learnt(mode), accelerator)
+        found, other = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator, True)
         assert found == pytest.approx(expected, rel=rel)
         if updates == 5:
             assert_same(other, eager, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
+def test_on_a_gpu_mixed_precision_evaluations_and_a_restart(mode: str) -> None:
+    """In bfloat16, images in float16: rehearsed, evaluated between updates, and gone on with."""
+    recipe = recipe_for(precision="bf16")
+    plan = plan_for(recipe)
+    accelerator = Accelerator(mixed_precision="bf16")
+    batches = [(i.half(), y) for i, y in batches_for(plan, 8) if y.ndim == 1]
+    device = accelerator.device
+    images = batches[0][0].to(device)
+    seen: dict[str, list[Any]] = {}
+    for each in ("eager", mode):
+        learner = execution.prepare(each, accelerator, learnt(mode).to(device), recipe, plan)
+        updater = execution.build(each, accelerator, learner, plan, recipe.train)
+        before = [t.clone() for t in learner.flat]
+        updater.rehearse([(images, batches[0][1].to(device))], [images])
+        assert all(torch.equal(a, b) for a, b in zip(learner.flat, before, strict=True))
+        found: list[Any] = []
+        for step, (given, labels) in enumerate(batches * 2):
+            runtime.seed_torch(0, Stream.TORCH, step)
+            updater.micro(given.to(device), labels.to(device), is_last=True)
+            updater.update(0.02)
+            found.append(float(updater.guard.loss_sum))
+            if step % 3 == 0:
+                learner.module.eval()
+                with torch.no_grad(), accelerator.autocast():
+                    logits = [e(images).float().norm().item() for e in updater.evaluators]
+                    logits += [e(images[:3]).float().norm().item() for e in updater.evaluators]
+                learner.module.train()
+                found += logits
+            if step == 4:  # another process takes over
+                old = learner
+                learner = execution.prepare(
+                    each, accelerator, learnt(mode).to(device), recipe, plan
+                )
+                assert learner.ema and old.ema
+                learner.module.load_state_dict(old.module.state_dict())
+                learner.ema.module.load_state_dict(old.ema.module.state_dict())
+                learner.optimizer.load_state_dict(old.optimizer.state_dict())
+                learner.state = old.state
+                loss_sum = updater.guard.loss_sum
+                updater.close()
+                updater = execution.build(each, accelerator, learner, plan, recipe.train)
+                updater.guard.loss_sum += loss_sum
+                updater.rehearse([], [images])
+        seen[each] = found
+    assert seen[mode] == pytest.approx(seen["eager"], rel=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_a_capture_that_fails_leaves_no_trace() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    weights = torch.zeros(3, device=device)
+    recorder = graphs.Recorder([weights])
+
+    def waits_for_the_device() -> None:
+        weights.add_(torch.rand(3, device=device))
+        weights.sum().item()
+
+    for attempt in range(2):
+        with pytest.raises(RuntimeError, match="captur"):
+            recorder.record(attempt, waits_for_the_device)
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert not weights.any()
+        torch.cuda.empty_cache()
+    runtime.seed_torch(0, Stream.TORCH, 1)
+    expected = torch.rand(3, device=device)
+    for _ in range(2):
+        weights.zero_()
+        runtime.seed_torch(0, Stream.TORCH, 1)
+        recorder("good", lambda: weights.add_(torch.rand(3, device=device)))
+        torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_on_a_gpu_float16_scales_its_loss(mode: str) -> None:
+    recipe = recipe_for(precision="fp16", max_skipped_steps=2)
+    plan = plan_for(recipe)
+    accelerator = Accelerator(mixed_precision="fp16")
+    batches = [(i.half(), y) for i, y in batches_for(plan, 12) if y.ndim == 1]
+    batches[4][0][0, 0, 0, 0] = float("inf")
+    losses, learner = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator)
+    assert [step for step, loss in enumerate(losses) if loss == 0] == [4]
+    assert all(value.isfinite().all() for _, value in everything(learner))
+    assert learner.scaler and learner.scaler.get_scale() > 0

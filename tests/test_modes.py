@@ -200,3 +200,31 @@ def test_a_run_falls_back_on_what_works(monkeypatch: pytest.MonkeyPatch) -> None
     setup = modes.Setup(Accelerator(cpu=True), network(), asked, plan_for(recipe), 4)
     with pytest.raises(modes.ExecutionError, match=r"execution = compile: .*no compiler here; use"):
         modes.start("compile", setup, restored.append, said.append)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_on_a_gpu_every_mode_can_be_tried(
+    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each agrees with eager, and gives back what it held; the scale of the run's loss stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = recipe_for(precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    torch.manual_seed(0)
+    block = Block().to(accelerator.device).to(memory_format=torch.channels_last)
+    setup = modes.Setup(accelerator, block, recipe, plan_for(recipe), 4)
+    held = torch.cuda.memory_allocated()
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+    said: list[str] = []
+    mode, why = modes.choose(setup, None, said.append)
+    assert "failed" not in why and "another loss" not in why, why
+    assert torch.cuda.memory_allocated() <= held + 2**20
+    assert scale == (accelerator.scaler.get_scale() if accelerator.scaler else None)
+    assert modes.choose(setup, None, said.append)[0] == mode
+    assert all("compiling may take minutes" in text for text in said)
+    _, _, updater = modes.start(mode, setup, lambda learner: None, said.append)
+    updater.micro(*setup.batch(8, 32), is_last=True)
+    updater.update(0.01)
+    assert float(updater.guard.loss_sum) > 0
