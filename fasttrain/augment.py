@@ -131,9 +131,16 @@ def augment(images: Any, given: Augment, settings: config.Data) -> Any:
     return images
 
 
-def erase(images: Any, given: Augment) -> Any:
-    """Normalised images `(H, W, 3)` with the windows in `given` at 0, which is ImageNet's mean."""
+def erase(images: Any, given: Augment, half: bool) -> Any:
+    """Normalised images `(H, W, 3)` with the windows in `given` at 0, which is ImageNet's mean.
+
+    Args:
+        images: float32, if `given` has windows: on a GPU, DALI erases nothing in float16.
+        half: float16 is asked for.
+    """
     if given.erase is None:
         return images
     corner, size = given.erase[0:2], given.erase[2:4]
-    return fn.erase(images, anchor=corner, shape=size, axis_names="HW", fill_value=0.0)
+    images = fn.erase(images, anchor=corner, shape=size, axis_names="HW", fill_value=0.0)
+    # In uint8, before they are normalised, the mean could be met only to a step of 1/255.
+    return fn.cast(images, dtype=types.FLOAT16) if half else images

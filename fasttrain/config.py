@@ -123,8 +123,12 @@ class Data(Section):
     """Where JPEGs are decoded: `gpu_full` the whole image; `gpu_window` only the crop, less work
     but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` tries all on real images
     before the run, each in a process of its own, and takes the fastest that works."""
-    hw_decoder_load: Fraction = 0.65
-    """Part of a batch given to the GPU's JPEG decoder, where it has one; its cores do the rest."""
+    hw_decoder_load: Fraction | Literal["auto"] = "auto"
+    """Part of a batch given to the GPU's JPEG decoder, where it has one; CPU and GPU cores do the
+    rest. `auto` goes by the number of CPU threads, and with `decode = "auto"` tries others too."""
+    jpeg_fancy_upsampling: bool = False
+    """On a GPU, interpolate the colours of JPEGs between pixels as CPUs do, where the GPU's own way
+    is to repeat them, which is faster."""
     verify: Literal["off", "first_epoch", "always"] = "off"
     """Compare the crc32 of each image's bytes, and its size, with the index before it is decoded:
     never, in the run's first epoch and each process's first evaluation, or always."""
@@ -315,6 +319,7 @@ MAY_CHANGE = frozenset(
         "data.read_threads",
         "data.decode",
         "data.hw_decoder_load",
+        "data.jpeg_fancy_upsampling",
         "data.verify",
         "data.on_bad_sample",
         "data.max_bad_samples",

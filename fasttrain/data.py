@@ -12,6 +12,7 @@ One thread per loader drives this and keeps a queue of finished batches; the tra
 takes from it.
 """
 
+import contextlib
 import queue
 import sys
 import threading
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +34,6 @@ from fasttrain.resize import Pending, Resizer
 from fasttrain.sampling import Draw, Piece
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
-
-if TYPE_CHECKING:  # DALI is imported where it is used: raw shards on a CPU need none
-    from fasttrain import pipeline
 
 
 class Batch(NamedTuple):
@@ -111,6 +109,9 @@ class Loader:
             and self.decode in ("cpu", "raw")
             and not sampling.augmented(data)
         )
+        self.training = training
+        self.given: tuple[Feed, threading.Event] | None = None  # what `_source` gives DALI
+        self.kept: Any = None  # DALI's pipeline, for the next iteration
         self.kind = "windows" if self.on_cpu else "train" if training else "val"
         self.open_feed = partial(
             Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of,
@@ -186,9 +187,11 @@ class Loader:
             feed.close()
 
     def _by_dali(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        from fasttrain import pipeline
+
         for images, draw in self._run_dali(feed, closed):
             # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
-            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+            pixels = pipeline.tensor_of(images).permute(0, 3, 1, 2)
             yield Batch(pixels, self._labels(draw), draw)
 
     def _resized(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
@@ -235,47 +238,62 @@ class Loader:
 
     def _run_dali(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
         """What DALI makes of each batch."""
-
         from fasttrain import pipeline
 
-        def source(number: int) -> tuple[Any, ...]:
-            # An empty batch would kill DALI, so a process without a share never gets here.
-            if number >= feed.num_batches or closed.is_set():
-                raise StopIteration
-            draw, views = feed(number)
-            if self.kind == "val" and not self.raw:
-                # Windows that are not all within their image are a crash of the process.
-                faults = faults_of(self.split, draw.ids.tolist(), views, checksums=False)
-                if faults:
-                    raise BadSamples(self.split, faults)
-            x, y, w, h = draw.windows.T
-            if self.raw:
-                images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
-                y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
-            else:
-                images = pipeline.bytes_of(views)
-            cut = images, np.stack([y, x], 1), np.stack([h, w], 1)
-            if self.kind == "windows":
-                return cut
-            out = np.full((len(views), 2), draw.out_px, np.float32)
-            changes = [column for column in draw.augment if column is not None]
-            return *cut, draw.flips.astype(np.int32), out, *changes
+        self.given = feed, closed
+        graph, self.kept = self.kept, None
+        if graph is None:
+            height, width = self.split.height, self.split.width
+            at = int(np.multiply(height, width, dtype=np.int64).argmax())
+            form = pipeline.Form(self.kind, self.decode, (int(height[at]), int(width[at])))
+            graph = pipeline.build(form, self.data, self._source, self.place, self.batch_size)
+        made = 0
+        try:
+            for number in range(feed.num_batches):
+                try:
+                    (images,) = graph.run()
+                except DataError:  # of our own source, and already clear
+                    raise
+                except RuntimeError as error:
+                    raise self._at_fault(feed, error) from error
+                made += 1
+                yield images, feed.done(number)
+        finally:
+            if made == feed.num_batches and not self.training:
+                # To build another one for each evaluation takes seconds on a GPU.
+                with contextlib.suppress(StopIteration):
+                    graph.run()  # asks the source, which has nothing left
+                graph.reset()
+                self.kept = graph
+            self.given = None
 
-        graph = pipeline.build(self._form(), self.data, source, self.place, self.batch_size)
-        for number in range(feed.num_batches):
-            try:
-                (images,) = graph.run()
-            except DataError:  # of our own source, and already clear
-                raise
-            except RuntimeError as error:
-                raise self._at_fault(feed, error) from error
-            yield images, feed.done(number)
-
-    def _form(self) -> "pipeline.Form":
+    def _source(self, number: int) -> tuple[Any, ...]:
+        """What DALI is given for batch `number` of the feed."""
         from fasttrain import pipeline
 
-        largest = int(self.split.height.max()), int(self.split.width.max())
-        return pipeline.Form(self.kind, self.decode, largest)
+        assert self.given
+        feed, closed = self.given
+        # An empty batch would kill DALI, so a process without a share never gets here.
+        if number >= feed.num_batches or closed.is_set():
+            raise StopIteration
+        draw, views = feed(number)
+        if self.kind == "val" and not self.raw:
+            # Windows that are not all within their image are a crash of the process.
+            faults = faults_of(self.split, draw.ids.tolist(), views, checksums=False)
+            if faults:
+                raise BadSamples(self.split, faults)
+        x, y, w, h = draw.windows.T
+        if self.raw:
+            images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
+            y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
+        else:
+            images = pipeline.bytes_of(views)
+        cut = images, np.stack([y, x], 1), np.stack([h, w], 1)
+        if self.kind == "windows":
+            return cut
+        out = np.full((len(views), 2), draw.out_px, np.float32)
+        changes = [column for column in draw.augment if column is not None]
+        return *cut, draw.flips.astype(np.int32), out, *changes
 
     def _labels(self, draw: Draw) -> Tensor:
         labels = torch.from_numpy(self.split.label[draw.ids].astype(np.int64))
@@ -361,15 +379,18 @@ def measure(
     """Images/s of this process's training input with nothing else to do, over `seconds`."""
     micro = plan.micro_batch_size if place.device.type == "cuda" else min(plan.micro_batch_size, 32)
     small = replace(plan, micro_batch_size=micro, accumulation=1, total_steps=plan.schedule_steps)
+    # With the first came threads, buffers and the pipeline. The next were ready by then, in part:
+    # so many that what is ready when the clock starts is as much as when it stops.
+    unmeasured = min(1 + 2 * data.queue_depth, small.total_steps - 1)
     # Of samples that are replaced, the run itself will tell.
     batches = train_batches(split, data, small, rank, place, 0, warn=lambda text: None)
     images, begun = 0, (start := time.perf_counter())
     for number, batch in enumerate(batches):
-        if number == 1:  # with the first came threads, buffers and the pipeline
+        if number == unmeasured:
             images, begun = 0, start
         images += len(batch.labels)
         start = time.perf_counter()
-        if number and start - begun >= seconds:
+        if number >= unmeasured and start - begun >= seconds:
             break
     batches.close()  # type: ignore[attr-defined]
     return images / (start - begun)

@@ -48,10 +48,11 @@ def _changed(given: Augment, settings: config.Data, half: bool) -> tuple[Any, An
         images,
         mean=[100.5] * 3,
         std=[50.0] * 3,
-        dtype=types.FLOAT16 if half else types.FLOAT,
+        dtype=types.FLOAT,
         output_layout="HWC",
     )
-    return images, normal, augment.erase(normal, nodes)
+    erased = augment.erase(normal, nodes, half)
+    return images, fn.cast(normal, dtype=types.FLOAT16) if half else normal, erased
 
 
 def changed(given: Augment, settings: config.Data, half: bool = False) -> list[np.ndarray]:
@@ -272,7 +273,7 @@ def test_off_there_is_nothing() -> None:
     assert sampling.augment_draw(0, 0, np.arange(4), off, 224) == Augment(None, None, None)
     node = object()  # comes back as it went in, so the pipeline has no other operators
     assert augment.augment(node, Augment(), off) is node
-    assert augment.erase(node, Augment()) is node
+    assert augment.erase(node, Augment(), True) is node
 
 
 @pytest.mark.parametrize("changes", [{"augment": "rand"}, {"color_jitter": (0, 0, 0, 0.1)}, ALL])

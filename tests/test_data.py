@@ -2,10 +2,12 @@
 
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
-from fasttrain import config, data, resize, sampling, shards
+from fasttrain import config, data, pipeline, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement
 from fasttrain.schedule import Plan, make_plan
@@ -134,6 +136,46 @@ def test_processes_get_the_micro_batches_of_one(dataset: Path) -> None:
     dealt = [ranks[r][m] for m in range(plan.total_steps * plan.accumulation) for r in range(2)]
     for a, b in zip(dealt, one(0, 0), strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_evaluations_share_a_pipeline(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = shards.open_split(dataset, "val")
+    settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
+    forms = []
+
+    def counted(form: pipeline.Form, *arguments: Any) -> Any:
+        forms.append(form)
+        return build(form, *arguments)
+
+    build = pipeline.build
+    monkeypatch.setattr(pipeline, "build", counted)
+    loader = data.eval_loader(split, settings, 3, 0, 1, CPU)
+    straight = list(loader)
+    next(iter(loader))  # which breaks off, so that the pipeline is not used again
+    for _ in range(3):
+        again = list(loader)
+        for a, b in zip(straight, again, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    assert len(forms) == 2
+    height, width = forms[0].largest
+    sizes = list(zip(split.height.tolist(), split.width.tolist(), strict=True))
+    assert (height, width) in sizes and height * width == max(h * w for h, w in sizes)
+
+
+def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = shards.open_split(dataset, "train")
+    plan = make_plan(Train(epochs=50, global_batch_size=8), Optim(), split.num_samples, 1)
+    asked: list[float] = []
+
+    def batches(*_: Any, **__: Any) -> Iterator[Batch]:
+        for number in range(100):
+            asked.append(time.perf_counter())
+            time.sleep(0 if number < 5 else 0.02)  # a queue of 2 and DALI's own were full
+            yield Batch(torch.empty(0), torch.empty(8))
+
+    monkeypatch.setattr(data, "train_batches", batches)
+    rate = data.measure(split, config.Data(), plan, 0, CPU, seconds=0.2)
+    assert 200 < rate <= 400 and len(asked) < 20
 
 
 @pytest.mark.parametrize("world", range(1, 8))

@@ -313,8 +313,8 @@ def touch(encoded: Any) -> Any:
 def read_fasttrain(job: Job, **changes: Any) -> Batches:
     """fasttrain's draws and reading, into DALI as `data` hands them over."""
     from nvidia.dali import fn, types
-    from nvidia.dali.tensors import TensorCPU
 
+    from fasttrain import pipeline
     from fasttrain.reading import Feed
 
     split = shards.open_split(job.shards, "train")
@@ -331,7 +331,7 @@ def read_fasttrain(job: Job, **changes: Any) -> Batches:
         done = number - chosen.queue_depth - 1  # taken out of DALI by now
         if done >= 0:
             feed.done(done)
-        return [TensorCPU(view, "") for view in views], split.label[draw.ids].astype(np.int64)
+        return pipeline.bytes_of(views), split.label[draw.ids].astype(np.int64)
 
     def graph() -> tuple[Any, Any]:
         encoded, labels = fn.external_source(
