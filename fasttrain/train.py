@@ -84,10 +84,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         repeats = recipe.data.model_copy(update={"decode": "cpu"})
         recipe = recipe.model_copy(update={"data": repeats})
     # Before anything touches the GPU, as it tries decoders that may crash.
-    threads = runtime.data_threads(recipe.data, os.environ)
-    chosen, why_decode = decoding.choose(
-        train_set, recipe.data, runtime.has_gpu(os.environ), threads, os.environ
-    )
+    gpu, threads = runtime.has_gpu(os.environ), runtime.data_threads(recipe.data, os.environ)
+    half = gpu and recipe.train.precision != "no"
+    job = decoding.Job(gpu, threads, plan.micro_batch_size, half)
+    input_settings, why_decode = decoding.choose(train_set, recipe.data, job, os.environ)
     # Longer than the heartbeat's, which names the process at fault.
     timeout = timedelta(seconds=heartbeat.START_S + recipe.train.hang_timeout_s)
     accelerator = Accelerator(
@@ -98,10 +98,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     accelerator.wait_for_everyone()  # as clocks are compared
     digests = train_set.digest, val_set.digest
     runtime.check_alike(gather_object([runtime.facts(process, recipe, digests)]))
-    decode = decoding.agree(gather_object([chosen]))
-    if decode != chosen:
+    decode = decoding.agree(gather_object([input_settings.decode]))
+    if decode != input_settings.decode:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
-    input_settings = recipe.data.model_copy(update={"decode": decode})
+        input_settings = input_settings.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
     stop_file = folder / run_folder.STOP
     stop = runtime.StopRequest(
@@ -151,7 +151,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     about["execution"] = {kind: mode}
 
     # ---- what it is trained on
-    half = process.device.type == "cuda" and recipe.train.precision != "no"
     place = data.Placement(process.device, half, process.data_threads)
     stages = forecast.Stages()
     train_batches = partial(

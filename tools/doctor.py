@@ -103,6 +103,7 @@ class Doctor:
         self.plan: Plan | None = None
         self.threads = 1  # that decode
         self.decode, self.why_decode = "cpu", "unknown"
+        self.chosen = recipe.data
         self.step: Facts = {"step": "not tried without a GPU"}
         self.accelerator: Accelerator | None = None
         self.process: Process | None = None  # None where the processes cannot join
@@ -331,9 +332,13 @@ class Doctor:
 
         with self.told(unknown):
             for split in self.splits[:1]:
-                self.decode, self.why_decode = decoding.choose(
-                    split, settings, self.num_gpus > 0, self.threads, self.environ
-                )
+                gpu = self.num_gpus > 0
+                half = gpu and self.recipe.train.precision != "no"
+                train = self.recipe.train
+                micro = train.micro_batch_size or max(1, train.global_batch_size // self.world.size)
+                job = decoding.Job(gpu, self.threads, micro, half)
+                self.chosen, self.why_decode = decoding.choose(split, settings, job, self.environ)
+                self.decode = self.chosen.decode
 
     def try_step(self, plan: Plan) -> Facts:
         """Some updates on random pixels, by a process apart: one that lacks memory may crash."""
@@ -437,7 +442,7 @@ class Doctor:
             plan, rank = schedule.make_plan(some, config.Optim(), train_set.num_samples, 1), 0
         device = self.process.device if self.process else torch.device("cpu")
         half = device.type == "cuda" and self.recipe.train.precision != "no"
-        settings = self.recipe.data.model_copy(update={"decode": self.decode})
+        settings = self.chosen.model_copy(update={"decode": self.decode})
         place = data.Placement(device, half, self.threads)
         return data.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)
 

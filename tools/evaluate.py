@@ -52,14 +52,14 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     settings = recipe.data.model_copy(update={"decode": "auto"})
     threads = runtime.data_threads(settings, os.environ)
     gpu = runtime.has_gpu(os.environ)
-    decode, _ = decoding.choose(split, settings, gpu, threads, os.environ)
-    settings = settings.model_copy(update={"decode": decode})
+    half = gpu and recipe.train.precision != "no"
+    job = decoding.Job(gpu, threads, arguments.batch_size, half)
+    settings, _ = decoding.choose(split, settings, job, os.environ)
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     model = build_model(**recipe.model.model_dump(), num_classes=len(split.classes))
     checkpoint.load_weights(weights, model)
     model.to(process.device).to(memory_format=torch.channels_last)
-    half = process.device.type == "cuda" and recipe.train.precision != "no"
     place = data.Placement(process.device, half, process.data_threads)
     batches = data.eval_loader(
         split, settings, arguments.batch_size, process.rank, process.world_size, place
