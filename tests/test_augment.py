@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms import functional as TF
 from torchvision.transforms.autoaugment import _apply_op
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain import augment, config, data, resize, sampling, shards
 from fasttrain.config import Optim, Train

@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from fasttrain import config, data, pipeline, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement

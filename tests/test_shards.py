@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import listed, photograph, run, shard
-from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from fasttrain import config, sampling, sharding, shards
@@ -129,6 +128,9 @@ def test_timm_reads_them(dataset: Path) -> None:
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_dali_reads_them(dataset: Path, indexed: bool) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from nvidia.dali import fn, pipeline_def
+
     tars = [str(p) for p in sorted(dataset.glob("train-*.tar"))]
     indices = {"index_paths": [t.replace(".tar", ".idx") for t in tars]} if indexed else {}
 
