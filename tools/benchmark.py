@@ -5,6 +5,7 @@
     python tools/benchmark.py step [--arch large] [--batch 256,1024] [--profile]
     python tools/benchmark.py loop [--arch large]
     python tools/benchmark.py scaling [--arch large] [--step-ms 1024:60,128:9]
+    python tools/benchmark.py record --out DIR [--minutes 10] [--data SHARDS ...] [--stages step]
 
 shards: making shards of an ImageFolder, without and with decoding every image, beside copying the
 files (cp -r --reflink=never), webdataset.ShardWriter, and decoding alone with libjpeg-turbo by way
@@ -17,12 +18,18 @@ machine's CPUs that others took meanwhile. --threads, --batch and --queue-depth 
 
 step: updates on a batch that stays on the device, everything of the loop but the input, beside a
 plain eager loop on the same network, and the networks of torchvision and timm, each in every layout
-and, compiled or not, every mode; the best of each counts. --profile: where the time goes.
+and, compiled or not, every mode; the best of each counts. --profile: where the time goes. On a GPU
+all is channels-last, without the plain loop, and what compiles does so first, several at a time.
 
 loop: the loop itself on a batch that stays on the device, beside the bare updates.
 
 scaling: predicts updates, epochs and the whole run on 1 to 512 devices, and what limits each, from
 the updates and links measured here, or given. The lr of a larger batch is that of the linear rule.
+
+record: all of this that the machine can tell, most important first, within --minutes: the machine,
+the GPU's tests, updates, kernels, input, loop, train.py, Imagenette. It writes DIR/record.jsonl as
+it goes and DIR/record.md for RECORDS.md, and goes on with what is there: --stages, --arch, --batch
+and --modes choose a part, other calls the rest. What fails is recorded and does not end it.
 
 The contestants take turns; each prints one JSON line with the median and spread of its repeats, and
 its ratio to the reference it is held against.
@@ -40,7 +47,6 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -58,7 +64,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import rivals
-from pydantic import BaseModel
+from apart import LIMIT_S, family, measure_apart, warm
 from rivals import Job
 
 from fasttrain import config, sharding, shards, sources
@@ -200,8 +206,6 @@ def decode_some(files: Sequence[Path]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 DISTURBED = 0.1  # of the CPUs taken by others
-LIMIT_S = 1800  # of one measurement: decoding on a GPU may hang
-SAMPLE_S = 0.25  # between two looks at the memory
 WARM_UP = 4  # batches
 FIGURES = ("images_per_s", "cpu_ms_per_image", "first_batch_s", "peak_rss_gib", "peak_pss_gib")
 
@@ -349,55 +353,6 @@ def why_not(job: Job, split: Split) -> str | None:
     return None
 
 
-def measure_apart(job: BaseModel, part: str = "input") -> dict[str, Any]:
-    """Measures in a fresh process, and watches the memory of it and its children meanwhile."""
-    command = [sys.executable, __file__, "measure", part, job.model_dump_json()]
-    # In a process group of its own, so that workers that outlive it can be ended with it.
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    rss = pss = 0
-    try:
-        for look in range(round(LIMIT_S / SAMPLE_S)):
-            try:
-                out, err = child.communicate(timeout=SAMPLE_S)
-                break
-            except subprocess.TimeoutExpired:
-                # The kernel walks all pages for the PSS, so that is asked more rarely.
-                now_rss, now_pss = memory_of(child.pid, with_pss=look % 8 == 4)
-                rss, pss = max(rss, now_rss), max(pss, now_pss)
-        else:
-            return {"failed": f"no result within {LIMIT_S} s"}
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    if child.returncode:
-        sys.stderr.write(err)
-        code = child.returncode
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return {"failed": reason, "error": "".join(err.strip().splitlines()[-1:])}
-    peaks = {"peak_rss_gib": rss / 2**30, "peak_pss_gib": pss / 2**30 or None}
-    return json.loads(out.splitlines()[-1]) | peaks
-
-
-def memory_of(pid: int, with_pss: bool) -> tuple[int, int]:
-    """Bytes of a process and all below it; in the first sum, what they share counts for each."""
-    rss = pss = 0
-    for process in family(pid):
-        with contextlib.suppress(psutil.Error):
-            rss += process.memory_info().rss
-            pss += process.memory_full_info().pss if with_pss else 0
-    return rss, pss
-
-
-def family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []
-
-
 def report_input(job: Job, stored: Stored, turns: dict[Job, list[dict[str, Any]]]) -> None:
     """Prints the JSON line of a contestant: medians of its turns.
 
@@ -481,6 +436,7 @@ def measure_input(job: Job) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # for ImageNet has over 1,000 tars
     import torch
 
+    beside_before = beside_torch(job)
     start = time.perf_counter()
     batches = job.batches()
     images, labels = next(batches)
@@ -488,7 +444,8 @@ def measure_input(job: Job) -> dict[str, Any]:
     first_batch_s = time.perf_counter() - start
     if not job.raw and images is not None:
         shape = (job.batch, 3, job.crop_px, job.crop_px)
-        assert images.shape == shape and images.dtype == torch.float32, (images.shape, images.dtype)
+        dtype = torch.float16 if job.half else torch.float32
+        assert images.shape == shape and images.dtype == dtype, (images.shape, images.dtype)
         assert labels.shape == shape[:1] and labels.dtype == torch.int64, labels.dtype
         assert images.device == labels.device == torch.device(job.device)
     del images, labels  # or their memory would be missing from what is filled in turn
@@ -501,6 +458,7 @@ def measure_input(job: Job) -> dict[str, Any]:
         next(batches)
     wait_for(job)
     after = spent()
+    beside = beside_torch(job) - beside_before
     batches.close()
     seconds, own, thread, foreign = (
         late - early for early, late in zip(before, after, strict=True)
@@ -513,7 +471,9 @@ def measure_input(job: Job) -> dict[str, Any]:
         "cpu_ms_per_image": 1e3 * own / num_images,
         "first_batch_s": first_batch_s,
         "loader_us_per_image": 1e6 * thread / num_images,
+        "cores_busy": own / seconds,
         "foreign_cpu": max(0.0, foreign) / (seconds * (os.cpu_count() or 1)),
+        **({"gpu_beside_gib": beside / 2**30} if job.gpu else {}),
     }
 
 
@@ -532,6 +492,16 @@ def wait_for(job: Job) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def beside_torch(job: Job) -> int:
+    """Bytes of the GPU that are taken by others than torch's allocator."""
+    if not job.gpu:
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def spent() -> tuple[float, float, float, float]:
@@ -554,13 +524,16 @@ def spent() -> tuple[float, float, float, float]:
 # step and loop
 # --------------------------------------------------------------------------------------------------
 
-STEP_FIGURES = ("images_per_s", "step_ms", "first_step_s", "peak_gib", "loss")
+STEP_FIGURES = ("images_per_s", "step_ms", "first_step_s", "peak_gib", "first_loss", "loss")
+CPUS_TO_COMPILE = 3  # of each process that compiles: one traces, others make kernels
 
 
 def benchmark_step(arguments: argparse.Namespace) -> None:
     write(machine())
     jobs = list(step_jobs(arguments))
     turns: dict[Any, list[dict[str, Any]]] = {job: [] for job in jobs}
+    if arguments.device == "gpu":
+        warm_all([job for job in jobs if job.compiles], LIMIT_S)
     for repeat, job in itertools.product(range(arguments.repeats), jobs):
         turns[job].append(measure_apart(job, "step"))
         sys.stderr.write(f"{repeat + 1}/{arguments.repeats} {job.name} {job.execution}\n")
@@ -582,6 +555,19 @@ def benchmark_step(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def warm_all(jobs: "Sequence[steps.StepJob]", limit_s: float) -> list[dict[str, Any]]:
+    """Compiles for all the jobs, as many at a time as CPUs and the memory of the GPU allow."""
+    import steps
+
+    if not jobs:
+        return []
+    slots = max(1, len(os.sched_getaffinity(0)) // CPUS_TO_COMPILE)
+    if jobs[0].gpu:
+        slots = min(slots, steps.gpu_bytes() // max(map(steps.bytes_held, jobs)))
+    slots = max(1, min(slots, len(jobs)))
+    return warm(jobs, slots, limit_s, lambda text: sys.stderr.write(f"{text}\n"))
+
+
 def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
     """Everybody in every way of carrying out a step, for each batch and precision."""
     import steps
@@ -594,14 +580,15 @@ def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
     if arguments.part == "loop":
         names += ["fasttrain loop"]
     if arguments.part == "step":
-        names += ["plain loop", "torchvision"]
+        # On a GPU, contiguous images are far slower and the plain loop is that of torchvision.
+        names += ["torchvision"] if device == "cuda" else ["plain loop", "torchvision"]
         names += ["timm"] if importlib.util.find_spec("timm") else []
     for batch, precision, name in itertools.product(arguments.batch, arguments.precision, names):
         ours = name.startswith("fasttrain")
         modes = arguments.modes if ours else rivals_modes
         if name in ("fasttrain deterministic", "plain loop"):
             modes = ["eager"]
-        both = name in ("torchvision", "timm")
+        both = name in ("torchvision", "timm") and device == "cpu"
         layouts: list[Any] = ["channels_last", "contiguous"] if both else ["channels_last"]
         for mode, layout in itertools.product(modes, layouts):
             if "graph" in mode and precision == "fp16":
@@ -730,24 +717,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_step(parts.add_parser("step", help="updates without the input"))
     add_step(parts.add_parser("loop", help="the loop over the bare updates"))
     add_scaling(parts.add_parser("scaling", help="a run on many devices, predicted"))
+    if "record" in (sys.argv[1:] if argv is None else argv):  # seconds of imports
+        import record
+
+        record.add_arguments(parts.add_parser("record", help="all that this machine can tell"))
+    else:
+        parts.add_parser("record", help="all that this machine can tell")
     part = parts.add_parser("measure")  # one contestant, in its process
-    part.add_argument("kind", choices=["input", "step"])
+    part.add_argument("kind", choices=["input", "step", "warm", "profile", "machine"])
     part.add_argument("job")
     arguments = parser.parse_args(argv)
     try:
         if arguments.part == "measure":
-            if arguments.kind == "step":
-                import steps
-
-                write(steps.measure(steps.StepJob.model_validate_json(arguments.job)))
-            else:
-                write(measure_input(Job.model_validate_json(arguments.job)))
+            write(measured(arguments.kind, arguments.job))
             return
         if arguments.part == "shards":
             if not arguments.source.is_dir():
                 raise config.ConfigError(f"{arguments.source} is no folder; name an ImageFolder")
             write(machine())
             benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
+        elif arguments.part == "record":
+            record.settle(arguments)
+            record.main(arguments)
         elif arguments.part in ("step", "loop", "scaling"):
             settle_step(arguments)
             (benchmark_scaling if arguments.part == "scaling" else benchmark_step)(arguments)
@@ -755,6 +746,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             benchmark_input(arguments)
     except config.Fault as fault:
         config.stop(str(fault))
+
+
+def measured(kind: str, job: str) -> dict[str, Any]:
+    """What `apart.measure_apart` has a process measure; `job` as JSON."""
+    if kind == "input":
+        return measure_input(Job.model_validate_json(job))
+    if kind == "machine":
+        import record
+
+        return record.measure_machine(record.MachineJob.model_validate_json(job))
+    import steps
+
+    step = steps.StepJob.model_validate_json(job)
+    if kind == "warm":
+        return steps.warm(step)
+    if kind == "profile" and step.gpu:
+        import kernels
+
+        return kernels.profile(step)
+    return steps.profiled(step) if kind == "profile" else steps.measure(step)
 
 
 def add_input(part: argparse.ArgumentParser) -> None:
@@ -787,7 +798,7 @@ def add_input(part: argparse.ArgumentParser) -> None:
     )
 
 
-MODES = ("eager", "compile", "graph", "compile_graph")
+MODES: tuple[str, ...] = typing.get_args(config.Mode)
 
 
 def add_step(part: argparse.ArgumentParser) -> None:
@@ -800,7 +811,7 @@ def add_step(part: argparse.ArgumentParser) -> None:
     )
     part.add_argument("--seconds", type=amount, metavar="S", help="timed (default: 4; GPU: 2)")
     part.add_argument(
-        "--repeats", type=config.positive, default=3, metavar="N", help="(default: 3)"
+        "--repeats", type=config.positive, metavar="N", help="turns (default: 3; GPU: 2)"
     )
     part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
     part.add_argument(
@@ -855,6 +866,7 @@ def settle_step(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
     arguments.device = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
     gpu = arguments.device == "gpu"
+    arguments.repeats = arguments.repeats or (2 if gpu else 3)
     arguments.seconds = arguments.seconds or (2.0 if gpu else 4.0)
     arguments.batch = arguments.batch or [1024 if gpu else 64]
     arguments.precision = arguments.precision or ["bf16" if gpu else "no"]

@@ -39,6 +39,8 @@ class Job(BaseModel, frozen=True):
     device: str = "cpu"
     queue_depth: int = 2  # of fasttrain; the rivals' own default is 2 as well
     decode: str = "auto"  # of fasttrain
+    half: bool = False  # images as float16, of fasttrain on a GPU
+    load: float | None = None  # of fasttrain: hw_decoder_load
 
     @property
     def gpu(self) -> bool:
@@ -59,13 +61,15 @@ def fasttrain(job: Job) -> Batches:
     from fasttrain import data
 
     split = shards.open_split(job.shards, "train")
-    place = data.Placement(torch.device(job.device), half=False, threads=job.threads)
+    place = data.Placement(torch.device(job.device), half=job.half, threads=job.threads)
     for batch in data.train_batches(split, settings(job), endless(job, split), 0, place, 0):
         yield batch.images, batch.labels
 
 
 def settings(job: Job) -> config.Data:
     chosen = job.model_dump(include={"crop_px", "threads", "queue_depth", "decode"})
+    if job.load is not None:
+        chosen["hw_decoder_load"] = job.load
     return config.Data(root=job.shards, **chosen)
 
 

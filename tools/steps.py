@@ -5,9 +5,11 @@ import json
 import math
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,10 +55,15 @@ class StepJob(BaseModel):
     threads: int  # of torch, on a CPU
     seconds: float  # that are timed, at least
     profile: bool = False
+    classes: int = NUM_CLASSES
 
     @property
     def gpu(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def compiles(self) -> bool:
+        return "compile" in self.execution
 
 
 Update = Callable[[], Tensor]  # gives the loss, and does not wait for the device
@@ -65,15 +72,11 @@ Update = Callable[[], Tensor]  # gives the loss, and does not wait for the devic
 def measure(job: StepJob) -> dict[str, Any]:
     """Medians over groups of steps, once the first ones are through."""
     begun = time.perf_counter()
-    runtime.keep_compiled()
-    torch.set_num_threads(job.threads)
-    if job.name.startswith("fasttrain") and not job.gpu:
-        runtime.keep_memory()
-    runtime.choose_kernels(deterministic=job.name == "fasttrain deterministic")
+    start(job)
     if job.name == "fasttrain loop":
         return measure_loop(job)
-    update = fasttrain_update(job) if job.name.startswith("fasttrain") else rival_update(job)
-    timed(update, job, 1)
+    update = update_of(job)
+    first_loss = update().item()  # waits for the device
     first_step_s = time.perf_counter() - begun
     timed(update, job, 5 if job.gpu else 1)
     one = timed(update, job, 1)
@@ -85,11 +88,42 @@ def measure(job: StepJob) -> dict[str, Any]:
         "step_ms": 1e3 * step_s,
         "first_step_s": first_step_s,
         "peak_gib": peak_bytes(job) / 2**30,
+        "first_loss": first_loss,
         "loss": update().item(),
     }
     if job.profile:
         found["profile"] = profile(update, job)
     return found
+
+
+def start(job: StepJob) -> None:
+    """Settles threads, kernels and seeds of this process."""
+    runtime.keep_compiled()
+    torch.set_num_threads(job.threads)
+    if job.name.startswith("fasttrain") and not job.gpu:
+        runtime.keep_memory()
+    runtime.choose_kernels(deterministic=job.name == "fasttrain deterministic")
+    runtime.seed_torch(0, Stream.INIT)
+
+
+def update_of(job: StepJob) -> Update:
+    return fasttrain_update(job) if job.name.startswith("fasttrain") else rival_update(job)
+
+
+def warm(job: StepJob) -> dict[str, Any]:
+    """Carries out one update, so that what is compiled for it is kept for later processes."""
+    begun = time.perf_counter()
+    start(job)
+    timed(update_of(job), job, 1)
+    return {"warm_s": time.perf_counter() - begun, "peak_gib": peak_bytes(job) / 2**30}
+
+
+def rounded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers to four digits."""
+    return {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in found.items()
+    }
 
 
 def timed(update: Update, job: StepJob, number: int) -> float:
@@ -109,12 +143,13 @@ def peak_bytes(job: StepJob) -> int:
 
 def resident_batch(job: StepJob) -> tuple[Tensor, Tensor]:
     """Random images `(B, 3, S, S)` and labels `(B,)` on the device; fp16 where the loader's are."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(job.batch, 3, job.px, job.px, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (job.batch,), generator=generator)
+    generator = torch.Generator(job.device).manual_seed(0)
+    shape = job.batch, 3, job.px, job.px
+    images = torch.randn(shape, generator=generator, device=job.device)
+    labels = torch.randint(job.classes, (job.batch,), generator=generator, device=job.device)
     half = job.name.startswith("fasttrain") and job.gpu and job.precision != "no"
     dtype = torch.float16 if half else torch.float32
-    return images.to(job.device, dtype, memory_format=layout(job)), labels.to(job.device)
+    return images.to(dtype, memory_format=layout(job)), labels
 
 
 def layout(job: StepJob) -> torch.memory_format:
@@ -145,7 +180,7 @@ def recipe_of(job: StepJob) -> config.Recipe:
 def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, execution.Updater]:
     recipe = recipe_of(job)
     accelerator = Accelerator(cpu=not job.gpu, mixed_precision=job.precision)
-    module = build_model(**recipe.model.model_dump(), num_classes=NUM_CLASSES)
+    module = build_model(**recipe.model.model_dump(), num_classes=job.classes)
     module.to(accelerator.device).to(memory_format=layout(job))
     learner = execution.prepare(job.execution, accelerator, module, recipe, plan)
     updater = execution.build(job.execution, accelerator, learner, plan, recipe.train)
@@ -163,8 +198,12 @@ def plan_of(job: StepJob, updates: int) -> Plan:
 
 
 def fasttrain_update(job: StepJob) -> Update:
-    """The loop's update less the input: with its seeds, EMA and sum of the loss."""
     _, learner, updater = built(job, plan_of(job, 1))
+    return update_with(job, learner, updater)
+
+
+def update_with(job: StepJob, learner: execution.Learner, updater: execution.Updater) -> Update:
+    """The loop's update less the input: with its seeds, EMA and sum of the loss."""
     images, labels = resident_batch(job)
 
     def update() -> Tensor:
@@ -225,17 +264,17 @@ def network_of(job: StepJob) -> nn.Module:
         from torchvision import models
 
         return getattr(models, f"mobilenet_v3_{job.arch}")(
-            num_classes=NUM_CLASSES, width_mult=job.width
+            num_classes=job.classes, width_mult=job.width
         )
     if job.name == "timm":
         import timm
 
         return timm.create_model(
             f"mobilenetv3_{job.arch}_{round(100 * job.width):03}",
-            num_classes=NUM_CLASSES,
+            num_classes=job.classes,
             drop_rate=0.2,
         )
-    return build_model(job.arch, job.width, NUM_CLASSES, 0.2)
+    return build_model(job.arch, job.width, job.classes, 0.2)
 
 
 def rival_update(job: StepJob) -> Update:
@@ -260,8 +299,72 @@ def rival_update(job: StepJob) -> Update:
 
 
 # --------------------------------------------------------------------------------------------------
+# What an update must move
+# --------------------------------------------------------------------------------------------------
+
+MIB_OF_A_PROCESS = 1500  # what CUDA, its libraries and a little fragmentation take
+HELD = 1.4  # memory of an update over that of each convolution's input and output, at most
+
+
+def values_of(arch: Literal["large", "small"], width: float, px: int) -> tuple[int, int]:
+    """Numbers that all convolutions together read and write for one image, without weights."""
+    read = written = 0
+
+    def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal read, written
+        read, written = read + given[0].numel(), written + output.numel()
+
+    with torch.device("meta"):
+        network = build_model(arch, width, NUM_CLASSES, 0.0)
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(add)
+        network(torch.zeros(2, 3, px, px))
+    return read // 2, written // 2
+
+
+def bytes_moved(job: StepJob) -> int:
+    """Bytes that an update moves at the least, where convolutions are kernels of their own.
+
+    Counted from the network: a convolution reads I numbers and writes O. Forward, its output is
+    read for BatchNorm's statistics, read again to be normalised, and written as the activation:
+    I + 4 O. Backward, BatchNorm reads the gradient and the convolution's output for its sums (2 O),
+    and again to write the gradient of that output (3 O); the gradient of the input takes O + I, that
+    of the weights O + I: 7 O + 2 I. Squeeze-excitation, additions, weights, optimizer and loss are
+    left out, so no update of such kernels can move less.
+    """
+    read, written = values_of(job.arch, job.width, job.px)
+    size = torch.finfo(DTYPES[job.precision]).bits // 8
+    return job.batch * size * (3 * read + 11 * written)
+
+
+def bytes_held(job: StepJob) -> int:
+    """Memory that a process may need at the most for an update that is compiled."""
+    read, written = values_of(job.arch, job.width, job.px)
+    size = torch.finfo(DTYPES[job.precision]).bits // 8
+    return round(HELD * job.batch * size * (read + written)) + MIB_OF_A_PROCESS * 2**20
+
+
+def gpu_bytes() -> int:
+    """Memory of the GPU. Asked of another process, so that this one holds none of it."""
+    script = "import torch; print(torch.cuda.mem_get_info()[0])"
+    return int(subprocess.check_output([sys.executable, "-c", script], text=True))
+
+
+# --------------------------------------------------------------------------------------------------
 # Where the time goes
 # --------------------------------------------------------------------------------------------------
+
+
+def profiled(job: StepJob) -> dict[str, Any]:
+    """An update's operations by time, on a CPU."""
+    start(job)
+    update = update_of(job)
+    timed(update, job, 2)
+    step_ms = 1e3 * timed(update, job, 3) / 3
+    copied, *rows = profile(update, job)
+    named = [{"operation": row.pop("name"), "launches": row.pop("calls"), **row} for row in rows]
+    return {"step_ms": step_ms, **copied, "rows": [rounded(row) for row in named[:12]]}
 
 
 def profile(update: Update, job: StepJob, steps: int = 3) -> list[dict[str, Any]]:
@@ -275,7 +378,7 @@ def profile(update: Update, job: StepJob, steps: int = 3) -> list[dict[str, Any]
     moved = Traffic()
     with moved:
         update()
-    copied = copy_bandwidth(job)
+    copied = copy_bandwidth(job.device)
     key = "self_device_time_total" if job.gpu else "self_cpu_time_total"
     rows = []
     for event in profiler.key_averages():
@@ -317,9 +420,23 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def copy_bandwidth(job: StepJob) -> float:
+def copy_bandwidth(device: str) -> float:
     """Bytes/s, read and written, of copying 256 MiB on the device."""
-    source = torch.ones(2**26, device=job.device)
+    source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    best = min(timed(lambda: target.copy_(source), job, 1) for _ in range(8))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def seconds_of(function: Callable[[], object], device: str) -> float:
+    """Seconds that a function takes, at the least."""
+    gpu = device != "cpu"
+    number = 20 if gpu else 1  # so that launching and waiting do not count
+    found = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        for _ in range(number):
+            function()
+        if gpu:
+            torch.cuda.synchronize()
+        found.append((time.perf_counter() - begun) / number)
+    return min(found)
