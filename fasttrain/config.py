@@ -52,7 +52,8 @@ def _crop_px(value: object) -> object:
     epochs = [epoch for epoch, _ in pairs]
     if epochs[:1] != [0] or any(before >= after for before, after in pairwise(epochs)):
         raise ValueError("epochs must start at 0 and rise")
-    return value
+    # What leaves here counts as Python's, and of that strict types take no list for a tuple.
+    return tuple(map(tuple, pairs)) if isinstance(value, (list, tuple)) else value
 
 
 class Section(BaseModel):

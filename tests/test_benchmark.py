@@ -223,7 +223,7 @@ def test_the_loop_over_the_step(capsys: pytest.CaptureFixture[str]) -> None:
 def test_modes_that_the_machine_lacks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (("--modes", "graph"), "a CUDA graph needs a GPU"),
-        (("--modes", "fast"), "fast: not among eager, compile, graph, compile_graph"),
+        (("--modes", "fast"), "fast: not among eager, compile, compile_fuse, graph"),
         (("--device", "gpu"), "torch finds no GPU here"),
     ):
         with pytest.raises(SystemExit):

@@ -51,6 +51,7 @@ def test_overrides() -> None:
             "train.epochs=90",
             "log.run_dir=/tmp/a run",
             "data.crop_area=[0.5, 1]",
+            "data.crop_px=[[0, 128], [60, 224]]",
             "optim.nesterov = true",
             "data.root=$HOME/x",
         ],
@@ -58,6 +59,8 @@ def test_overrides() -> None:
     assert recipe.train.epochs == 90
     assert recipe.log.run_dir == Path("/tmp/a run")
     assert recipe.data.crop_area == (0.5, 1.0)
+    assert recipe.data.crop_px == ((0, 128), (60, 224))
+    assert config.Data(crop_px=((0, 128), (60, 224))).crop_px == ((0, 128), (60, 224))
     assert recipe.optim.nesterov is True
     assert recipe.data.root == Path.home() / "x"
 

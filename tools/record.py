@@ -36,6 +36,7 @@ from fasttrain.shards import Split, write_atomically
 
 REPO = Path(__file__).resolve().parent.parent
 LEAST_S = 4.0  # left for a measurement to be begun
+STAGE_S = 30.0  # of a stage at the least, while there is time: a process imports for seconds
 IMAGENETTE = "n01440764"  # a class that tells it, together with their number, ten
 GOALS = (80.0, 90.0)  # top-1 on Imagenette, percent
 
@@ -96,11 +97,15 @@ class Run:
     def write(self, **fields: Any) -> None:
         self.record.write(self.stage, **fields)
 
-    def apart(self, job: BaseModel, part: str, **about: Any) -> dict[str, Any]:
+    def apart(
+        self, job: BaseModel, part: str, needed: bool = False, **about: Any
+    ) -> dict[str, Any]:
         """Measures a job in a process, within the time left, and writes what came of it.
 
         Args:
             about: what the line says of the job.
+        Raises:
+            Failed: it is `needed`, and failed.
         """
         if self.left_s() < LEAST_S:
             result: dict[str, Any] = {"skipped": "no time left"}
@@ -112,6 +117,8 @@ class Run:
             self.write(**row)
         outcome = result.get("failed") or result.get("skipped") or "done"
         say(f"{self.stage}: {' '.join(str(value) for value in about.values())}: {outcome}")
+        if needed and outcome != "done":
+            raise Failed
         return result
 
 
@@ -123,7 +130,15 @@ def say(text: str) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Runs the stages that are asked for, one after the other, each in its share of the time."""
     data = [shards.open_split(root, "train") for root in arguments.data]  # or says what is wrong
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: tidily
+    # As Ctrl-C: what runs is ended as well.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        run_stages(arguments, data)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_stages(arguments: argparse.Namespace, data: list[Split]) -> None:
     run = Run(arguments, Record(arguments.out), 0.0)
     end = time.monotonic() + 60 * arguments.minutes
     chosen = [name for name in STAGES if name in arguments.stages]
@@ -131,7 +146,8 @@ def main(arguments: argparse.Namespace) -> None:
     for number, name in enumerate(chosen):
         shares = [STAGES[each].share for each in chosen[number:]]
         begun, run.stage = time.monotonic(), name
-        run.stop_at = begun + (end - begun) * shares[0] / sum(shares)
+        share_s = (end - begun) * shares[0] / sum(shares)
+        run.stop_at = min(end, begun + max(share_s, STAGE_S))
         say(f"{name}: at most {max(0, run.left_s()):.0f} s")
         try:
             if run.left_s() < LEAST_S:
@@ -140,6 +156,8 @@ def main(arguments: argparse.Namespace) -> None:
             end_of = {"ended": "done"}
         except Skip as reason:
             end_of = {"ended": "skipped", "skipped": str(reason)}
+        except Failed:
+            end_of = {"ended": "failed"}
         except (KeyboardInterrupt, SystemExit):
             run.write(ended="stopped", seconds=round(time.monotonic() - begun, 1))
             raise
@@ -147,12 +165,16 @@ def main(arguments: argparse.Namespace) -> None:
             text = f"{type(error).__name__}: {error}"
             end_of = {"ended": "failed", "failed": text.splitlines()[0], "error": text[-2000:]}
         run.write(**end_of, seconds=round(time.monotonic() - begun, 1))
-        say(f"{name}: {end_of.get('failed') or end_of.get('skipped') or 'done'}")
+        say(f"{name}: {end_of.get('failed') or end_of.get('skipped') or end_of['ended']}")
     sys.stdout.write(f"{run.record.tables}\n")
 
 
 class Skip(Exception):
     """A stage has nothing to measure here; says why."""
+
+
+class Failed(Exception):
+    """A stage cannot go on, as what it needs has failed; that is in the record already."""
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -187,9 +209,7 @@ class MachineJob(BaseModel):
 def stage_machine(run: Run, data: list[Split]) -> None:
     root = data[0].root if data else None
     job = MachineJob(device=run.device, scratch=run.arguments.out, data=root)
-    found = run.apart(job, "machine")
-    if "failed" in found:
-        raise RuntimeError(f"{found['failed']}: {found.get('error', '')}")
+    run.apart(job, "machine", needed=True)
 
 
 SMI = {
@@ -362,7 +382,8 @@ def stage_step(run: Run, data: list[Split]) -> None:
         num_bytes = steps.bytes_moved(jobs[0])
         run.write(
             arch=arch, batch=batch, mb_per_image=round(num_bytes / batch / 1e6, 2),
-            copy_gb_per_s=round(copied / 1e9, 1), bound_images_per_s=round(batch * copied / num_bytes),
+            copy_gb_per_s=round(copied / 1e9, 1),
+            bound_images_per_s=round(batch * copied / num_bytes),
         )  # fmt: skip
         compiling = [job for job in jobs if job.compiles]
         warmed = benchmark.warm_all(compiling, run.left_s() * WARM_SHARE)
@@ -386,9 +407,10 @@ def copy_bandwidth(run: Run) -> float:
         if "copy_gb_per_s" in line and line["stage"] in ("machine", "step"):
             return 1e9 * float(line["copy_gb_per_s"])
     job = MachineJob(device=run.device, scratch=run.arguments.out, data=None)
-    found = apart.measure_apart(job, "machine", run.left_s() / 4)
+    found = apart.measure_apart(job, "machine", max(run.left_s() / 4, STAGE_S))
     if "failed" in found:
-        raise RuntimeError(f"copying: {found['failed']}: {found.get('error', '')}")
+        run.write(name="copying", **found)
+        return 0.0
     return 1e9 * float(found["copy_gb_per_s"])
 
 
@@ -407,9 +429,7 @@ def best_mode(run: Run, arch: str, batch: int) -> str:
 def stage_profile(run: Run, data: list[Split]) -> None:
     arch, batch = run.arguments.arch[0], run.arguments.batch[0]
     job = step_job(run, "fasttrain", best_mode(run, arch, batch), arch, batch)
-    found = run.apart(job, "profile", **told(job))
-    if "failed" in found:
-        raise RuntimeError(f"{found['failed']}: {found.get('error', '')}")
+    run.apart(job, "profile", needed=True, **told(job))
 
 
 def stage_loop(run: Run, data: list[Split]) -> None:
@@ -583,7 +603,7 @@ def stage_train(run: Run, data: list[Split]) -> None:
     training = Training(run, recipe, "train")
     spe = split.num_samples // batch
     last = recipe.train.epochs * spe
-    at = last * 3 // 4
+    at = last // 2
     first = training.start(lambda: any(x["step"] >= at for x in training.lines("train")))
     written = report_training(run, training, about_it, bare)
     training.check(first, stopped=True)
@@ -602,7 +622,7 @@ def stage_train(run: Run, data: list[Split]) -> None:
         **about_it, first_start_s=round(first.seconds, 1),
         stopping_s=round(first.stopping_s or 0, 2),
         resumed_s=round(resumed_s[0], 1) if resumed_s else None,
-        steps=[line["step"] for line in training.lines("train")][-1] + 1, of_steps=last,
+        steps=training.lines("train")[-1]["step"] + 1, of_steps=last,
         said=training.said(),
     )  # fmt: skip
     training.check(second)
@@ -808,7 +828,5 @@ def settle(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
 
 
-# All modes: those that are likely the fastest first, after eager, which the others are held against.
-MOST_TELLING = sorted(
-    benchmark.MODES, key=lambda mode: (mode != "eager", "graph" not in mode, benchmark.MODES.index(mode))
-)  # fmt: skip
+# All modes: after eager, which the others are held against, those that are likely the fastest.
+MOST_TELLING = sorted(benchmark.MODES, key=lambda mode: (mode != "eager", "graph" not in mode))

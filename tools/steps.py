@@ -329,9 +329,9 @@ def bytes_moved(job: StepJob) -> int:
     Counted from the network: a convolution reads I numbers and writes O. Forward, its output is
     read for BatchNorm's statistics, read again to be normalised, and written as the activation:
     I + 4 O. Backward, BatchNorm reads the gradient and the convolution's output for its sums (2 O),
-    and again to write the gradient of that output (3 O); the gradient of the input takes O + I, that
-    of the weights O + I: 7 O + 2 I. Squeeze-excitation, additions, weights, optimizer and loss are
-    left out, so no update of such kernels can move less.
+    and again to write the gradient of that output (3 O); the gradient of the input takes O + I,
+    that of the weights O + I: 7 O + 2 I. Squeeze-excitation, additions, weights, optimizer and loss
+    are left out, so no update of such kernels can move less.
     """
     read, written = values_of(job.arch, job.width, job.px)
     size = torch.finfo(DTYPES[job.precision]).bits // 8

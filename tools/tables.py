@@ -91,7 +91,7 @@ SETTING = ("arch", "batch", "px", "precision")
 
 def _step(lines: Sequence[Line]) -> Iterator[str]:
     measured = [line for line in lines if "turn" in line]
-    for arch, batch in dict.fromkeys((x.get("arch"), x.get("batch")) for x in measured):
+    for arch, batch in dict.fromkeys((str(x["arch"]), x["batch"]) for x in measured):
         group = [x for x in measured if (x["arch"], x["batch"]) == (arch, batch)]
         first = group[0]
         yield (
@@ -107,8 +107,8 @@ def _step(lines: Sequence[Line]) -> Iterator[str]:
             yield (
                 f"Bound: {shown(bound['bound_images_per_s'])} images/s, where copying moves "
                 f"{shown(bound['copy_gb_per_s'])} GB/s and an update "
-                f"{shown(bound['mb_per_image'])} MB an image at the least (3 passes over the inputs "
-                "of the convolutions and 11 over their outputs; nothing else is counted)."
+                f"{shown(bound['mb_per_image'])} MB an image at the least (3 passes over the "
+                "inputs of the convolutions and 11 over their outputs; nothing else is counted)."
             )
         yield ""
 
@@ -163,14 +163,13 @@ def _profile(lines: Sequence[Line]) -> Iterator[str]:
             ("kernel", "kernel"), ("kind", "kind"), ("bookkeeping", "of the bookkeeping"),
             ("operation", "operation"),
         ):  # fmt: skip
-            yield from table(
-                (head, *heads[1:]),
-                [
-                    (x[kind], x["ms"], x.get("launches"), x.get("mb"), x.get("of_copy"))
-                    for x in rows if kind in x
-                ],
-            )  # fmt: skip
-            yield ""
+            body = [
+                (x[kind], x["ms"], x.get("launches"), x.get("mb"), x.get("of_copy"))
+                for x in rows if kind in x
+            ]  # fmt: skip
+            if body:
+                yield from table((head, *heads[1:]), body)
+                yield ""
 
 
 def _input(lines: Sequence[Line]) -> Iterator[str]:
@@ -193,7 +192,8 @@ def _loop(lines: Sequence[Line]) -> Iterator[str]:
     for line in lines:
         if "name" in line:
             said = line.get("images_per_s") or line.get("failed") or line.get("skipped")
-            yield f"- {line['name']}, `{line['execution']}`: {shown(said)} images/s"
+            unit = " images/s" if "images_per_s" in line else ""
+            yield f"- {line['name']}, `{line['execution']}`: {shown(said)}{unit}"
         elif "loop_over_step" in line:
             yield f"- the loop over the bare update: {line['loop_over_step']}"
 
@@ -215,10 +215,12 @@ def _train(lines: Sequence[Line]) -> Iterator[str]:
         if "eval_s" in x:
             yield f"- evaluation after update {x['step']}: {x['eval_s']} s"
         if "stopping_s" in x:
-            yield (
-                f"- stopped {x['stopping_s']} s after it was asked; first train line of the resumed "
-                f"run after {x['resumed_s']} s; {x['steps']} of {x['of_steps']} updates done"
-            )
+            resumed = (
+                f"the first train line after {x['resumed_s']} s, and {x['steps']} of "
+                f"{x['of_steps']} updates in all"
+                if x["resumed_s"] else "nothing, as all was done when it stopped"
+            )  # fmt: skip
+            yield f"- stopped {x['stopping_s']} s after it was asked; started again: {resumed}"
         for text in x.get("said", ()):
             yield f"- {text}"
 
@@ -230,8 +232,8 @@ def _imagenette(lines: Sequence[Line]) -> Iterator[str]:
         elif "best_top1" in x:
             yield (
                 f"- best {shown(x['best_top1'])} % after {x['epochs']} evaluations, "
-                f"{x['minutes']} minutes, up to {shown(x['images_per_s'])} images/s; the recipe with "
-                f"{x['changes']}"
+                f"{x['minutes']} minutes, up to {shown(x['images_per_s'])} images/s; the recipe "
+                f"with {x['changes']}"
             )
 
 

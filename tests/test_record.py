@@ -1,0 +1,122 @@
+"""benchmark.py record: writes as it goes, survives what fails, and goes on with what is there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "tools"))
+import benchmark
+import kernels
+import record
+import steps
+import tables
+
+TINY = ("--arch", "small", "--width", "0.35", "--batch", "4", "--crop-px", "32", "--threads", "1",
+        "--seconds", "0.2", "--device", "cpu")  # fmt: skip
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
+
+
+def test_a_record_in_two_parts(tmp_path: Path) -> None:
+    for part in (
+        ("--stages", "machine,tests,step", "--rivals", "torchvision"),
+        ("--stages", "imagenette"),
+    ):
+        benchmark.main(["record", "--out", str(tmp_path), "--minutes", "4", *part, *TINY])
+        with (tmp_path / "record.jsonl").open("a") as file:
+            file.write('{"stage": "step", "cut')  # by a kill
+    lines = record.Record(tmp_path).lines
+    ends = {line["stage"]: line["ended"] for line in lines if "ended" in line}
+    assert ends == {
+        "machine": "done", "tests": "skipped", "step": "done", "imagenette": "skipped",
+    }  # fmt: skip
+    (machine,) = (line for line in lines if "matrix_tflops" in line)
+    assert machine["copy_gb_per_s"] > 0 and machine["write_mb_per_s"] > 0
+    measured = {line["name"]: line for line in lines if "turn" in line}
+    assert set(measured) == {"fasttrain", "torchvision"}
+    assert all(line["images_per_s"] > 0 for line in measured.values())
+    text = (tmp_path / "record.md").read_text()
+    assert text.startswith("## Record of 20") and "| fasttrain | eager |" in text
+    assert "Bound: " in text and "imagenette: needs Imagenette's shards" in text
+
+
+def test_what_fails_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = tmp_path / "python"
+    crash.write_text("#!/bin/sh\necho 'last words' >&2\nkill -SEGV $$\n")
+    crash.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crash))
+    out = tmp_path / "out"
+    stages = "machine,step,profile,input,loop,train"
+    benchmark.main(["record", "--out", str(out), "--minutes", "4", "--stages", stages, *TINY])
+    lines = lines_of(out)
+    assert [line["stage"] for line in lines if "ended" in line] == stages.split(",")
+    failures = [line for line in lines if "failed" in line]
+    assert {line["stage"] for line in failures} == set(stages.split(","))
+    assert all("last words" in line["error"] for line in failures)
+    assert "SIGSEGV" in (out / "record.md").read_text()
+
+
+def test_time_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, float] = {}
+
+    def stage(run: record.Run, data: Any) -> None:
+        given[run.stage] = run.left_s()
+
+    monkeypatch.setattr(record, "STAGES", {
+        name: record.Stage(stage, share) for name, (_, share) in record.STAGES.items()
+    })  # fmt: skip
+    benchmark.main(["record", "--out", str(tmp_path), "--stages", "step,loop", *TINY])
+    assert given["step"] == pytest.approx(600 * 8 / 10, abs=5)
+    assert given["loop"] == pytest.approx(600, abs=5)  # what was not used is left
+
+
+@pytest.mark.slow
+def test_the_other_stages(tmp_path: Path) -> None:
+    options = ("--minutes", "5", "--stages", "profile,input,loop,train", "--updates", "64")
+    benchmark.main(["record", "--out", str(tmp_path), *options, *TINY])
+    lines = lines_of(tmp_path)
+    assert all(line["ended"] == "done" for line in lines if "ended" in line)
+    (trained,) = (line for line in lines if "stopping_s" in line)
+    assert trained["steps"] == trained["of_steps"] and trained["resumed_s"] > 0
+    assert any(line.get("over_bare_step", 0) > 0 for line in lines)
+
+
+def test_bytes_of_compiled_kernels() -> None:
+    signature = "{'in_ptr0': '*bf16', 'in_out_ptr0': '*fp32', 'xnumel': 'i32'}"
+    code = f"""
+triton_poi_a_0 = async_compile.triton('triton_poi_a_0', '''
+    triton_meta={{'signature': {signature}, 'device': 0}},
+''', device_str='cuda')
+    def call(self, args):
+        assert_size_stride(x, (2, 3, 4), (12, 4, 1), 'input')
+        buf0 = empty_strided_cuda((24, ), (1, ), torch.float32)
+        triton_poi_a_0.run(x, buf0, 24, stream=stream0)
+        buf1 = buf0; del buf0  # reuse
+        triton_poi_a_0.run(reinterpret_tensor(x, (2, 6), (12, 1), 6), buf1, 12, stream=stream0)
+        buf2 = extern_kernels.convolution(x, w, stride=(1, 1))
+        assert_size_stride(buf2, (2, 10), (10, 1), 'torch.ops.aten.convolution.default')
+        buf3 = torch.ops.aten.convolution_backward.default(buf2, x, w, [True, True, False])
+"""
+    moved = kernels.Bytes([code])
+    assert moved.of_kernel("triton_poi_a_0") == 2 * 24 + 2 * 4 * 24 + 2 * 12 + 2 * 4 * 24
+    assert moved.convolutions == 2 * (24 + 20) + 2 * 2 * (20 + 24)
+
+
+def test_what_an_update_must_move() -> None:
+    job = steps.StepJob(
+        name="fasttrain", arch="large", width=1.0, batch=2, px=224, precision="bf16",
+        execution="eager", layout="channels_last", device="cpu", threads=1, seconds=1,
+    )  # fmt: skip
+    read, written = steps.values_of("large", 1.0, 224)
+    assert 4.0e6 < read < 5.0e6 and 4.0e6 < written < 5.0e6
+    assert steps.bytes_moved(job) == 2 * 2 * (3 * read + 11 * written)
+
+
+def test_tables_of_nothing() -> None:
+    assert tables.markdown([]).startswith("## Record of unknown")
