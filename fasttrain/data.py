@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,7 +188,7 @@ class Loader:
             feed.close()
 
     def _by_dali(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
-        from fasttrain import pipeline
+        pipeline = _dali()
 
         for images, draw in self._run_dali(feed, closed):
             # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
@@ -238,7 +239,7 @@ class Loader:
 
     def _run_dali(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
         """What DALI makes of each batch."""
-        from fasttrain import pipeline
+        pipeline = _dali()
 
         self.given = feed, closed
         graph, self.kept = self.kept, None
@@ -269,7 +270,7 @@ class Loader:
 
     def _source(self, number: int) -> tuple[Any, ...]:
         """What DALI is given for batch `number` of the feed."""
-        from fasttrain import pipeline
+        pipeline = _dali()
 
         assert self.given
         feed, closed = self.given
@@ -312,6 +313,18 @@ class Loader:
             f"DALI could not decode a batch, though its bytes are intact: {error}"
             f"{remedy(self.split)}"
         )
+
+
+def _dali() -> ModuleType:
+    """`fasttrain.pipeline`, imported where it is needed, as DALI may not be there."""
+    try:
+        from fasttrain import pipeline
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"these images are made by DALI, which is not installed here ({error}): pip install "
+            "nvidia-dali-cuda130, or for CUDA 12 as the README says"
+        ) from None
+    return pipeline
 
 
 def _to_stderr(text: str) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU, TensorListGPU
@@ -98,7 +97,7 @@ def bytes_of(views: Sequence[memoryview]) -> TensorListCPU:
 def pixels_of(views: Sequence[memoryview], widths: Sequence[int]) -> TensorListCPU:
     """Raw images, or rows of them, of these widths, uncopied, for `build`'s source."""
     images = [
-        TensorCPU(np.frombuffer(view, np.uint8).reshape(-1, width, 3), "HWC")
+        TensorCPU(view.cast("B", (len(view) // (3 * width), width, 3)), "HWC")
         for view, width in zip(views, widths, strict=True)
     ]
     return _listed(images, "HWC")

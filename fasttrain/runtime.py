@@ -76,13 +76,49 @@ def start(
         keep_memory()
     if device.type == "cuda" and device.index is None:  # of a process alone; DALI wants a number
         device = torch.device("cuda", torch.cuda.current_device())
+    decoding_threads = data_threads(data, environ)  # shares of all CPUs, as it is not bound yet
+    if device.type == "cuda":
+        bind_to_node(device.index, environ)
     return Process(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=device,
-        data_threads=data_threads(data, environ),
+        data_threads=decoding_threads,
         cpu_threads=cpu_threads,
     )
+
+
+def bind_to_node(gpu: int, environ: Mapping[str, str], sysfs: Path = Path("/sys")) -> None:
+    """Binds this process to the CPUs of the NUMA node that its GPU is attached to.
+
+    Only where each process finds its share of the CPUs on the node of its GPU: not where the
+    launcher has bound the processes, nor where one process has a machine of two nodes for itself.
+    Accelerate's own binding (ACCELERATE_CPU_AFFINITY) needs another package and does not ask.
+    """
+    here, processes = os.sched_getaffinity(0), config.number_in(environ, "LOCAL_WORLD_SIZE", 1)
+    nodes = len(list((sysfs / "devices/system/node").glob("node[0-9]*")))
+    if nodes < 2 or len(here) != os.cpu_count() or torch.cuda.device_count() < processes:
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # containers may hide all this
+        used = [_node_of(number, sysfs) for number in range(processes)]
+        node = _node_of(gpu, sysfs)
+        text = (sysfs / f"devices/system/node/node{node}/cpulist").read_text()
+        cpus = here & cpus_in(text)
+        if node >= 0 and cpu_share(environ) * used.count(node) <= len(cpus):
+            os.sched_setaffinity(0, cpus)  # of this thread, and of those that it starts
+
+
+def _node_of(gpu: int, sysfs: Path) -> int:
+    """The NUMA node of a GPU; -1 where the kernel knows of none."""
+    about: Any = torch.cuda.get_device_properties(gpu)
+    address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+    return int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
+
+
+def cpus_in(text: str) -> set[int]:
+    """The CPUs of a list such as `0-3,8-11`."""
+    ranges = (part.partition("-") for part in text.strip().split(",") if part)
+    return {cpu for a, _, b in ranges for cpu in range(int(a), int(b or a) + 1)}
 
 
 def choose_kernels(deterministic: bool) -> None:

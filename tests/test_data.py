@@ -1,6 +1,7 @@
 """The pipeline on the CPU: pixels, layout, order, resuming, and damaged bytes."""
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+import fasttrain
 from fasttrain import config, data, pipeline, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement
@@ -161,6 +163,15 @@ def test_evaluations_share_a_pipeline(dataset: Path, monkeypatch: pytest.MonkeyP
     height, width = forms[0].largest
     sizes = list(zip(split.height.tolist(), split.width.tolist(), strict=True))
     assert (height, width) in sizes and height * width == max(h * w for h, w in sizes)
+
+
+def test_without_dali_it_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "fasttrain.pipeline")
+    monkeypatch.delattr(fasttrain, "pipeline")
+    split = shards.open_split(dataset, "val")
+    with pytest.raises(DataError, match=r"DALI, which is not installed here .*nvidia-dali-cuda130"):
+        list(data.eval_loader(split, config.Data(root=dataset), 3, 0, 1, CPU))
 
 
 def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

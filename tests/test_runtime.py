@@ -1,6 +1,9 @@
 """Processes that were launched together must fit together."""
 
 import copy
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,3 +47,40 @@ def test_others_are_refused(change: dict[str, Any], message: str) -> None:
     some[2] |= change
     with pytest.raises(LaunchError, match=message):
         runtime.check_alike(some)
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus_of_nodes", "bound"),
+    [
+        (4, [0, 0, 1, 1], {4, 5, 6, 7}),
+        (1, [1], None),  # which would lose half of the machine
+        (2, [1, 1], None),  # and two would share one half
+        (2, [-1, -1], None),  # the kernel knows of no node
+    ],
+)
+def test_processes_stay_on_the_node_of_their_gpu(
+    processes: int,
+    gpus_of_nodes: list[int],
+    bound: set[int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for node, cpus in enumerate(("0-3", "4,5-7")):
+        (tmp_path / f"devices/system/node/node{node}").mkdir(parents=True)
+        (tmp_path / f"devices/system/node/node{node}/cpulist").write_text(f"{cpus}\n")
+    for gpu, node in enumerate(gpus_of_nodes):
+        (tmp_path / f"bus/pci/devices/0000:{gpu + 16:02x}:00.0").mkdir(parents=True)
+        (tmp_path / f"bus/pci/devices/0000:{gpu + 16:02x}:00.0/numa_node").write_text(f"{node}\n")
+    done: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: done.append(cpus))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus_of_nodes))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda gpu: SimpleNamespace(pci_domain_id=0, pci_bus_id=gpu + 16, pci_device_id=0),
+    )
+    monkeypatch.setattr(runtime, "cpu_share", lambda environ: 8 // processes)
+    runtime.bind_to_node(processes - 1, {"LOCAL_WORLD_SIZE": str(processes)}, tmp_path)
+    assert done == ([bound] if bound else [])
