@@ -88,9 +88,11 @@ class Recorder:
         with contextlib.suppress(RuntimeError):  # it says less than the first cause
             graph.capture_end()
         device = torch.cuda.current_device()
-        for leave in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with contextlib.suppress(RuntimeError):  # where the end of the capture has done it
-                leave(device, self.pool)
+        # Where CUDA refused the end, torch 2.11 still allocates to the pool; 2.14 does not, and the
+        # graph gives the pool back by itself. To give it back twice would end the process.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
         self.pool = None  # what it held is not reused
         # Else the generator counts as being recorded, and refuses to be seeded (torch 2.11).
         generator = torch.cuda.default_generators[device]
