@@ -108,6 +108,59 @@ triton_poi_a_0 = async_compile.triton('triton_poi_a_0', '''
     assert moved.convolutions == 2 * (24 + 20) + 2 * 2 * (20 + 24)
 
 
+def test_a_profile_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(function: Any, number: int) -> list[kernels.Kernel]:
+        function()
+        names = ("triton_poi_a_0", "sm90_xmma_dgrad", "Memcpy HtoD", "void elementwise")
+        return [kernels.Kernel(name, 4.0 - place, 2.0) for place, name in enumerate(names)]
+
+    monkeypatch.setattr(kernels, "kernels_of", made_up)
+    job = record.step_job(run_of(), "fasttrain", "eager", "small", 2)
+    found = kernels.profile(job)
+    assert found["busy_ms"] == 10 and found["launches"] == 8 and found["must_move_gb"] > 0
+    kinds = {row["kind"]: row["ms"] for row in found["rows"] if "kind" in row}
+    assert kinds == {
+        "all convolutions": 3, "compiled": 4, "convolutions": 3, "copies and fills": 2,
+        "others of torch": 1, "bookkeeping": 10,
+    }  # fmt: skip
+    line = {"stage": "profile", **record.told(job), **found}
+    rows = [{"stage": "profile", **row} for row in line.pop("rows")]
+    text = tables.markdown([line, *rows])
+    assert "| triton_poi_a_0 | 4 | 2 |" in text and "| bookkeeping | 10 | 8 |" in text
+
+
+def run_of() -> record.Run:
+    parser = benchmark.argparse.ArgumentParser()
+    record.add_arguments(parser)
+    arguments = parser.parse_args(["--out", "unused", *TINY])
+    record.settle(arguments)
+    return record.Run(arguments, None, 0.0)  # type: ignore[arg-type]
+
+
+def test_what_a_profiler_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [
+        {"cat": "kernel", "name": "a", "dur": 300.0}, {"cat": "kernel", "name": "a", "dur": 300.0},
+        {"cat": "gpu_memset", "name": "b", "dur": 30.0}, {"cat": "cpu_op", "name": "c", "dur": 9},
+        {"name": "d"},
+    ]  # fmt: skip
+
+    class Profiler:
+        def __init__(self, activities: Any) -> None: ...
+        def __enter__(self) -> "Profiler":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    monkeypatch.setattr(kernels.torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(kernels.torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+    found = kernels.kernels_of(lambda: calls.append(1), 2)
+    assert found == [kernels.Kernel("a", 0.3, 1.0), kernels.Kernel("b", 0.015, 0.5)]
+    assert len(calls) == 3
+
+
 def test_what_an_update_must_move() -> None:
     job = steps.StepJob(
         name="fasttrain", arch="large", width=1.0, batch=2, px=224, precision="bf16",

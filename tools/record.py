@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -573,13 +574,20 @@ class Training:
 
     def check(self, launched: Launched, stopped: bool = False) -> None:
         """Raises what is wrong with how a start ended."""
-        tail = apart.last_lines(self.log.read_text(errors="replace"))
         if launched.code is None:
-            raise RuntimeError(f"train.py: did not end in time\n{tail}")
-        if not stopped and launched.code:
-            raise RuntimeError(f"train.py: exit code {launched.code}\n{tail}")
+            raise RuntimeError(f"train.py: did not end in time\n{self.last_words()}")
+        if launched.code and not (stopped and launched.stopping_s):
+            raise RuntimeError(f"train.py: exit code {launched.code}\n{self.last_words()}")
         if stopped and launched.stopping_s is None:
-            raise RuntimeError(f"train.py: ended before it was asked to stop\n{tail}")
+            raise RuntimeError(f"train.py: ended before it was asked to stop\n{self.last_words()}")
+
+    def last_words(self) -> str:
+        """The last lines of train.py, without the traceback that its launcher adds."""
+        text = self.log.read_text(errors="replace")
+        launchers = text.rfind("Traceback (most recent call last)")
+        if "CalledProcessError" in text[launchers:]:
+            text = text[:launchers]
+        return apart.last_lines(text)
 
 
 def stage_train(run: Run, data: list[Split]) -> None:
@@ -702,7 +710,7 @@ def stage_imagenette(run: Run, data: list[Split]) -> None:
     )
     if split is None:
         raise Skip("needs Imagenette's shards: name them with --data")
-    changes = {"data.root": str(split.root)}
+    changes: dict[str, Any] = {"data.root": str(split.root)}
     if run.gpu:  # a larger network learns more in the minutes that there are
         changes |= {
             "model.arch": "large", "model.width": 1.0, "train.epochs": 60,
@@ -734,7 +742,7 @@ def stage_imagenette(run: Run, data: list[Split]) -> None:
         said=training.said(),
     )  # fmt: skip
     if not evaluations:
-        raise RuntimeError(apart.last_lines(training.log.read_text(errors="replace")))
+        raise RuntimeError(training.last_words())
 
 
 def top1_of(line: dict[str, Any]) -> float:
@@ -783,9 +791,8 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     )
     for name, known, default, text in lists:
         part.add_argument(
-            name, type=lambda given, known=known: words(known, given), default=default,
-            metavar="A,B", help=text,
-        )  # fmt: skip
+            name, type=partial(words, known), default=default, metavar="A,B", help=text
+        )
     numbers = (
         ("--crop-px", None, "side of the images (default: 224; CPU: 64)"),
         ("--threads", len(os.sched_getaffinity(0)), "of the CPU (default: %(default)s)"),
