@@ -277,7 +277,8 @@ def matrix_rate(device: str) -> float:
 
     gpu = device == "cuda"
     size = 8192 if gpu else 1024
-    matrix = torch.ones(size, size, dtype=torch.bfloat16 if gpu else torch.float32, device=device)
+    # Of zeros or ones a GPU multiplies more in a second, as it takes less power.
+    matrix = torch.randn(size, size, dtype=torch.bfloat16 if gpu else torch.float32, device=device)
     return float(2 * size**3 / steps.seconds_of(lambda: matrix @ matrix, device))
 
 
@@ -388,8 +389,11 @@ def stage_step(run: Run, data: list[Split]) -> None:
         )  # fmt: skip
         compiling = [job for job in jobs if job.compiles]
         warmed = benchmark.warm_all(compiling, run.left_s() * WARM_SHARE)
+        cold = []
         for job, found in zip(compiling, warmed, strict=True):
             run.write(**told(job), warmed=True, **steps.rounded(found))
+            cold += [job] if "failed" in found else []
+        jobs.sort(key=lambda job: job in cold)  # they may take all the time that there is
         for turn, job in itertools.product(range(arguments.repeats), jobs):
             run.apart(job, "step", **told(job), turn=turn)
     run.stop_at = stop_at
@@ -437,7 +441,7 @@ def stage_loop(run: Run, data: list[Split]) -> None:
     arch, batch = run.arguments.arch[0], run.arguments.batch[0]
     mode = best_mode(run, arch, batch)
     for turn in range(run.arguments.repeats):
-        found = {}
+        found: dict[str, Any] = {}
         for name in ("fasttrain", "fasttrain loop"):
             job = step_job(run, name, mode, arch, batch)
             found[name] = run.apart(job, "step", **told(job), turn=turn).get("images_per_s")
@@ -456,7 +460,9 @@ def stage_input(run: Run, data: list[Split]) -> None:
     arguments = run.arguments
     # What is known the least comes first: raw shards feed the fastest step.
     sets = sorted(data or [made_up(run)], key=lambda split: split.store != "raw")
-    for split in sets:
+    stop_at = run.stop_at
+    for place, split in enumerate(sets):
+        run.stop_at = time.monotonic() + (stop_at - time.monotonic()) / (len(sets) - place)
         batch = min(max(arguments.batch), split.num_samples)
         number = max(arguments.images or 0, 8 * batch) if run.gpu else arguments.images or 4 * batch
         kind = {"data": split.root.name, "store": split.store, **described(split)}
@@ -482,9 +488,11 @@ def strategies(run: Run, split: Split) -> Iterator[tuple[str, float | None]]:
     if split.store == "raw" or not run.gpu:
         yield "auto", None
         return
-    yield "cpu", None
-    for load, strategy in itertools.product(LOADS, ("gpu_full", "gpu_window")):
-        yield strategy, load
+    for place, load in enumerate(LOADS):
+        yield "gpu_full", load
+        yield "gpu_window", load
+        if place == 0:
+            yield "cpu", None
 
 
 def made_up(run: Run) -> Split:
@@ -602,7 +610,7 @@ def stage_train(run: Run, data: list[Split]) -> None:
     job = step_job(run, "fasttrain", mode, arch, batch)
     job = job.model_copy(update={"classes": len(split.classes)})
     if job.compiles:
-        sizes = [job, job.model_copy(update={"px": small})]
+        sizes = [job.model_copy(update={"evaluates": True}), job.model_copy(update={"px": small})]
         for each, found in zip(
             sizes, benchmark.warm_all(sizes, run.left_s() * WARM_SHARE), strict=True
         ):
@@ -679,9 +687,11 @@ def report_training(
     recipe = config.load(training.recipe)
     by_px: dict[int, list[dict[str, Any]]] = {}
     for before, line in itertools.pairwise(lines[written:]):
-        px = [schedule.crop_px_at(each["epoch"], recipe.data.crop_px) for each in (before, line)]
-        if px[0] == px[1]:
-            by_px.setdefault(px[1], []).append(line)
+        first, last = (
+            schedule.crop_px_at(each["epoch"], recipe.data.crop_px) for each in (before, line)
+        )
+        if first == last:
+            by_px.setdefault(last, []).append(line)
     for px, group in by_px.items():
         speed = median(line["images_per_s"] for line in group)
         found = {

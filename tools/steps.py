@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class StepJob(BaseModel):
     seconds: float  # that are timed, at least
     profile: bool = False
     classes: int = NUM_CLASSES
+    evaluates: bool = False  # compiles for evaluations as well, where it only compiles
 
     @property
     def gpu(self) -> bool:
@@ -114,7 +116,12 @@ def warm(job: StepJob) -> dict[str, Any]:
     """Carries out one update, so that what is compiled for it is kept for later processes."""
     begun = time.perf_counter()
     start(job)
-    timed(update_of(job), job, 1)
+    if job.evaluates:
+        _, learner, updater = built(job, plan_of(job, 1))
+        timed(update_with(job, learner, updater), job, 1)
+        updater.rehearse([], [resident_batch(job)[0]])
+    else:
+        timed(update_of(job), job, 1)
     return {"warm_s": time.perf_counter() - begun, "peak_gib": peak_bytes(job) / 2**30}
 
 
@@ -345,6 +352,7 @@ def bytes_held(job: StepJob) -> int:
     return round(HELD * job.batch * size * (read + written)) + MIB_OF_A_PROCESS * 2**20
 
 
+@cache
 def gpu_bytes() -> int:
     """Memory of the GPU. Asked of another process, so that this one holds none of it."""
     script = "import torch; print(torch.cuda.mem_get_info()[0])"
