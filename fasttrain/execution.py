@@ -363,12 +363,17 @@ class Evaluator:
         """Compiles and records for batches of this shape."""
         if self.plain or images.shape in self.rehearsed:
             return
-        was_training = self.module.training
+        was_training, was_cached = self.module.training, torch.is_autocast_cache_enabled()
         self.module.eval()
-        logits = self.forward(images)
-        self.rehearsed[images.shape] = images, torch.empty_like(logits)
-        self(images)
-        self.module.train(was_training)
+        # What autocast keeps of weights that it has cast would not be in the recording.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            logits = self.forward(images)
+            self.rehearsed[images.shape] = images.clone(), torch.empty_like(logits)
+            self(images)
+        finally:
+            torch.set_autocast_cache_enabled(was_cached)
+            self.module.train(was_training)
 
 
 def _evaluators(

@@ -65,7 +65,8 @@ class Recorder:
             return self._capture(function)
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.touched), kept)
+                for tensor, before in zip(self.touched, kept, strict=True):
+                    tensor.copy_(before)
             torch.cuda.set_rng_state(drawn)
             torch.cuda.synchronize()
 

@@ -281,6 +281,7 @@ def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
         torch.compiler.reset()
     gc.collect()
     if not setup.on_cpu:
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream that multiplied
         torch.cuda.empty_cache()
 
 
