@@ -3,7 +3,8 @@
     draw (ids, windows, flips, ...)     from `sampling`, a pure function of the batch's number
       -> bytes of the images            from `reading`, ahead of time, uncopied
       -> decode, cut, resize, augment, mirror, normalise
-            GPU    DALI does all of it, there
+            GPU    DALI does all of it, there; raw images are gathered into one buffer a batch,
+                   copied at once and finished by one kernel
             CPU    DALI decodes the windows, `resize` does the rest; where images are augmented,
                    DALI does it all
       -> Batch(images, labels, draw)    on the device, channels-last
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from fasttrain import config, sampling
 from fasttrain.forecast import Stages
+from fasttrain.gather import Packer
+from fasttrain.lane import Lane, pinned
 from fasttrain.reading import BadSamples, DataError, Feed, faults_of, remedy
 from fasttrain.resize import Pending, Resizer
 from fasttrain.sampling import Draw, Piece
@@ -65,6 +68,31 @@ def decode_of(split: Split, data: config.Data, place: Placement) -> str:
     if data.decode == "auto":  # untested; `decoding.choose` tests
         return "gpu_full" if place.device.type == "cuda" else "cpu"
     return data.decode
+
+
+def by_kernel(data: config.Data, place: Placement, training: bool) -> bool:
+    """Whether raw images are finished by `resize_gpu`; where it fails, says so and why, once."""
+    changed = training and (data.augment != "none" or any(data.color_jitter))
+    if place.device.type != "cuda" or changed:
+        return False
+    fault = _kernel_fault(place.device, data.interpolation == "bicubic", place.half)
+    return not fault
+
+
+@lru_cache
+def _kernel_fault(device: torch.device, cubic: bool, half: bool) -> str:
+    try:
+        from fasttrain import resize_gpu
+    except ImportError as error:
+        fault = str(error)
+    else:
+        fault = resize_gpu.fault(device, cubic, half)
+    if fault:
+        _to_stderr(
+            f"raw images: the kernel that resizes them does not run on {device} ({fault}), so DALI "
+            "does it, more slowly; Triton and a C compiler would mend it"
+        )
+    return fault
 
 
 class Loader:
@@ -110,6 +138,8 @@ class Loader:
             and self.decode in ("cpu", "raw")
             and not sampling.augmented(data)
         )
+        self.by_kernel = self.raw and by_kernel(data, place, training)
+        self.lane: Lane | None = None  # of the iteration that goes on, where a kernel finishes
         self.training = training
         self.given: tuple[Feed, threading.Event] | None = None  # what `_source` gives DALI
         self.kept: Any = None  # DALI's pipeline, for the next iteration
@@ -118,11 +148,19 @@ class Loader:
             Feed, split, data, draw_of, num_batches, self.raw and training, pieces_of,
             lambda number: verify(number, self.passes),
         )  # fmt: skip
+        if self.by_kernel:
+            from fasttrain import resize_gpu
+
+            make = pinned if place.device.type == "cuda" else None
+            packer = partial(Packer, head_bytes=resize_gpu.HEAD_BYTES, make=make)
+            self.open_feed = partial(self.open_feed, read=packer)
 
     def __iter__(self) -> Iterator[Batch]:
         self.passes += 1
         ready: queue.Queue[Batch | BaseException] = queue.Queue(self.data.queue_depth)
         closed = threading.Event()
+        # At work: the batch being made, those that are ready, and two that are used.
+        self.lane = Lane(self.place.device, self.data.queue_depth + 3) if self.by_kernel else None
         thread = threading.Thread(target=self._produce, args=(ready, closed), daemon=True)
         thread.start()
         try:
@@ -130,7 +168,11 @@ class Loader:
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
+                if self.lane:
+                    self.lane.take([item.images, item.labels])
                 yield item
+                if self.lane:
+                    self.lane.give_back()
         finally:
             closed.set()
             thread.join()
@@ -168,8 +210,11 @@ class Loader:
     ) -> Iterator[None]:
         """Makes the batches from `first` on, each of which it has `put`."""
         feed = self.open_feed(first=first)
-        make = self._resized if self.on_cpu else self._by_dali
+        make = self._by_dali
+        if self.by_kernel or self.on_cpu:
+            make = self._by_kernel if self.by_kernel else self._resized
         begun, cpu_begun, waited_s = time.perf_counter(), time.thread_time(), 0.0
+        room_s = self.lane.waited_s if self.lane else 0.0
         try:
             for batch in make(feed, closed):
                 made, storage_s = time.perf_counter(), feed.reader.waited_s - waited_s
@@ -177,9 +222,13 @@ class Loader:
                 if closed.is_set():
                     return
                 now, cpu_now = time.perf_counter(), time.thread_time()
+                full_s = now - made
+                if self.lane:
+                    full_s += self.lane.waited_s - room_s
+                    room_s = self.lane.waited_s
                 self.stages.storage_s += storage_s
-                self.stages.decode_s += made - begun - storage_s
-                self.stages.full_s += now - made
+                self.stages.decode_s += now - begun - storage_s - full_s
+                self.stages.full_s += full_s
                 self.stages.thread_s += cpu_now - cpu_begun
                 self.stages.images += len(batch.labels)
                 begun, cpu_begun, waited_s = now, cpu_now, feed.reader.waited_s
@@ -194,6 +243,43 @@ class Loader:
             # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
             pixels = pipeline.tensor_of(images).permute(0, 3, 1, 2)
             yield Batch(pixels, self._labels(draw), draw)
+
+    def _by_kernel(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        """Raw images: one copy to the device and one kernel there for each batch."""
+        from fasttrain import resize_gpu
+
+        assert self.lane
+        lane, split, cubic = self.lane, self.split, self.data.interpolation == "bicubic"
+        # One buffer there for all batches: the next is copied once the kernel has read the last,
+        # as both are given to one stream.
+        there = torch.empty(0, dtype=torch.uint8, device=self.place.device)
+        copied: Any = None  # happens when the last batch's pinned buffer has been read
+        try:
+            for number in range(feed.num_batches):
+                draw, packed = feed(number)
+                if not lane.begin(closed):
+                    return
+                size, ids = len(draw.ids), draw.ids
+                head = resize_gpu.head_of(packed.buffer, size)
+                image_size = split.width[ids], split.height[ids]
+                resize_gpu.describe(head, draw, packed.starts, image_size, split.label[ids])
+                with lane.work():
+                    here = torch.from_numpy(packed.buffer)
+                    if len(there) < len(here):
+                        there = there.new_empty(len(here) * 5 // 4)
+                    there[: len(here)].copy_(here, non_blocking=True)
+                    copying = lane.event()
+                    images = resize_gpu.resize(there, size, draw.out_px, cubic, self.place.half)
+                    labels = resize_gpu.head_of(there, size).labels.clone()
+                if number:
+                    if copied:
+                        copied.synchronize()
+                    feed.done(number - 1)
+                copied = copying
+                lane.finish()
+                yield Batch(images, labels, draw)
+        finally:
+            lane.close()  # so that no pinned buffer is freed while it is read
 
     def _resized(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
         """On a CPU: while the windows of one batch are resized, those of the next are decoded."""

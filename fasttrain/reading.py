@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,11 +98,24 @@ def _frame_size(image: memoryview) -> tuple[int, int]:
 
 
 class Places(NamedTuple):
-    """Where the bytes of a batch's images lie."""
+    """Where the bytes of a batch's images lie, each `(B,)`."""
 
-    shards: list[int]
-    offsets: list[int]
-    sizes: list[int]
+    shards: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def triples(self) -> list[tuple[int, int, int]]:
+        """Shard, offset and size of each image."""
+        columns = (column.tolist() for column in self)
+        return list(zip(*columns, strict=True))
+
+
+def views_of(
+    memory: memoryview, starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> list[memoryview]:
+    """The parts of `memory` that begin at `starts`."""
+    pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
+    return [memory[start : start + size] for start, size in pairs]
 
 
 def places_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False) -> Places:
@@ -128,13 +141,15 @@ def places_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False)
         if windows_only and not whole:
             offsets += row * draw.windows[:, 1].astype(np.int64)
             sizes = row * draw.windows[:, 3].astype(np.int64)
-    return Places(split.shard[ids].tolist(), offsets.tolist(), sizes.tolist())
+    return Places(split.shard[ids].astype(np.int64), offsets, sizes)
 
 
 class Ring:
     """Buffers of which each is lent to one batch, and to no other before it was given back."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, make: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
+        """`make` gives a buffer of so many bytes; unset: of ordinary memory."""
+        self.make = make or (lambda num_bytes: np.empty(num_bytes, np.uint8))
         self.free = [np.empty(0, np.uint8) for _ in range(size)]
         self.lent: dict[int, NDArray[np.uint8]] = {}
 
@@ -151,7 +166,8 @@ class Ring:
             )
         buffer = self.free.pop()
         if len(buffer) < num_bytes:
-            buffer = np.empty(num_bytes * 5 // 4, np.uint8)
+            del buffer  # before the larger one is made
+            buffer = self.make(num_bytes * 5 // 4)
         self.lent[number] = buffer
         return buffer
 
@@ -190,29 +206,31 @@ class ShardReader:
     def start(self, number: int, places: Places, verified: Sequence[int] = ()) -> None:
         """Begins to read batch `number`; and to check it, if it is given which samples these are,
         of which `places` must be all bytes."""
-        shards = set(places.shards)
+        triples = places.triples()
+        shards = {shard for shard, _, _ in triples}
         for shard in shards:
             self._open(shard)
-        triples = list(zip(*places, strict=True))
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-            if faults > self.faults:
-                self.faults, self.last_miss = faults, number
-            resting = not self.ahead or number - self.last_miss > SUSPICION
-            if resting and not verified:
+            if self._resting(number) and not verified:
                 self.started[number] = _Started(views, [], shards)
                 return
         else:
-            buffer = memoryview(self.ring.lend(number, sum(places.sizes)))  # type: ignore[arg-type]
-            ends = np.cumsum(places.sizes).tolist()
-            views = [buffer[end - size : end] for end, size in zip(ends, places.sizes, strict=True)]
+            buffer = memoryview(self.ring.lend(number, int(places.sizes.sum())))  # type: ignore[arg-type]
+            views = views_of(buffer, np.cumsum(places.sizes) - places.sizes, places.sizes)
         parts = [slice(start, start + CHUNK) for start in range(0, len(views), CHUNK)]
         tasks = [
             self.pool.submit(self._read, triples[part], views[part], verified[part])
             for part in parts
         ]
         self.started[number] = _Started(views, tasks, shards)
+
+    def _resting(self, number: int) -> bool:
+        """Whether all seems to be in memory, so that nothing need be paged in for this batch."""
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        if faults > self.faults:
+            self.faults, self.last_miss = faults, number
+        return not self.ahead or number - self.last_miss > SUSPICION
 
     def announce(self, pieces: Sequence[Piece]) -> None:
         """Tells the kernel of ranges that will be read soon."""
@@ -236,11 +254,22 @@ class ShardReader:
             faults |= task.result()
         if faults:
             raise BadSamples(self.split, faults)
-        for shard in shards if self.mapped else ():  # 0.6 us each
-            if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
-                raise self._changed(shard)  # which would mean SIGBUS
+        self._check_sizes(shards)
         self.waited_s += time.perf_counter() - begun
         return views
+
+    def cut(
+        self, views: list[memoryview], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> list[memoryview]:
+        """Of what `take` gave, the part of each image that begins at `starts`."""
+        triples = zip(views, starts.tolist(), sizes.tolist(), strict=True)
+        return [view[start : start + size] for view, start, size in triples]
+
+    def _check_sizes(self, shards: Iterable[int]) -> None:
+        """Looks whether maps are as large as they were: a read past the end would be SIGBUS."""
+        for shard in shards if self.mapped else ():  # 0.6 us each
+            if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
+                raise self._changed(shard)
 
     def give_back(self, number: int) -> None:
         """What `take` gave is no longer read by anybody."""
@@ -345,8 +374,12 @@ class Feed:
         pieces_of: Callable[[int], Sequence[Piece]] | None = None,
         verify: Callable[[int], bool] = lambda number: False,
         first: int = 0,
+        read: Callable[[Split, config.Data, int], ShardReader] = ShardReader,
     ) -> None:
-        """From batch `first` on, which is number 0 to the caller of this feed."""
+        """From batch `first` on, which is number 0 to the caller of this feed.
+
+        `read` makes the reader; it is told how many batches may be in flight.
+        """
         num_batches -= first
         self.split = split
         self.first = first
@@ -357,12 +390,13 @@ class Feed:
         self.pieces_of = pieces_of
         self.ahead = data.read_ahead
         # In flight: those read ahead, those inside DALI, the one taken out, the one going in.
-        self.reader = ShardReader(split, data, data.read_ahead + data.queue_depth + 2)
+        self.reader = read(split, data, data.read_ahead + data.queue_depth + 2)
         self.draws: dict[int, Draw] = {}
         self.next = 0
 
-    def __call__(self, number: int) -> tuple[Draw, list[memoryview]]:
-        """The draw of batch `number` and the bytes of its images, in the order of the numbers."""
+    def __call__(self, number: int) -> tuple[Draw, Any]:
+        """The draw of batch `number` and the bytes of its images, as the reader's `take` gives
+        them; in the order of the numbers."""
         begun = self.next
         while self.next <= min(number + self.ahead, self.num_batches - 1):
             asked = self.first + self.next
@@ -376,17 +410,10 @@ class Feed:
                 self.reader.announce(self.pieces_of(self.first + started))
         draw, views = self.draws[number], self.reader.take(number)
         if self.split.store == "raw" and self.verify(self.first + number):
-            views = self._cut(draw, views)
+            _, offsets, sizes = places_of(self.split, draw, self.windows_only)
+            starts = offsets - self.split.offset[draw.ids].astype(np.int64)
+            views = self.reader.cut(views, starts, sizes)  # of what was read whole
         return draw, views
-
-    def _cut(self, draw: Draw, views: list[memoryview]) -> list[memoryview]:
-        """Of raw images that were read whole, what is wanted of them."""
-        _, offsets, sizes = places_of(self.split, draw, self.windows_only)
-        starts = np.subtract(offsets, self.split.offset[draw.ids].astype(np.int64)).tolist()
-        return [
-            view[start : start + size]
-            for view, start, size in zip(views, starts, sizes, strict=True)
-        ]
 
     def done(self, number: int) -> Draw:
         """Batch `number` is decoded: its bytes may go."""
