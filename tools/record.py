@@ -466,13 +466,15 @@ def stage_input(run: Run, data: list[Split]) -> None:
         batch = min(max(arguments.batch), split.num_samples)
         number = max(arguments.images or 0, 8 * batch) if run.gpu else arguments.images or 4 * batch
         kind = {"data": split.root.name, "store": split.store, **described(split)}
-        for strategy, load in strategies(run, split):
+        for strategy, load, fancy in strategies(run, split):
             job = rivals.Job(
                 name="fasttrain", shards=split.root, folder=None, threads=arguments.threads,
                 batch=batch, crop_px=arguments.crop_px, images=number, decode=strategy,
                 device="cuda:0" if run.gpu else "cpu", half=run.gpu, load=load,
+                fancy=fancy,
             )  # fmt: skip
-            run.apart(job, "input", **kind, decode=strategy, load=load, batch=batch)
+            about = {"decode": strategy, "load": load, "fancy": fancy, "batch": batch}
+            run.apart(job, "input", **kind, **about)
 
 
 def described(split: Split) -> dict[str, Any]:
@@ -483,16 +485,18 @@ def described(split: Split) -> dict[str, Any]:
     }
 
 
-def strategies(run: Run, split: Split) -> Iterator[tuple[str, float | None]]:
-    """Ways to decode, each with its `hw_decoder_load`."""
+def strategies(run: Run, split: Split) -> Iterator[tuple[str, float | None, bool]]:
+    """Ways to decode, each with its `hw_decoder_load` and `jpeg_fancy_upsampling`."""
     if split.store == "raw" or not run.gpu:
-        yield "auto", None
+        yield "auto", None, False
         return
     for place, load in enumerate(LOADS):
-        yield "gpu_full", load
-        yield "gpu_window", load
+        yield "gpu_full", load, False
+        yield "gpu_window", load, False
         if place == 0:
-            yield "cpu", None
+            yield "cpu", None, False
+            yield "gpu_full", load, True
+            yield "gpu_window", load, True
 
 
 def made_up(run: Run) -> Split:

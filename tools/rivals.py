@@ -41,6 +41,7 @@ class Job(BaseModel, frozen=True):
     decode: str = "auto"  # of fasttrain
     half: bool = False  # images as float16, of fasttrain on a GPU
     load: float | None = None  # of fasttrain: hw_decoder_load
+    fancy: bool = False  # of fasttrain: jpeg_fancy_upsampling
 
     @property
     def gpu(self) -> bool:
@@ -70,7 +71,7 @@ def settings(job: Job) -> config.Data:
     chosen = job.model_dump(include={"crop_px", "threads", "queue_depth", "decode"})
     if job.load is not None:
         chosen["hw_decoder_load"] = job.load
-    return config.Data(root=job.shards, **chosen)
+    return config.Data(root=job.shards, jpeg_fancy_upsampling=job.fancy, **chosen)
 
 
 def endless(job: Job, split: Split) -> Plan:

@@ -175,11 +175,12 @@ def _profile(lines: Sequence[Line]) -> Iterator[str]:
 def _input(lines: Sequence[Line]) -> Iterator[str]:
     measured = [line for line in lines if "decode" in line]
     yield from table(
-        ("data", "stored", "KB an image", "decode", "load", "batch", "images/s", "cores busy",
-         "GPU GiB beside torch's", "first batch, s"),
+        ("data", "stored", "KB an image", "decode", "load", "fancy", "batch", "images/s",
+         "cores busy", "GPU GiB beside torch's", "first batch, s"),
         [
             (
-                x["data"], x["store"], x["kb_per_image"], x["decode"], x["load"], x["batch"],
+                x["data"], x["store"], x["kb_per_image"], x["decode"], x["load"],
+                "yes" if x.get("fancy") else "no", x["batch"],
                 x.get("images_per_s") or x.get("failed") or x.get("skipped"), x.get("cores_busy"),
                 x.get("gpu_beside_gib"), x.get("first_batch_s"),
             )
