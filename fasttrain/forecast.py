@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fasttrain
 from fasttrain import config
 from fasttrain.shards import Split, write_atomically
@@ -128,12 +130,23 @@ def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
     if not decode.startswith("gpu"):
         remedies.append(f"more CPU cores a process than {threads}")
     elif split.store == "jpeg":
-        remedies.append("a GPU's JPEG decoders give several thousand images/s, not more")
+        remedies.append(
+            "a GPU's JPEG decoders give several thousand images/s, not more; raw shards need none, "
+            f"and with --short-side 256 take {raw_gb(split, 256):,.3g} GB"
+        )
     return {
         "decode": f"what would raise it: {'; '.join(remedies)}",
         "storage": "what would raise it: a copy of the shards on a local disk or in /dev/shm, more "
         'data.read_threads and data.read_ahead, or data.shuffle = "blocks"',
     }
+
+
+def raw_gb(split: Split, short_side: int) -> float:
+    """Size of a split as raw shards whose images are shrunk to `short_side` pixels, in GB."""
+    some = slice(None, None, max(1, split.num_samples // 10_000))
+    sizes = np.stack([split.width[some], split.height[some]]).astype(float)
+    sizes *= np.minimum(1, short_side / sizes.min(0))
+    return 3 * float(sizes.prod(0).mean()) * split.num_samples / 1e9
 
 
 def available_bytes() -> int:

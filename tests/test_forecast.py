@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fasttrain import forecast, shards
@@ -76,6 +77,13 @@ def test_what_was_measured_is_kept_and_a_place_that_is_not_writable_is_no_error(
 def test_advice_fits_the_shards(dataset: Path) -> None:
     split = shards.open_split(dataset, "train")
     assert "--store raw" in forecast.advice_for(split, "cpu", 2)["decode"]
-    assert "several thousand" in forecast.advice_for(split, "gpu_full", 2)["decode"]
+    advice = forecast.advice_for(split, "gpu_full", 2)["decode"]
+    pixels = split.width.astype(int) * split.height  # all smaller than 256
+    gb = 3e-9 * pixels.sum()
+    assert "several thousand" in advice and f"take {gb:.3g} GB" in advice
+    assert forecast.raw_gb(split, 256) == pytest.approx(gb)
+    assert forecast.raw_gb(split, 10) == pytest.approx(
+        3e-9 * (pixels * (10 / np.minimum(split.width, split.height)) ** 2).sum()
+    )
     text = forecast.describe(split, "cpu", 2, 1)
     assert "JPEG" in text and "decoded on the CPU" in text and "stay in memory" in text

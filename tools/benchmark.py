@@ -724,7 +724,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         parts.add_parser("record", help="all that this machine can tell")
     part = parts.add_parser("measure")  # one contestant, in its process
-    part.add_argument("kind", choices=["input", "step", "warm", "profile", "machine"])
+    part.add_argument("kind", choices=["input", "packed", "step", "warm", "profile", "machine"])
     part.add_argument("job")
     arguments = parser.parse_args(argv)
     try:
@@ -752,6 +752,10 @@ def measured(kind: str, job: str) -> dict[str, Any]:
     """What `apart.measure_apart` has a process measure; `job` as JSON."""
     if kind == "input":
         return measure_input(Job.model_validate_json(job))
+    if kind == "packed":
+        import packed
+
+        return packed.measure(Job.model_validate_json(job))
     if kind == "machine":
         import record
 

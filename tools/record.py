@@ -475,6 +475,8 @@ def stage_input(run: Run, data: list[Split]) -> None:
             )  # fmt: skip
             about = {"decode": strategy, "load": load, "fancy": fancy, "batch": batch}
             run.apart(job, "input", **kind, **about)
+        if split.store == "raw":
+            run.apart(job, "packed", **kind, batch=batch)
 
 
 def described(split: Split) -> dict[str, Any]:
