@@ -464,7 +464,8 @@ def stage_input(run: Run, data: list[Split]) -> None:
     for place, split in enumerate(sets):
         run.stop_at = time.monotonic() + (stop_at - time.monotonic()) / (len(sets) - place)
         batch = min(max(arguments.batch), split.num_samples)
-        number = max(arguments.images or 0, 8 * batch) if run.gpu else arguments.images or 4 * batch
+        least = (64 if split.store == "raw" else 8) * batch  # a second or so
+        number = max(arguments.images or 0, least) if run.gpu else arguments.images or 4 * batch
         kind = {"data": split.root.name, "store": split.store, **described(split)}
         for strategy, load, fancy in strategies(run, split):
             job = rivals.Job(
