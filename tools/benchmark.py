@@ -473,7 +473,7 @@ def measure_input(job: Job) -> dict[str, Any]:
         "loader_us_per_image": 1e6 * thread / num_images,
         "cores_busy": own / seconds,
         "foreign_cpu": max(0.0, foreign) / (seconds * (os.cpu_count() or 1)),
-        **({"gpu_beside_gib": beside / 2**30} if job.gpu else {}),
+        **({"gpu_beside_gib": beside / 2**30, "raw_by": raw_by(job)} if job.gpu else {}),
     }
 
 
@@ -492,6 +492,18 @@ def wait_for(job: Job) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def raw_by(job: Job) -> str | None:
+    """What makes batches of raw images on a GPU: the project's kernel, or DALI."""
+    if job.name != "fasttrain" or shards.open_split(job.shards, "train").store != "raw":
+        return None
+    import torch
+
+    from fasttrain import data
+
+    place = data.Placement(torch.device(job.device), half=job.half, threads=job.threads)
+    return "kernel" if data.by_kernel(rivals.settings(job), place, training=True) else "DALI"
 
 
 def beside_torch(job: Job) -> int:

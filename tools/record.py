@@ -583,9 +583,10 @@ class Training:
 
     def said(self) -> list[str]:
         """What the run said of its decoder, its mode and what limits it."""
-        words = ("decode:", "execution:", "input:", "limit", "WARNING", "the step")
-        text = self.log.read_text(errors="replace")
-        return [line.strip()[:500] for line in text.splitlines() if line.strip().startswith(words)]
+        words = ("decode:", "execution:", "input:", "raw images:", "WARNING", "SKIPPED")
+        lines = map(str.strip, self.log.read_text(errors="replace").splitlines())
+        kept = [line[:500] for line in lines if line.startswith(words) or " was the limit" in line]
+        return [*dict.fromkeys(kept)]
 
     def check(self, launched: Launched, stopped: bool = False) -> None:
         """Raises what is wrong with how a start ended."""

@@ -179,7 +179,8 @@ def _input(lines: Sequence[Line]) -> Iterator[str]:
          "cores busy", "GPU GiB beside torch's", "first batch, s"),
         [
             (
-                x["data"], x["store"], x["kb_per_image"], x["decode"], x["load"],
+                x["data"], x["store"], x["kb_per_image"],
+                f"by {x['raw_by']}" if x.get("raw_by") else x["decode"], x["load"],
                 "yes" if x.get("fancy") else "no", x["batch"],
                 x.get("images_per_s") or x.get("failed") or x.get("skipped"), x.get("cores_busy"),
                 x.get("gpu_beside_gib"), x.get("first_batch_s"),
