@@ -14,10 +14,20 @@ from torch import Tensor
 
 
 def pinned(num_bytes: int) -> NDArray[np.uint8]:
-    """At least so many bytes of host memory that a GPU can read by itself."""
+    """At least so many bytes of host memory that a GPU can read by itself.
+
+    Raises:
+        MemoryError: the system gives none.
+    """
     # PyTorch takes the next power of two in any case.
     size = 1 << (num_bytes - 1).bit_length()
-    memory: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    try:
+        memory: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    except RuntimeError as error:
+        raise MemoryError(
+            f"{size / 1e6:,.0f} MB of pinned memory for a batch of raw images: {error}; free some "
+            "memory of this machine, or lower train.micro_batch_size"
+        ) from error
     return memory
 
 

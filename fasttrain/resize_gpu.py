@@ -21,8 +21,11 @@ from fasttrain.sampling import Draw
 COLUMNS = 14  # of the table, int32; x, y and their steps are float32 in the same bits
 HEAD_BYTES = 2 * 8 + 4 * COLUMNS
 
-# A program makes TILE of the rows and of the 3 * S values of a row. See the note at `resize`.
-TILE_ROWS = 16
+# A program makes so many rows of an image, and of the 3 * S values of a row. Compiled for sm_90, 8
+# rows take 48 registers with Triton 3.8 and 80 with 3.6, 16 rows 96 and 161, and none spills; the
+# inner loop has 8.2 and 11.8 instructions a value and tap with 8 rows, 7.1 and 10.4 with 16. Not
+# timed: `tools/packed.py` does so.
+TILE_ROWS = 8
 TILE_VALUES = 128
 WARPS = 4
 
@@ -90,17 +93,17 @@ def resize(buffer: Tensor, num_images: int, out_px: int, cubic: bool, half: bool
         buffer: uint8 `(N,)`, a `Head` and the pixels; where no GPU is, Triton's interpreter reads
             it.
     """
-    # Registers, spills and instructions of sm_90 decided the tile, compiled without a GPU.
     head = head_of(buffer, num_images)
     images = torch.empty(
         num_images, out_px, out_px, 3,
         dtype=torch.float16 if half else torch.float32, device=buffer.device,
     )  # fmt: skip
     grid = (triton.cdiv(3 * out_px, TILE_VALUES), triton.cdiv(out_px, TILE_ROWS), num_images)
-    _resize[grid](
-        images, buffer, head.starts, head.table, out_px,
-        CUBIC=cubic, ROWS=TILE_ROWS, VALUES=TILE_VALUES, COLUMNS=COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(buffer):  # or Triton takes the thread's current device
+        _resize[grid](
+            images, buffer, head.starts, head.table, out_px,
+            CUBIC=cubic, ROWS=TILE_ROWS, VALUES=TILE_VALUES, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     return images.permute(0, 3, 1, 2)
 
 

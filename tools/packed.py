@@ -5,10 +5,10 @@ For `benchmark.py record`. Without a GPU only gathering is measured.
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from rivals import Job, endless, settings
 
@@ -19,6 +19,7 @@ from fasttrain.reading import Feed
 
 WARM_UPS = 3
 REPEATS = 20  # of the copy and of the kernel
+TILES = ((16, 128, 4), (4, 128, 2))  # rows, values and warps of others than the kernel's own
 # As `resize_gpu.HEAD_BYTES`, which needs Triton; without a GPU nothing is written there.
 HEAD_BYTES = 72
 
@@ -90,17 +91,23 @@ def on_device(
     def resize() -> None:
         resize_gpu.resize(there, len(draw.ids), draw.out_px, False, job.half)
 
-    found: dict[str, float] = {}
-    for name, work in (("copy", copy), ("kernel", resize)):
-        times = []
-        for number in range(WARM_UPS + REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            if number >= WARM_UPS:
-                times.append(start.elapsed_time(end))
-        found[f"{name}_ms"] = statistics.median(times)
-    found["copy_gb_per_s"] = np.float64(len(buffer)) / max(found["copy_ms"], 1e-6) / 1e6
+    found = {"copy_ms": device_ms(copy), "kernel_ms": device_ms(resize)}
+    found["copy_gb_per_s"] = len(buffer) / max(found["copy_ms"], 1e-6) / 1e6
+    for tile in TILES:
+        resize_gpu.TILE_ROWS, resize_gpu.TILE_VALUES, resize_gpu.WARPS = tile
+        found["kernel_{}x{}x{}_ms".format(*tile)] = device_ms(resize)
     return found
+
+
+def device_ms(work: Callable[[], None]) -> float:
+    """Median time of `work` on the device."""
+    times = []
+    for number in range(WARM_UPS + REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        if number >= WARM_UPS:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
