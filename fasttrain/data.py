@@ -33,7 +33,7 @@ from fasttrain import config, sampling
 from fasttrain.forecast import Stages
 from fasttrain.gather import Packer
 from fasttrain.lane import Lane, pinned
-from fasttrain.reading import BadSamples, DataError, Feed, faults_of, remedy
+from fasttrain.reading import BadSamples, DataError, Feed, faults_of, plain_grey, remedy
 from fasttrain.resize import Pending, Resizer
 from fasttrain.sampling import Draw, Piece
 from fasttrain.schedule import Plan
@@ -374,6 +374,8 @@ class Loader:
             images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
             y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
         else:
+            if self.decode.startswith("gpu"):
+                views = [plain_grey(view) for view in views]
             images = pipeline.bytes_of(views)
         cut = images, np.stack([y, x], 1), np.stack([h, w], 1)
         if self.kind == "windows":

@@ -135,8 +135,8 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
             fault = f"has another loss ({trial.loss:.4f}, eager {eager.loss:.4f})"
             trial = replace(trial, fault=fault)
         trials.append(trial)
-        if trial.fault and (unrecorded := mode.replace("compile_graph", "compile")) not in modes:
-            modes.append(unrecorded)
+        if trial.fault:
+            modes += [simpler for simpler in _simpler(mode)[:-1] if simpler not in modes]
     best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
     why = f"{best.mode} ({'; '.join(map(str, trials))})"
     if setup.accelerator.is_main_process and not any(trial.fault for trial in trials):
@@ -148,10 +148,12 @@ def _candidates(setup: Setup) -> list[str]:
     """The modes to try beside eager."""
     if setup.on_cpu or setup.recipe.train.precision == "fp16":
         return ["compile"]  # a scaled loss decides on the host whether to update
-    found = ["graph", "compile_graph", "compile_graph_fuse"]
+    # With `_fuse` updates are 1.07 times as fast (Large, batch 1024, H200), and each mode that is
+    # compiled takes minutes to try: without it, only where it fails.
+    found = ["graph", "compile_graph_fuse"]
     # One process alone gains nothing by launching what it could replay. Of several, those that are
     # not recorded exchange gradients while others are still being computed.
-    return found if setup.plan.world_size == 1 else [*found, "compile", "compile_fuse"]
+    return found if setup.plan.world_size == 1 else [*found, "compile_fuse"]
 
 
 def _key(setup: Setup) -> str:
@@ -343,6 +345,7 @@ def start(
         fault = ""
         try:
             if attempt != "eager":
+                say(f"preparing updates by {attempt}, which can take minutes")
                 updater.rehearse(*_batches_to_come(setup, learner.state.step))
         except Exception as error:
             fault = _text(error)

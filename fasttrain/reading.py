@@ -88,13 +88,35 @@ def _frame_size(image: memoryview) -> tuple[int, int]:
 
     1 us an image, where Pillow takes 50.
     """
+    if not (at := _frame_header(image)):
+        return 0, 0
+    return image[at + 7] << 8 | image[at + 8], image[at + 5] << 8 | image[at + 6]
+
+
+def _frame_header(image: memoryview) -> int:
+    """Where the frame header of a JPEG begins; 0 where it is not easy to find."""
     at = 2
-    while at + 9 <= len(image) and image[at] == 0xFF:
+    while at + 12 <= len(image) and image[at] == 0xFF:
         marker, high, low = image[at + 1 : at + 4]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return image[at + 7] << 8 | image[at + 8], image[at + 5] << 8 | image[at + 6]
+            return at
         at += 2 + (high << 8 | low)
-    return 0, 0
+    return 0
+
+
+def plain_grey(image: memoryview) -> memoryview:
+    """A JPEG that a GPU's hardware decoder decodes as CPUs do.
+
+    The sampling factors of a greyscale image have no meaning. Some encoders write others than
+    1 x 1, and of such images an H200 made another picture, without an error (DALI 2.4, nvImageCodec
+    0.9, 2026-11-27). Those alone are returned as a copy, with 1 x 1 in the header.
+    """
+    at = _frame_header(image)
+    if not at or image[at + 9] != 1 or image[at + 11] == 0x11:
+        return image
+    copy = bytearray(image)
+    copy[at + 11] = 0x11
+    return memoryview(copy)
 
 
 class Places(NamedTuple):

@@ -140,8 +140,18 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     num_classes = len(train_set.classes)
     module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
     module.to(process.device).to(memory_format=torch.channels_last)
+    view.say(
+        f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
+        f"{train_set.num_samples:,} images of {num_classes:,} classes from {recipe.data.root}\n"
+        f"{process.world_size} x {process.device.type} with {process.cpu_threads} CPU threads, "
+        f"precision {recipe.train.precision}; "
+        f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
+        f"{plan.total_steps:,} in all\nrun folder: {folder}"
+    )
+    view.say(why_decode)
     setup = modes.Setup(accelerator, module, recipe, plan, num_classes)
     mode, why_mode = modes.choose(setup, before, view.say)
+    view.say(why_mode)
 
     def restore(learner: "Learner") -> None:
         if newest:
@@ -161,15 +171,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     )
 
     # ---- where it stopped, if it ran before
-    view.say(
-        f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
-        f"{train_set.num_samples:,} images of {num_classes:,} classes from {recipe.data.root}\n"
-        f"{process.world_size} x {process.device.type} with {process.cpu_threads} CPU threads, "
-        f"precision {recipe.train.precision}; "
-        f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
-        f"{plan.total_steps:,} in all\nrun folder: {folder}"
-    )
-    view.say(f"{why_decode}\n{why_mode}")
     outlook = _forecast(recipe, input_settings, train_set, plan, process, place, stages, view.say)
     if newest:
         view.say(f"going on from {newest}")

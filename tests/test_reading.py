@@ -1,5 +1,6 @@
 """Bytes of the shards: equal by every way of reading, guarded, and faults that name the place."""
 
+import io
 import os
 import resource
 import shutil
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import shard
+from PIL import Image
 
 from fasttrain import config, data, reading, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Placement
-from fasttrain.reading import DataError, Feed, Ring, ShardReader, places_of
+from fasttrain.reading import DataError, Feed, Ring, ShardReader, places_of, plain_grey
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -224,3 +226,23 @@ def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Split, dataset
         for s in (shards.open_split(raw.root, "val"), shards.open_split(dataset, "val"))
     ]
     assert torch.equal(*found)
+
+
+def test_grey_images_reach_a_gpu_with_plain_sampling_factors() -> None:
+    """And decode to the same pixels; what is plain already is not copied."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (37, 53, 3)).astype(np.uint8)
+    for mode in ("L", "RGB"):
+        for subsampling in (-1, 0, 1, 2):
+            for progressive in (False, True):
+                file = io.BytesIO()
+                picture = Image.fromarray(pixels).convert(mode)
+                picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+                image = memoryview(file.getvalue())
+                found = plain_grey(image)
+                changed = [n for n, (a, b) in enumerate(zip(image, found, strict=True)) if a != b]
+                assert (found is image) == (mode == "RGB" or subsampling < 1)
+                assert len(changed) == (found is not image)
+                same = np.asarray(Image.open(io.BytesIO(found)))
+                assert (same == np.asarray(Image.open(file))).all()
+    assert plain_grey(memoryview(b"no JPEG at all")) == b"no JPEG at all"
