@@ -6,6 +6,7 @@ What was measured is in OUT/record.jsonl as soon as it is known, and in OUT/reco
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -140,6 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def run_stages(arguments: argparse.Namespace, data: list[Split]) -> None:
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
     run = Run(arguments, Record(arguments.out), 0.0)
     end = time.monotonic() + 60 * arguments.minutes
     chosen = [name for name in STAGES if name in arguments.stages]
@@ -209,7 +211,7 @@ class MachineJob(BaseModel):
 
 def stage_machine(run: Run, data: list[Split]) -> None:
     root = data[0].root if data else None
-    job = MachineJob(device=run.device, scratch=run.arguments.out, data=root)
+    job = MachineJob(device=run.device, scratch=run.arguments.scratch, data=root)
     run.apart(job, "machine", needed=True)
 
 
@@ -411,7 +413,7 @@ def copy_bandwidth(run: Run) -> float:
     for line in reversed(run.record.lines):
         if "copy_gb_per_s" in line and line["stage"] in ("machine", "step"):
             return 1e9 * float(line["copy_gb_per_s"])
-    job = MachineJob(device=run.device, scratch=run.arguments.out, data=None)
+    job = MachineJob(device=run.device, scratch=run.arguments.scratch, data=None)
     found = apart.measure_apart(job, "machine", max(run.left_s() / 4, STAGE_S))
     if "failed" in found:
         run.write(name="copying", **found)
@@ -504,25 +506,27 @@ def strategies(run: Run, split: Split) -> Iterator[tuple[str, float | None, bool
 
 def made_up(run: Run) -> Split:
     """Raw shards of made-up pictures, where no data set is given: their content does not matter."""
-    root = run.arguments.out / "made-up"
+    root = run.arguments.scratch / "made-up"
     if not (root / shards.MANIFEST).exists():
         import numpy as np
         from PIL import Image
 
         number = 2048 if run.gpu else 4 * max(run.arguments.batch)
         classes, short = min(1000, number), round(run.arguments.crop_px * 256 / 224)
-        folder = run.arguments.out / "pictures"
+        folder = run.arguments.scratch / "pictures"
         rng = np.random.default_rng(0)
         pictures = []
         for _ in range(min(64, number)):
             noise = rng.integers(0, 256, (8, 10, 3)).astype(np.uint8)
             size = short * 4 // 3, short
-            pictures.append(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
+            encoded = io.BytesIO()
+            Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(encoded, "jpeg")
+            pictures.append(encoded.getvalue())
         for split, images in (("train", number), ("val", classes)):
             for image in range(images):
                 path = folder / split / f"{image % classes:04d}" / f"{image}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                pictures[image % len(pictures)].save(path, quality=90)
+                path.write_bytes(pictures[image % len(pictures)])
         source = sources.scan(folder, "imagefolder", root, list, lambda text: None)
         root.mkdir(exist_ok=True)
         policy = sharding.Policy(store="raw")
@@ -549,9 +553,9 @@ class Training:
 
     def __init__(self, run: Run, recipe: config.Recipe, name: str) -> None:
         self.run = run
-        self.folder = run.arguments.out / name
+        self.folder = run.arguments.scratch / name
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         log = recipe.log.model_copy(update={"run_dir": self.folder / "run"})
         recipe = recipe.model_copy(update={"log": log})
         self.recipe = self.folder / "recipe.toml"
@@ -795,6 +799,9 @@ RIVALS: tuple[Literal["torchvision", "timm"], ...] = ("torchvision", "timm")
 def add_arguments(part: argparse.ArgumentParser) -> None:
     words = benchmark.words
     part.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on with it")
+    part.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for pictures and runs (default: that of --out)"
+    )
     part.add_argument("--minutes", type=benchmark.amount, default=10.0, metavar="N")
     part.add_argument(
         "--data", type=Path, nargs="+", action="extend", default=[], metavar="SHARDS",
@@ -841,6 +848,7 @@ def settle(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
     arguments.device = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
     gpu = arguments.device == "gpu"
+    arguments.scratch = arguments.scratch or arguments.out
     arguments.crop_px = arguments.crop_px or (224 if gpu else 64)
     arguments.batch = arguments.batch or ([1024, 128] if gpu else [16])
     arguments.updates = arguments.updates or (300 if gpu else 24)

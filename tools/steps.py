@@ -116,6 +116,8 @@ def warm(job: StepJob) -> dict[str, Any]:
     """Carries out one update, so that what is compiled for it is kept for later processes."""
     begun = time.perf_counter()
     start(job)
+    # Its trials take time, and memory that others may need; what is compiled is the same.
+    torch.backends.cudnn.benchmark = False
     if job.evaluates:
         _, learner, updater = built(job, plan_of(job, 1))
         timed(update_with(job, learner, updater), job, 1)
