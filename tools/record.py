@@ -114,7 +114,7 @@ class Run:
         else:
             result = apart.measure_apart(job, part, self.left_s())
         rows = result.pop("rows", ())
-        self.write(**about, **steps.rounded(result))
+        self.write(**{**about, **steps.rounded(result)})
         for row in rows:
             self.write(**row)
         outcome = result.get("failed") or result.get("skipped") or "done"

@@ -188,6 +188,19 @@ def _input(lines: Sequence[Line]) -> Iterator[str]:
             for x in measured
         ],
     )  # fmt: skip
+    yield ""
+    yield from _packed(lines)
+
+
+def _packed(lines: Sequence[Line]) -> Iterator[str]:
+    """The parts of the path of raw images, each measured alone."""
+    hidden = {"stage", "time", "data", "store", "kb_per_image", "mpx_per_image", "batch",
+              "peak_rss_gib", "peak_pss_gib"}  # fmt: skip
+    for line in lines:
+        if "gather_images_per_s" in line:
+            parts = [f"{k.replace('_', ' ')} {shown(v)}" for k, v in line.items()
+                     if k not in hidden]  # fmt: skip
+            yield f"- {line['data']}, batch {line['batch']}, alone: {', '.join(parts)}"
 
 
 def _loop(lines: Sequence[Line]) -> Iterator[str]:
