@@ -297,51 +297,79 @@ def stage_tests(run: Run, data: list[Split]) -> None:
         raise Skip("needs a GPU")
     if not util.find_spec("pytest"):
         raise Skip("not installed: pip install pytest")
-    files = [path for path in sorted((REPO / "tests").glob("test_*.py"))
+    files = [str(path) for path in sorted((REPO / "tests").glob("test_*.py"))
              if "mark.gpu" in path.read_text()]  # fmt: skip
-    log = run.arguments.out / "tests.log"
     options = ["-o", "addopts=", "-m", "gpu", "-v", "--tb=short", "--continue-on-collection-errors"]
-    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
-    done = logged(command, log, run.left_s())
-    text = log.read_text(errors="replace")
+    options += ["-p", "share_tests", "-k", run.arguments.tests]
+    number = max(1, min(TESTING, run.arguments.threads // benchmark.CPUS_TO_COMPILE))
+    started = []
+    for place in range(1, number + 1):
+        log = run.arguments.out / f"tests-{place}.log"
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", *options, *files]
+        # The summary cuts what failed to the width of the terminal.
+        started.append(Logged(command, log, SHARE_OF_TESTS=f"{place}/{number}", COLUMNS="300"))
+    codes = wait_for(started, run.left_s())
+    text = "\n".join(each.log.read_text(errors="replace") for each in started)
     outcomes = {name: outcome.lower() for name, outcome in _TEST.findall(text)}
     counts = {
         kind: sum(outcome == kind for outcome in outcomes.values())
         for kind in ("passed", "failed", "error", "skipped")
     }
-    run.write(**counts, status=done if done is not None else "did not end in time")
+    ended = all(code is not None for code in codes)
+    run.write(**counts, in_time=ended)
     summary = dict(re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", text, re.MULTILINE))
     bad = [name for name, outcome in outcomes.items() if outcome in ("failed", "error")]
     for name in dict.fromkeys([*bad, *summary]):
-        run.write(test=name, failed=summary.get(name, "")[:300] or "see tests.log")
-    if done is None or (done and not outcomes):
+        run.write(test=name, failed=summary.get(name, "")[:300] or "see the logs of the tests")
+    if not ended:
+        raise RuntimeError(f"pytest: not all tests ended in time\n{apart.last_lines(text)}")
+    if not outcomes:
         raise RuntimeError(f"pytest: {apart.last_lines(text)}")
 
 
-def logged(
-    command: Sequence[str], log: Path, limit_s: float, look: Callable[[], object] = lambda: None,
-    **environ: str,
-) -> int | None:  # fmt: skip
-    """Runs a command in the checkout; its exit code, or None where the limit ended it.
+TESTING = 5  # processes of pytest at the most
+GRACE_S = 8.0  # after Ctrl-C, for what pytest says of the tests that failed
+
+
+class Logged:
+    """A command in the checkout, whose output goes to a file."""
+
+    def __init__(self, command: Sequence[str], log: Path, **environ: str) -> None:
+        self.log = log
+        paths = [str(REPO), str(REPO / "tools"), os.environ.get("PYTHONPATH", "")]
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        with log.open("a") as file:
+            self.process = subprocess.Popen(
+                command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True, env={**os.environ, **environ},
+            )  # fmt: skip
+
+
+def wait_for(
+    started: Sequence[Logged], limit_s: float, look: Callable[[], object] = lambda: None
+) -> list[int | None]:
+    """The exit codes of commands, None of one that the limit ended.
 
     `look` is called several times a second meanwhile.
     """
-    paths = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    with log.open("a") as file:
-        child = subprocess.Popen(
-            command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": paths, **environ},
-        )  # fmt: skip
-    begun = time.monotonic()
+    begun, processes = time.monotonic(), [each.process for each in started]
+    codes: list[int | None] = [None] * len(started)
     try:
-        while child.poll() is None:
-            if time.monotonic() - begun > limit_s:
-                return None
+        while None in codes and time.monotonic() - begun < limit_s:
             time.sleep(0.1)
             look()
-        return child.returncode
+            codes = [process.poll() for process in processes]
+        asked = time.monotonic()
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        while any(p.poll() is None for p in processes) and time.monotonic() - asked < GRACE_S:
+            time.sleep(0.1)
+        return codes
     finally:
-        apart.end(child)
+        for process in processes:
+            apart.end(process)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -576,7 +604,7 @@ class Training:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         command = [*launcher, str(REPO / "fasttrain" / "train.py"), str(self.recipe)]
         environ = {} if self.run.gpu else {"ACCELERATE_USE_CPU": "true"}
-        code = logged(command, self.log, self.run.left_s(), look, **environ)
+        (code,) = wait_for([Logged(command, self.log, **environ)], self.run.left_s(), look)
         now = time.monotonic()
         return Launched(code, now - begun, now - asked if asked else None)
 
@@ -818,6 +846,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
         part.add_argument(
             name, type=partial(words, known), default=default, metavar="A,B", help=text
         )
+    part.add_argument("--tests", default="", metavar="EXPRESSION", help="as pytest's -k")
     numbers = (
         ("--crop-px", None, "side of the images (default: 224; CPU: 64)"),
         ("--threads", len(os.sched_getaffinity(0)), "of the CPU (default: %(default)s)"),

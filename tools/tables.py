@@ -77,7 +77,8 @@ def _tests(lines: Sequence[Line]) -> Iterator[str]:
         if "passed" in line:
             yield (
                 f"`pytest -m gpu`: {line['passed']} passed, {line['failed']} failed, "
-                f"{line['error']} errors, {line['skipped']} skipped."
+                f"{line['error']} errors, {line['skipped']} skipped"
+                f"{'' if line.get('in_time', True) else '; the others did not end in time'}."
             )
     yield ""
     yield from table(
