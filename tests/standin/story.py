@@ -13,13 +13,14 @@ from typing import Any
 import device
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from fasttrain import checkpoint, config, loop, modes, runtime
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Updater
 from fasttrain.metrics import EvalSums
-from fasttrain.model import mobilenetv3_large
+from fasttrain.model import mobilenetv3_large, mobilenetv3_small, spatial_mean
 from fasttrain.optim import Learner
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import crop_px_at, make_plan
@@ -34,6 +35,19 @@ RECIPE = config.Recipe(
 PLAN = make_plan(RECIPE.train, RECIPE.optim, 88, 1)
 ABOUT = {"recipe": {}, "classes": [], "data": {}, "world_size": 1, "cpu_threads": 1}
 Start = tuple[str, Learner, Updater]
+
+
+class Part(nn.Module):
+    """A layer of every kind: the compiler needs minutes for a whole network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = mobilenetv3_small(num_classes=CLASSES)
+        self.features = whole.features[:2]
+        self.classifier = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(spatial_mean(self.features(images)).flatten(1))
 
 
 def images(size: int, px: int) -> torch.Tensor:
@@ -62,11 +76,11 @@ def counted(sums: EvalSums) -> dict[str, Any]:
     return {"top1": 100.0, "top5": 100.0, "loss": 0.0, "seen": 11}
 
 
-def setup_for(execution: str) -> modes.Setup:
+def setup_for(mode: str, execution: str) -> modes.Setup:
     accelerator = Accelerator(mixed_precision="bf16")
     train = RECIPE.train.model_copy(update={"execution": execution})
     recipe = RECIPE.model_copy(update={"train": train})
-    module = mobilenetv3_large(num_classes=CLASSES).to("cuda")
+    module = (Part() if "compile" in mode else mobilenetv3_large(num_classes=CLASSES)).to("cuda")
     module.to(memory_format=torch.channels_last)
     return modes.Setup(accelerator, module, recipe, PLAN, CLASSES)
 
@@ -125,12 +139,12 @@ def waits_between_log_lines(lines: list[str]) -> list[str]:
 
 def whole_run(mode: str, folder: Path) -> dict[str, Any]:
     """Two image sizes, accumulation, average of the weights, evaluations, a stop and a resume."""
-    setup, said = setup_for(mode), list[str]()
+    setup, said = setup_for(mode, mode), list[str]()
     start = started(mode, setup, folder, said)
     stopped = fitted(setup, start, folder, STOP_AT)
     saved = [path.name for path in checkpoint.find(folder)]
     start[2].close()
-    setup = setup_for(mode)
+    setup = setup_for(mode, mode)
     start = started(mode, setup, folder, said)
     resumed_at = start[1].state.step
     done = fitted(setup, start, folder, NEVER)
@@ -156,7 +170,7 @@ def one_update(mode: str, folder: Path) -> dict[str, Any]:
 
     Layouts of all tensors; where forward and backward are compiled, of those of convolutions.
     """
-    setup = setup_for(mode)
+    setup = setup_for(mode, mode)
     plan = replace(PLAN, accumulation=1, global_batch_size=PLAN.micro_batch_size)
     setup = replace(setup, plan=plan)
     _, _, updater = started(mode, setup, folder, [])
@@ -202,7 +216,7 @@ def _unrecorded(mode: str, setup: modes.Setup) -> Updater:
 
 def trials(mode: str, folder: Path) -> dict[str, Any]:
     """Bytes that a trial leaves taken: by tensors, and of the device."""
-    setup = setup_for("auto")
+    setup = setup_for(mode, "auto")
 
     def taken() -> list[int]:
         torch.cuda.empty_cache()
@@ -218,7 +232,7 @@ def trials(mode: str, folder: Path) -> dict[str, Any]:
 
 def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
     """A network that waits for the device while it is recorded: the run falls back and goes on."""
-    setup, said = setup_for("auto"), list[str]()
+    setup, said = setup_for(mode, "auto"), list[str]()
 
     def wait(*_: Any) -> None:
         if torch.cuda.is_current_stream_capturing():
