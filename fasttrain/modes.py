@@ -116,6 +116,12 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
     remembered = broadcast_object_list([forecast.recall(key)])[0]
     if remembered:
         return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
+    notice = (
+        "trying ways to carry out updates, which can take minutes; the fastest is remembered for "
+        "later runs, and --set train.execution=MODE tries none"
+    )
+    if not setup.on_cpu:
+        say(notice)
     eager = try_mode("eager", setup)
     if eager.fault:
         raise ExecutionError(f"no update could be carried out: {eager}")
@@ -123,13 +129,9 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
         left_s = plan.total_steps * plan.global_batch_size / eager.images_per_s
         if left_s * GAIN < COMPILE_S:
             return "eager", "execution: eager, as compiling would take longer than it could save"
+        say(notice)
     trials, modes = [eager], _candidates(setup)
     for mode in modes:
-        if "compile" in mode:
-            say(
-                f"trying train.execution = {mode}: compiling may take minutes; it is kept for "
-                "later runs, and --set train.execution=MODE takes a mode without trying"
-            )
         trial = try_mode(mode, setup)
         if not trial.fault and not abs(trial.loss - eager.loss) <= AGREES * eager.loss:
             fault = f"has another loss ({trial.loss:.4f}, eager {eager.loss:.4f})"
