@@ -86,7 +86,7 @@ def test_a_mode_over_the_stand_in(library: Path, mode: str, tmp_path: Path) -> N
 
     # A run that is stopped and resumed makes no illegal call, and waits for log lines only.
     run = told["whole_run"]
-    assert (run["mode"], run["said"]) == (mode, [])
+    assert (run["mode"], run["warnings"]) == (mode, [])
     assert run["stopped"] and run["saved"] == ["step_00000013"] and run["resumed_at"] == 13
     assert run["done"] and run["steps"] == 22
     assert run["bad"] == [] and run["waits"] == []
@@ -113,8 +113,8 @@ def test_a_mode_over_the_stand_in(library: Path, mode: str, tmp_path: Path) -> N
     if "graph" in mode:
         run = told["failing_capture"]
         assert run["mode"] == ("compile" if "compile" in mode else "eager")
-        assert f"train.execution = {mode} failed: " in run["said"][0]
-        assert "operation not permitted when stream is capturing" in run["said"][0]
+        assert f"train.execution = {mode} failed: " in run["warnings"][0]
+        assert "operation not permitted when stream is capturing" in run["warnings"][0]
         assert run["on_default_stream"]
         assert "compile" in mode or not run["drawn"]  # a rehearsal without graphs may draw
         assert run["bad"] and not run["bad_later"] and run["done"]

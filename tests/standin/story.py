@@ -152,7 +152,7 @@ def whole_run(mode: str, folder: Path) -> dict[str, Any]:
     lines, metrics = device.log(), folder / "metrics.jsonl"
     return {
         "mode": start[0],
-        "said": said,
+        "warnings": [text for text in said if text.startswith("WARNING")],
         "stopped": stopped is None,
         "saved": saved,
         "resumed_at": resumed_at,
@@ -243,7 +243,7 @@ def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
     start = started(mode, setup, folder, said)
     fallen = {
         "mode": start[0],
-        "said": said,
+        "warnings": [text for text in said if text.startswith("WARNING")],
         "on_default_stream": torch.cuda.current_stream() == torch.cuda.default_stream(),
         "drawn": not torch.equal(before, torch.cuda.get_rng_state()),
         "bad": len([line for line in device.log() if line.startswith("BAD")]),
