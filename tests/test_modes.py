@@ -135,6 +135,7 @@ def test_lost_layouts_are_found_in_compiled_code() -> None:
     assert modes.lost_channels_last(code) == ["convolution_backward buf7"]
 
 
+@pytest.mark.slow
 def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(modes, "lost_channels_last", lambda code: seen.extend(code) or ["one"])
