@@ -40,7 +40,8 @@ from fasttrain.shards import (
     write_index,
     write_manifest,
 )
-from fasttrain.sources import MAX_IMAGE_BYTES, SPOOL, Listing, Source, wds_samples
+from fasttrain.sources import MAX_IMAGE_BYTES, Listing, Source, wds_samples
+from fasttrain.spool import SPOOL
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them

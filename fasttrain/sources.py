@@ -10,21 +10,18 @@ Nothing from a source is executed, unpickled or extracted, and no name in it bec
 import csv
 import io
 import itertools
-import json
-import random
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.shards import SPLITS, ShardError, atomic
+from fasttrain import parquet, spool
+from fasttrain.shards import SPLITS, ShardError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 IMAGENET_COUNTS = {"classes": 1000, "train": 1_281_167, "val": 50_000}
@@ -33,7 +30,6 @@ MD5 = {  # of the official archives, as torchvision's ImageNet checks them
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
-SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
 MAX_IMAGE_BYTES = 1 << 30  # of one member; ImageNet's largest image has 16 MB
 _WNID = re.compile(r"n\d{8}")
 _DOUBLED = re.compile(r"_n\d{8}$")  # Hugging Face appends the class to the name
@@ -412,106 +408,32 @@ def _name_classes(
 
 
 # --------------------------------------------------------------------------------------------------
-# Forms that cannot be read at random: laid out once in a spool
+# Forms that cannot be read at random: unpacked first
 # --------------------------------------------------------------------------------------------------
 
 
-class _Spool:
-    """Bytes of images that came out of a compressed source, one after the other in a file.
-
-    The file and its list appear whole or not at all, so what was laid out survives a kill.
-    """
-
-    def __init__(self, folder: Path, source: Path, split: str) -> None:
-        self.path = folder / f"{SPOOL}{split}-{source.name}.bin"
-        self.rows_path = self.path.with_suffix(".json")
-
-    def fill(self, images: Iterable[tuple[str, int | str, bytes]], limit: int) -> None:
-        """Writes (name, label, bytes) unless that was done before; at most `limit` bytes."""
-        if self.rows_path.exists():
-            return
-        rows, end = [], 0
-        with atomic(self.path) as file:
-            for name, label, data in images:
-                if end + len(data) > limit:
-                    raise ShardError(f"{self.path.name}: expands beyond {limit:,} bytes: refused")
-                rows.append([name, label, end, len(data)])
-                file.write(data)
-                end += len(data)
-        with atomic(self.rows_path) as file:
-            file.write(json.dumps(rows).encode())
-
-    def found(self) -> Iterator[tuple[Found, int | str]]:
-        for name, label, offset, size in json.loads(self.rows_path.read_bytes()):
-            yield Found(self.path, offset, size, "", name), label
-
-
-def _spool_all(
-    jobs: Sequence[tuple[Path, str]],
-    read: Callable[[Path], Iterator[tuple[str, int | str, bytes]]],
-    scan: _Scan,
+def _unpack_all(
+    jobs: Sequence[spool.Job], read: spool.Read, scan: _Scan
 ) -> dict[str, list[tuple[Found, Any]]]:
-    """Lays out every (file, split) of a source, in parallel, and lists what came out."""
-    size = sum(path.stat().st_size for path, _ in jobs)
+    """Unpacks every file of a source, in parallel, and lists what came out: images and labels."""
+    size = sum(job.path.stat().st_size for job in jobs)
     scan.say(
         f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
         "read at random; removed at the end"
     )
-    # At random, so that the parts of an array of jobs share the work rather than all do it.
-    for _ in scan.run(
-        [partial(_fill, read, scan.spool, *job) for job in random.sample(jobs, len(jobs))]
-    ):
-        pass
+    spool.unpack(jobs, read, scan.spool, scan.run)
     splits: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
-    for path, split in jobs:
-        splits[split] += _Spool(scan.spool, path, split).found()
+    for job in jobs:
+        for place, offset, size, name, label in spool.unpacked(job, scan.spool):
+            splits[job.split].append((Found(place, offset, size, "", _undoubled(name)), label))
     return splits
-
-
-def _fill(
-    read: Callable[[Path], Iterator[tuple[str, int | str, bytes]]],
-    folder: Path,
-    path: Path,
-    split: str,
-) -> None:
-    # JPEGs hardly compress: what grows twentyfold is no photographs.
-    limit = 20 * path.stat().st_size + (1 << 20)
-    try:
-        _Spool(folder, path, split).fill(read(path), limit)
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, KeyError) as error:
-        if isinstance(error, ShardError) or getattr(error, "errno", None):
-            raise
-        raise ShardError(f"{path} is damaged: {error}; load it anew") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    from pyarrow import parquet
-
-    row = 0
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=64, columns=["image", "label"]):
-            for item in batch.to_pylist():
-                name = item["image"].get("path") or f"{path.stem}-{row:06d}"
-                yield _undoubled(Path(name).name), item["label"], item["image"]["bytes"]
-                row += 1
 
 
 def _scan_parquet(root: Path, scan: _Scan) -> None:
     """Hugging Face: columns image{bytes, path} and label, which is a number."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise ShardError(
-            "parquet files are read with pyarrow: pip install -e '.[sources]'"
-        ) from None
-    jobs = []
-    for path in sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")]):
-        split = {"train": "train", "validation": "val", "val": "val"}.get(path.name.split("-")[0])
-        if split:
-            jobs.append((path, split))
-        else:
-            scan.ignored += 1
-    numbered = _spool_all(jobs, _read_parquet, scan)
+    jobs, others = parquet.files(root)
+    scan.ignored += others
+    numbered = _unpack_all(jobs, parquet.read, scan)
     wnids: dict[int, str] = {}
     for found, label in numbered["train"]:
         if wnid := _WNID.match(found.name):
@@ -531,16 +453,16 @@ def _read_tar_gz(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 )
             file = tar.extractfile(member)
             assert file is not None
-            yield _undoubled(Path(member.name).name), doubled[1], file.read()
+            yield Path(member.name).name, doubled[1], file.read()
 
 
 def _scan_hf_tar(root: Path, scan: _Scan) -> None:
     """Hugging Face's older form: train_images_*.tar.gz and val_images.tar.gz."""
     folder = root if [*root.glob("train_images*.tar.gz")] else root / "data"
-    jobs = [(path, "train") for path in sorted(folder.glob("train_images*.tar.gz"))]
-    jobs += [(path, "val") for path in sorted(folder.glob("val_images*.tar.gz"))]
+    jobs = [spool.Job(path, "train") for path in sorted(folder.glob("train_images*.tar.gz"))]
+    jobs += [spool.Job(path, "val") for path in sorted(folder.glob("val_images*.tar.gz"))]
     scan.ignored += len([*folder.glob("test_images*.tar.gz")])
-    for split, found in _spool_all(jobs, _read_tar_gz, scan).items():
+    for split, found in _unpack_all(jobs, _read_tar_gz, scan).items():
         scan.splits[split] += [item._replace(label=label) for item, label in found]
 
 

@@ -25,12 +25,15 @@ ROWS = (
     {"sampling"},
     {"sharding"},
     {"sources"},
+    {"parquet"},
+    {"spool"},
     {"shards", "schedule"},
     {"config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
-TORCH_FREE |= {"sharding", "sources", "reading", "forecast", "decoding", "staging"}
+TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
+TORCH_FREE |= {"forecast", "decoding", "staging"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
