@@ -25,20 +25,20 @@ def files(root: Path) -> tuple[list[Job], int]:
     for path in sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")]):
         split = SPLIT_WORDS.get(path.name.split("-")[0])
         if split:
-            jobs.append(Job(path, split))
+            jobs.append(Job(root, path.relative_to(root).as_posix(), split))
         else:
             others += 1
     return jobs, others
 
 
-def read(path: Path) -> Iterator[tuple[str, int, bytes]]:
+def read(job: Job) -> Iterator[tuple[str, int, bytes]]:
     """Name, label and bytes of every image of a file."""
     from pyarrow import parquet
 
     row = 0
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(job.path) as file:
         for batch in file.iter_batches(batch_size=64, columns=["image", "label"]):
             for item in batch.to_pylist():
-                name = item["image"].get("path") or f"{path.stem}-{row:06d}"
+                name = item["image"].get("path") or f"{job.path.stem}-{row:06d}"
                 yield Path(name).name, item["label"], item["image"]["bytes"]
                 row += 1

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,6 +48,7 @@ SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
 UNFINISHED = "UNFINISHED"
 PART = ".fasttrain.part"
+_SOURCE = {"source", "times"}  # the entries of UNFINISHED that are about the images
 T = TypeVar("T")
 
 
@@ -343,6 +345,7 @@ def _finish(
     manifest = {
         "version": FORMAT_VERSION,
         "form": source.form,
+        "source": _digest(source),
         "seed": seed,
         "policy": asdict(policy),
         "ignored_files": source.ignored,
@@ -378,16 +381,8 @@ def _is_finished(source: Source, out: Path, policy: Policy, seed: int) -> bool:
     if (out / UNFINISHED).exists() or not (out / MANIFEST).exists():
         return False
     manifest = read_manifest(out)
-    counts = {
-        split: entry["num_samples"] + len(entry["rejected"])
-        for split, entry in manifest["splits"].items()
-    }
-    return (
-        (manifest["form"], manifest["seed"], manifest["policy"])
-        == (source.form, seed, asdict(policy))
-        and manifest["classes"] == list(source.classes)
-        and counts == {split: len(listing) for split, listing in source.splits.items()}
-    )
+    kept = [manifest.get(key) for key in ("form", "source", "seed", "policy")]
+    return kept == [source.form, _digest(source), seed, asdict(policy)]
 
 
 def claim(
@@ -407,6 +402,7 @@ def claim(
         "version": FORMAT_VERSION,
         "form": source.form,
         "source": _digest(source),
+        "times": _times(source),
         "seed": seed,
         "shard_size": shard_size,
         "in_place": in_place,
@@ -419,11 +415,19 @@ def claim(
             before = json.loads((out / UNFINISHED).read_bytes())
         except ValueError:
             before = {}
-        changed = [f"{k}: {before.get(k)} -> {v}" for k, v in options.items() if before.get(k) != v]
-        if changed:
+        changed = {k: f"{before.get(k)} -> {v}" for k, v in options.items() if before.get(k) != v}
+        if changed.keys() - _SOURCE:
+            lines = [f"{key}: {change}" for key, change in changed.items() if key not in _SOURCE]
             raise ShardError(
-                "\n  ".join([f"{out} was begun with other options:", *changed])
+                "\n  ".join([f"{out} was begun with other options:", *lines])
                 + "\nuse the old ones to finish it, or remove the folder"
+            )
+        if changed:
+            what = "files or sizes" if "source" in changed else "modification times"
+            raise ShardError(
+                f"{out} was begun when the source had other {what} (newest now: "
+                f"{_newest(source)}):\nold and new images would be mixed; remove {out} and start "
+                "again. Copies for the parts of a job must keep their times (cp -p, rsync -t)"
             )
         return
     write_atomically(out / UNFINISHED, json.dumps(options, indent=1).encode())
@@ -435,15 +439,7 @@ def estimated_bytes(split: str, listing: Listing, policy: Policy) -> int:
         pixels = policy.short_side**2 * 4 // 3 * len(listing)
         # 0.33 bytes a pixel: measured on 1,000 ImageNet photographs at 256 px and quality 90
         return 3 * pixels if policy.store == "raw" else pixels // 3
-    if not len(listing):
-        return 0
-    # Files of a folder were not asked for their sizes: a thousand are enough.
-    some = listing.take(np.linspace(0, len(listing) - 1, min(len(listing), 1000)).astype(np.int32))
-    sizes = [
-        size if size >= 0 else (some.places[place] / name.partition("/")[2]).stat().st_size
-        for name, place, size in zip(some.names, some.place, some.size.tolist(), strict=True)
-    ]
-    return int(np.mean(sizes) * len(listing))
+    return int(listing.size.sum())
 
 
 def _digest(source: Source) -> str:
@@ -455,6 +451,22 @@ def _digest(source: Source) -> str:
         digest.update(listing.labels.tobytes())
         digest.update(listing.size.tobytes())
     return digest.hexdigest()
+
+
+def _times(source: Source) -> str:
+    """Digest of when the files of a source were last changed."""
+    digest = hashlib.sha256()
+    for listing in source.splits.values():
+        digest.update(listing.mtime.tobytes())
+    return digest.hexdigest()
+
+
+def _newest(source: Source) -> str:
+    """The image whose file was changed last, and when."""
+    split, listing = max(source.splits.items(), key=lambda item: int(item[1].mtime.max()))
+    newest = int(listing.mtime.argmax())
+    when = datetime.fromtimestamp(int(listing.mtime[newest]) / 1e9)
+    return f"{split}/{listing.names[newest]}, {when:%Y-%m-%d %H:%M:%S}"
 
 
 def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any]:
@@ -501,31 +513,44 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
     """Name, label and bytes of every image of a listing.
 
     Raises:
-        ShardError: a file cannot be read or is shorter than when it was listed.
+        ShardError: a file cannot be read, or was changed since it was listed.
     """
     with contextlib.ExitStack() as stack:
-        files: dict[int, Any] = {}
-        columns = (listing.labels, listing.place, listing.offset, listing.size)
-        for name, label, place, offset, size in zip(
+        archives: dict[int, int] = {}  # file descriptors by number of the place
+        columns = (listing.labels, listing.place, listing.offset, listing.size, listing.mtime)
+        for name, label, place, offset, size, mtime in zip(
             listing.names, *(column.tolist() for column in columns), strict=True
         ):
             path = listing.places[place]
             try:
-                if size < 0:
+                if offset < 0:
                     path /= name.partition("/")[2]
                     with path.open("rb") as file:
+                        _check_mtime(file.fileno(), path, mtime)
                         data = file.read(MAX_IMAGE_BYTES)
                 else:
-                    if place not in files:
-                        files[place] = stack.enter_context(path.open("rb"))
-                    data = os.pread(files[place].fileno(), size, offset)
+                    if place not in archives:
+                        archives[place] = stack.enter_context(path.open("rb")).fileno()
+                        _check_mtime(archives[place], path, mtime)
+                    data = os.pread(archives[place], size, offset)
             except OSError as error:
                 raise ShardError(f"{path}: {error.strerror}") from None
-            if 0 <= size != len(data):
-                raise ShardError(f"{path} became shorter while it was read ({name})")
             if len(data) >= MAX_IMAGE_BYTES:
                 raise ShardError(f"{path}: {name} has a gigabyte or more: no photograph")
+            if size != len(data):
+                raise ShardError(_CHANGED.format(path))
             yield name, label, data
+
+
+_CHANGED = (
+    "{} was changed since it was listed: old and new images would be mixed;\n"
+    "remove the folder of the new shards and start again"
+)
+
+
+def _check_mtime(descriptor: int, path: Path, mtime: int) -> None:
+    if os.fstat(descriptor).st_mtime_ns != mtime:
+        raise ShardError(_CHANGED.format(path))
 
 
 def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:

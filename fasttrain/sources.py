@@ -41,7 +41,7 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 class Found(NamedTuple):
     """An image of a source, not yet looked into.
 
-    Its bytes are `size` at `offset` of the archive `place`; with size -1, the file `place/name`.
+    Its bytes are `size` at `offset` of the archive `place`; with offset -1, the file `place/name`.
     """
 
     place: Path
@@ -49,6 +49,7 @@ class Found(NamedTuple):
     size: int
     label: str  # the name of its class
     name: str  # its file name, or path below the class's folder
+    mtime: int = -1  # of that file, in ns since 1970; -1: that of the archive
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Listing:
     place: NDArray[np.int32]  # which of `places`
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
+    mtime: NDArray[np.int64]  # when the file that holds it was last changed: ns since 1970
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,6 +77,7 @@ class Listing:
             place=place.astype(np.int32),
             offset=self.offset[positions],
             size=self.size[positions],
+            mtime=self.mtime[positions],
         )
 
 
@@ -255,7 +258,7 @@ def _scan_folder(root: Path, scan: _Scan, label_roots: Iterable[Path]) -> None:
                         continue
                     if _is_image(path.name):
                         name = path.relative_to(entry).as_posix()
-                        scan.splits[split].append(Found(entry, 0, -1, entry.name, name))
+                        scan.splits[split].append(_file(entry, entry.name, name))
                     else:
                         scan.ignored += 1
                 if split == "train" and len(scan.splits[split]) == before:
@@ -270,7 +273,13 @@ def _scan_folder(root: Path, scan: _Scan, label_roots: Iterable[Path]) -> None:
                 f"{flat[0]} lies outside any class folder: sort val/ into classes, or put "
                 f"{_DEVKIT}.tar.gz or Kaggle's LOC_val_solution.csv beside it"
             )
-        scan.splits["val"] += [Found(root / "val", 0, -1, label_of(p.name), p.name) for p in flat]
+        scan.splits["val"] += [_file(root / "val", label_of(p.name), p.name) for p in flat]
+
+
+def _file(folder: Path, label: str, name: str) -> Found:
+    """An image that is a file of its own, `name` below `folder`."""
+    found = (folder / name).stat()
+    return Found(folder, -1, found.st_size, label, name, found.st_mtime_ns)
 
 
 _LABEL_READERS = (_devkit_labels, _kaggle_labels)
@@ -429,10 +438,21 @@ def _unpack_all(
     return splits
 
 
+def _need_both_splits(root: Path, jobs: Sequence[spool.Job]) -> None:
+    """Checks that no split is missing, before hours are spent on unpacking the other one."""
+    for split in SPLITS:
+        if not any(job.split == split for job in jobs):
+            raise ShardError(
+                f"{root}: there are no files of {split}, only {jobs[0].name} and the like; "
+                f"load those of {split} too"
+            )
+
+
 def _scan_parquet(root: Path, scan: _Scan) -> None:
     """Hugging Face: columns image{bytes, path} and label, which is a number."""
     jobs, others = parquet.files(root)
     scan.ignored += others
+    _need_both_splits(root, jobs)
     numbered = _unpack_all(jobs, parquet.read, scan)
     wnids: dict[int, str] = {}
     for found, label in numbered["train"]:
@@ -441,7 +461,8 @@ def _scan_parquet(root: Path, scan: _Scan) -> None:
     _name_classes(scan, numbered, wnids)
 
 
-def _read_tar_gz(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _read_tar_gz(job: spool.Job) -> Iterator[tuple[str, str, bytes]]:
+    path = job.path
     with tarfile.open(path, "r|gz") as tar:
         for member in tar:
             if not (member.isreg() and _is_image(member.name)):
@@ -459,9 +480,13 @@ def _read_tar_gz(path: Path) -> Iterator[tuple[str, str, bytes]]:
 def _scan_hf_tar(root: Path, scan: _Scan) -> None:
     """Hugging Face's older form: train_images_*.tar.gz and val_images.tar.gz."""
     folder = root if [*root.glob("train_images*.tar.gz")] else root / "data"
-    jobs = [spool.Job(path, "train") for path in sorted(folder.glob("train_images*.tar.gz"))]
-    jobs += [spool.Job(path, "val") for path in sorted(folder.glob("val_images*.tar.gz"))]
+    jobs = [
+        spool.Job(folder, path.name, split)
+        for split in SPLITS
+        for path in sorted(folder.glob(f"{split}_images*.tar.gz"))
+    ]
     scan.ignored += len([*folder.glob("test_images*.tar.gz")])
+    _need_both_splits(root, jobs)
     for split, found in _unpack_all(jobs, _read_tar_gz, scan).items():
         scan.splits[split] += [item._replace(label=label) for item, label in found]
 
@@ -578,6 +603,8 @@ def scan(
 def _listing(images: list[Found], labels: Mapping[str, int]) -> Listing:
     images.sort(key=lambda item: (item.label, item.name, item.place, item.offset))
     places = {place: number for number, place in enumerate({item.place: None for item in images})}
+    archives = {item.place for item in images if item.offset >= 0}
+    mtimes = {place: place.stat().st_mtime_ns for place in archives}
     return Listing(
         names=[f"{item.label}/{item.name}" for item in images],
         labels=np.fromiter((labels[item.label] for item in images), np.int32),
@@ -585,6 +612,7 @@ def _listing(images: list[Found], labels: Mapping[str, int]) -> Listing:
         place=np.fromiter((places[item.place] for item in images), np.int32),
         offset=np.fromiter((item.offset for item in images), np.int64),
         size=np.fromiter((item.size for item in images), np.int64),
+        mtime=np.fromiter((mtimes.get(item.place, item.mtime) for item in images), np.int64),
     )
 
 

@@ -1,12 +1,17 @@
 """The images of sources that cannot be read at random, unpacked once into plain files.
 
-    OUT/fasttrain-spool-train-NAME.bin     the bytes of all images of the file NAME, end to end
-    OUT/fasttrain-spool-train-NAME.json    name, label, offset and size of each
+    OUT/fasttrain-spool-train-1a2b3c4d-NAME.bin     the bytes of all images of the file NAME
+    OUT/fasttrain-spool-train-1a2b3c4d-NAME.json    name, label, offset and size of each, and
+                                                    which state of the file NAME they are from
 
 Both files appear whole or not at all, so a kill loses at most the file that was being unpacked.
+What was unpacked is used again only for the same state of the file: its size, modification time
+and last bytes. A .bin has the modification time of its source, as if images were read from there.
 """
 
+import hashlib
 import json
+import os
 import random
 import tarfile
 import zlib
@@ -18,17 +23,26 @@ from typing import Any, NamedTuple
 from fasttrain.shards import ShardError, atomic
 
 SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
+_TAIL = 1 << 16  # bytes
 
 Item = tuple[str, Any, bytes]  # name, label, bytes of an image
-Read = Callable[[Path], Iterator[Item]]
 Run = Callable[[Sequence[Callable[[], Any]]], Iterable[Any]]
 
 
 class Job(NamedTuple):
     """A compressed file to unpack, and the split that its images belong to."""
 
-    path: Path
+    root: Path  # of the source
+    name: str  # of the file, below root
     split: str
+    columns: tuple[str, ...] = ()  # those to read, where the file is a table
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+
+Read = Callable[[Job], Iterator[Item]]
 
 
 class Unpacked(NamedTuple):
@@ -55,29 +69,64 @@ def unpack(jobs: Sequence[Job], read: Read, folder: Path, run: Run) -> None:
 def unpacked(job: Job, folder: Path) -> Iterator[Unpacked]:
     """The images of a file that `unpack` was called for, in the order of the file."""
     path, rows_path = _paths(job, folder)
-    for name, label, offset, size in json.loads(rows_path.read_bytes()):
+    for name, label, offset, size in json.loads(rows_path.read_bytes())["rows"]:
         yield Unpacked(path, offset, size, name, label)
 
 
 def _paths(job: Job, folder: Path) -> tuple[Path, Path]:
-    path = folder / f"{SPOOL}{job.split}-{job.path.name}.bin"
+    # Files in different folders may have the same name, so the digest of the whole name is added.
+    digest = hashlib.sha256(job.name.encode()).hexdigest()[:8]
+    path = folder / f"{SPOOL}{job.split}-{digest}-{job.path.name}.bin"
     return path, path.with_suffix(".json")
+
+
+def _state(job: Job) -> list[Any]:
+    """What changes when the file or the choice of columns does; of JSON types."""
+    with job.path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        # The end of a gzip file is its checksum; that of a parquet file lists all its parts.
+        file.seek(max(0, found.st_size - _TAIL))
+        tail = hashlib.sha256(file.read(_TAIL)).hexdigest()
+    return [found.st_size, found.st_mtime_ns, tail, list(job.columns)]
+
+
+def _made(path: Path) -> list[int]:
+    """What tells an unpacked file from another under its name."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _is_unpacked(state: list[Any], path: Path, rows_path: Path) -> bool:
+    try:
+        kept = json.loads(rows_path.read_bytes())
+        return bool(kept["state"] == state and kept["made"] == _made(path))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _fill(read: Read, folder: Path, job: Job) -> None:
     path, rows_path = _paths(job, folder)
-    if rows_path.exists():
+    state = _state(job)
+    if _is_unpacked(state, path, rows_path):
         return
+    rows_path.unlink(missing_ok=True)  # it would not be true of the new .bin
     # JPEGs hardly compress: a file that grows twentyfold holds no photographs.
     limit = 20 * job.path.stat().st_size + (1 << 20)
     try:
-        rows = _write(path, read(job.path), limit)
+        rows = _write(path, read(job), limit)
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, KeyError) as error:
         if isinstance(error, ShardError) or getattr(error, "errno", None):
             raise
         raise ShardError(f"{job.path} is damaged: {error}; load it anew") from None
+    if _state(job) != state:
+        path.unlink(missing_ok=True)
+        raise ShardError(
+            f"{job.path} was changed while it was unpacked; start again once it is complete"
+        )
+    mtime = state[1]
+    os.utime(path, ns=(mtime, mtime))
     with atomic(rows_path) as file:
-        file.write(json.dumps(rows).encode())
+        file.write(json.dumps({"state": state, "made": _made(path), "rows": rows}).encode())
 
 
 def _write(path: Path, images: Iterable[Item], limit: int) -> list[tuple[str, Any, int, int]]:

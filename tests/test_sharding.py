@@ -204,7 +204,7 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
     source = listed(folder)
     for listing in source.splits.values():  # a small build: 8 images in 3 shards
         listing.names = listing.names[:4]
-        for column in ("labels", "place", "offset", "size"):
+        for column in ("labels", "place", "offset", "size", "mtime"):
             setattr(listing, column, getattr(listing, column)[:4])
     expected = tmp_path / "expected"
     sharding.write_dataset(source, expected, shard_size=2)
@@ -322,3 +322,73 @@ def test_a_full_disk_keeps_what_is_finished(
     )
     shard(folder, tmp_path, shard_size=11)
     assert files_of(tmp_path) == files_of(dataset)
+
+
+# --------------------------------------------------------------------------------------------------
+# A source that is changed meanwhile
+# --------------------------------------------------------------------------------------------------
+
+
+def put_folder(root: Path, data: bytes, suffix: str = "jpg") -> Path:
+    """An ImageFolder of one class: 6 times the same image to train on, twice to validate on."""
+    for split, number in (("train", 6), ("val", 2)):
+        (root / split / "cat").mkdir(parents=True, exist_ok=True)
+        for name in range(number):
+            (root / split / "cat" / f"{name}.{suffix}").write_bytes(data)
+    return root
+
+
+def put_tars(root: Path, data: bytes) -> Path:
+    photos = [
+        forms.Photo(split, forms.WNIDS[0], f"{number}.JPEG", data)
+        for split, number in (("train", 0), ("train", 1), ("train", 2), ("val", 3))
+    ]
+    root.mkdir(exist_ok=True)
+    forms.write_plain_webdataset(root, photos)
+    return root
+
+
+def bmp(colour: str) -> bytes:
+    """Images that have the same size in bytes whatever they show."""
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(data, "BMP")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("put", [put_folder, put_tars])
+def test_parts_must_agree_on_the_files(put: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
+    """The content is replaced between two parts: same names, with other and with equal sizes."""
+    root, out = tmp_path / "in", tmp_path / "out"
+    shard(put(root, bmp("red")), out, shard_size=2, part=(1, 2))
+    before = files_of(out)
+    for image, what in (
+        (bmp("blue"), "modification times"),
+        (jpeg_of("blue"), "files or sizes"),
+    ):
+        put(root, image)
+        message = rf"out was begun when the source had other {what} \(newest now: (train|val)/"
+        with pytest.raises(ShardError, match=message):
+            shard(root, out, shard_size=2, part=(2, 2))
+    assert files_of(out) == before
+
+
+def jpeg_of(colour: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(data, "JPEG")
+    return data.getvalue()
+
+
+def test_a_file_changed_after_it_was_listed(tmp_path: Path) -> None:
+    source = listed(put_folder(tmp_path / "in", bmp("red"), "bmp"))
+    put_folder(tmp_path / "in", bmp("blue"), "bmp")
+    with pytest.raises(ShardError, match=r"\d\.bmp was changed since it was listed"):
+        sharding.write_dataset(source, tmp_path / "out")
+
+
+def test_a_late_part_of_another_source_is_refused(tmp_path: Path) -> None:
+    root, out = put_folder(tmp_path / "in", bmp("red")), tmp_path / "out"
+    finished = shard(root, out)
+    assert shard(root, out, part=(1, 2)) == finished
+    put_folder(root, jpeg_of("blue"))
+    with pytest.raises(ShardError, match="already holds a finished data set"):
+        shard(root, out, part=(1, 2))
