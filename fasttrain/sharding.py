@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from fasttrain.shards import (
 )
 from fasttrain.sources import MAX_IMAGE_BYTES, Listing, Source, wds_samples
 from fasttrain.spool import SPOOL
+
+if TYPE_CHECKING:
+    from PIL import Image as pil
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
@@ -84,11 +87,12 @@ class Image(NamedTuple):
 def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
     """Looks into an image, and re-encodes it where the policy or the decoders want that.
 
-    Greyscale and RGB JPEGs that need not shrink keep their bytes. All else becomes RGB: of CMYK,
-    PNG and so on the pixels that PIL gives, EXIF orientation ignored as torchvision does.
+    Greyscale and RGB JPEGs that need not shrink keep their bytes. All else becomes 8-bit RGB: of
+    CMYK, PNG and so on the pixels that PIL gives, EXIF orientation ignored as torchvision does.
 
     Raises:
-        ValueError: not an image, damaged, or too large for the index.
+        ValueError: not an image, damaged, too large for the index, or its pixels are numbers whose
+            range is not known, such as floats.
     """
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
@@ -101,7 +105,7 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 raise ValueError(f"{width} x {height} pixels: more than the index can hold")
             shrinks = short_side is not None and min(width, height) > short_side
             common = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-            repaired = None if common else f"{image.format} {image.mode}"
+            repaired = None if common else _kind(image)
             if common and not shrinks and policy.store == "jpeg":
                 if policy.decode:
                     image.load()
@@ -113,9 +117,11 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 # libjpeg decodes to a half or a quarter in less time; at twice the size and above
                 # the filter still decides what is seen.
                 image.draft(None, (2 * size[0], 2 * size[1]))
-                rgb = image.convert("RGB").resize(size, pil.Resampling.BICUBIC)
+                rgb = _eight_bit_rgb(image).resize(size, pil.Resampling.BICUBIC)
             else:
-                rgb = image.convert("RGB")
+                rgb = _eight_bit_rgb(image)
+            if repaired and _is_sixteen_bit(image) and rgb.getextrema()[0][1] < 16:
+                repaired += "; almost black now, as no value is above 4,095 of 65,535"
             if policy.store == "raw":
                 header = f"P6\n{rgb.width} {rgb.height}\n255\n".encode()
                 return Image(header + rgb.tobytes(), "ppm", rgb.width, rgb.height, repaired)
@@ -126,9 +132,54 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 rgb.save(encoded, "JPEG", quality=REPAIR_QUALITY, subsampling=0)
             return Image(encoded.getvalue(), "jpg", rgb.width, rgb.height, repaired)
     except UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise ValueError("not an image, or of a kind that PIL does not read") from None
     except (OSError, SyntaxError, EOFError, pil.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
+
+
+_RGB_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags: bits per sample; 0 where white is zero
+
+
+def _is_sixteen_bit(image: "pil.Image") -> bool:
+    # PIL gives greyscale PNG and PGM of 16 bits in 32-bit pixels in some versions.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _kind(image: "pil.Image") -> str:
+    """Format and mode of an image, for the list of those that are re-encoded.
+
+    Raises:
+        ValueError: it cannot become 8-bit RGB without knowing what its numbers mean.
+    """
+    kind = f"{image.format} {image.mode}"
+    if _is_sixteen_bit(image):
+        return f"{kind}, scaled from 16 bits to 8"
+    if image.mode in ("I", "F"):
+        numbers = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(
+            f"{kind}: its pixels are {numbers} numbers, whose range is not known; "
+            "scale them to 0-255 and save them as 8-bit images"
+        )
+    if image.mode not in _RGB_MODES:
+        raise ValueError(f"{kind}: has no RGB pixels; save it as an 8-bit RGB image")
+    return kind
+
+
+def _eight_bit_rgb(image: "pil.Image") -> "pil.Image":
+    """The image as 8-bit RGB; of 16-bit pixels the high byte, as PIL does for 16-bit RGB."""
+    from PIL import Image as pil
+
+    if not _is_sixteen_bit(image):
+        return image.convert("RGB")
+    # Not convert("RGB"): it makes every value above 255 white.
+    pixels = np.asarray(image).astype(np.uint16)
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        pixels <<= 16 - tags[_TIFF_BITS][0]  # of 12-bit images PIL does not scale the values
+        if tags[_TIFF_PHOTOMETRIC] == 0:
+            pixels = ~pixels
+    return pil.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forms
 import numpy as np
@@ -108,6 +109,79 @@ def test_skipping_the_decoding_gives_the_same_bytes(
     same = {k: v for k, v in files_of(dataset).items() if not k.startswith("manifest")}
     found = files_of(tmp_path / "out")
     assert {name: found[name] for name in same} == same
+
+
+RAMP = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(48, 0)
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format, **options)
+    return data.getvalue()
+
+
+def twelve_bit_tiff(values: np.ndarray) -> bytes:
+    """A greyscale TIFF of 12 bits a pixel, which PIL reads but does not write."""
+    height, width = values.shape
+    first, second = values.reshape(-1, 2).T.astype(np.uint32)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1)
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8)]
+    tags += [(277, 1), (278, height), (279, packed.size)]
+    data = b"II*\0" + (8 + packed.size).to_bytes(4, "little") + packed.astype(np.uint8).tobytes()
+    data += len(tags).to_bytes(2, "little")
+    for tag, value in tags:
+        data += b"".join(
+            n.to_bytes(size, "little") for n, size in ((tag, 2), (4, 2), (1, 4), (value, 4))
+        )
+    return data + bytes(4)
+
+
+def sixteen_bit_images() -> dict[str, bytes]:
+    """The ramp from black to white in every format that holds 16 bits of grey."""
+    ramp = Image.fromarray(RAMP)
+    rgb = np.repeat(RAMP[..., None], 3, -1).astype(">u2").tobytes()
+    return {
+        "png": saved(ramp, "PNG"),
+        "tiff": saved(ramp, "TIFF"),
+        "big-endian tiff": saved(
+            Image.frombytes("I;16B", ramp.size, RAMP.astype(">u2").tobytes()), "TIFF"
+        ),
+        "white is zero": saved(Image.fromarray(~RAMP), "TIFF", tiffinfo={262: 0}),
+        "12-bit tiff": twelve_bit_tiff(RAMP >> 4),
+        "pgm": b"P5 64 48 65535\n" + RAMP.astype(">u2").tobytes(),
+        "rgb ppm": b"P6 64 48 65535\n" + rgb,
+        "jpeg 2000": saved(ramp, "JPEG2000", irreversible=False),
+    }
+
+
+@pytest.mark.parametrize("kind", sixteen_bit_images())
+def test_sixteen_bits_are_scaled_to_eight(kind: str) -> None:
+    data = sixteen_bit_images()[kind]
+    for policy in (Policy(), Policy(short_side=48, store="raw")):
+        image = sharding.prepare_image(data, "train", policy)
+        expected = np.repeat((RAMP >> 8)[..., None], 3, -1)
+        assert np.abs(pixels_of(image.data) - expected).max() <= 2
+    assert image.repaired and (kind == "rgb ppm" or "scaled from 16 bits to 8" in image.repaired)
+    small = sharding.prepare_image(data, "train", Policy(short_side=24))
+    assert np.abs(pixels_of(small.data)[:, 4:-4] - (RAMP[0, 9:-8:2, None] >> 8)).max() < 6
+
+
+def test_twelve_bits_in_sixteen_are_said_to_be_dark() -> None:
+    dark = sharding.prepare_image(saved(Image.fromarray(RAMP >> 4), "PNG"), "train", Policy())
+    assert dark.repaired and "almost black now, as no value is above 4,095" in dark.repaired
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(RAMP.astype(np.float32) / 65_535), "TIFF F: .* floating-point numbers"),
+        (Image.fromarray(RAMP.astype(np.int32)), "TIFF I: .* signed or 32-bit numbers"),
+        (Image.new("LAB", (8, 8)), "TIFF LAB: has no RGB pixels; save it as an 8-bit RGB image"),
+    ],
+)
+def test_other_depths_are_rejected_by_name(image: Image.Image, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sharding.prepare_image(saved(image, "TIFF"), "train", Policy())
 
 
 def test_strict_makes_a_rejected_image_an_error(tmp_path: Path) -> None:
