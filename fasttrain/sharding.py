@@ -120,7 +120,7 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 rgb = _eight_bit_rgb(image).resize(size, pil.Resampling.BICUBIC)
             else:
                 rgb = _eight_bit_rgb(image)
-            if repaired and _is_sixteen_bit(image) and rgb.getextrema()[0][1] < 16:
+            if repaired and _is_sixteen_bit(image) and np.asarray(rgb).max() < 16:
                 repaired += "; almost black now, as no value is above 4,095 of 65,535"
             if policy.store == "raw":
                 header = f"P6\n{rgb.width} {rgb.height}\n255\n".encode()
