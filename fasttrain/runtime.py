@@ -23,17 +23,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import distributed
 
 import fasttrain
 from fasttrain import config, forecast, rng
+from fasttrain.launch import TRUE, LaunchError
 
 STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
 ORPHAN_S = 45  # that a process has to save and end once its launcher is gone
-
-
-class LaunchError(config.Fault, RuntimeError):
-    """The processes were not started as they should be; says how to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,40 @@ class Process:
     device: torch.device
     data_threads: int  # of DALI on the CPU
     cpu_threads: int  # of torch on the CPU
+
+
+def accelerator_for(
+    precision: str, timeout: timedelta | None = None, cpu: bool = False
+) -> Accelerator:
+    """Joins the launched processes, with nothing of Accelerate's but what the recipe asks for.
+
+    Args:
+        timeout: that processes wait for each other.
+        cpu: not to use a GPU.
+    Raises:
+        LaunchError: Accelerate has settled on something else all the same.
+    """
+    joined = Accelerator(
+        mixed_precision=precision,
+        cpu=cpu,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if timeout else [],
+    )
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    found = {
+        f"the device {joined.device}": joined.device.type in ("cpu", "cuda"),
+        f"{joined.distributed_type.value} training": joined.distributed_type in known,
+        f"{joined.mixed_precision} precision": joined.mixed_precision == precision,
+        "gradient accumulation": joined.gradient_accumulation_steps == 1,
+        "dynamo": joined.state.dynamo_plugin.backend == DynamoBackend.NO,
+    }
+    if others := [what for what, fits in found.items() if not fits]:
+        raise LaunchError(
+            f"Accelerate settled on {', '.join(others)}, which fasttrain does not use: unset "
+            "ACCELERATE_... in the environment, or train on the CPU with ACCELERATE_USE_CPU=1"
+        )
+    return joined
 
 
 def start(
@@ -151,28 +188,16 @@ def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:
 
 def has_gpu(environ: Mapping[str, str]) -> bool:
     """Whether Accelerate will find a GPU; asks without touching one."""
-    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
     return not on_cpu and torch.cuda.device_count() > 0
 
 
 def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
-    """Whether this machine can train as the recipe and the launcher ask; touches no GPU.
+    """Whether this machine can train as the recipe asks, in so many processes; touches no GPU.
 
     Raises:
         LaunchError: it cannot.
     """
-    if environ.get("WORLD_SIZE", "1") != "1" and not environ.get("MASTER_ADDR"):
-        raise LaunchError(
-            f"WORLD_SIZE = {environ['WORLD_SIZE']} in the environment, but no MASTER_ADDR: start "
-            "processes with accelerate launch, or unset it for one process"
-        )
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "WORLD_SIZE" not in environ and tasks != "1":
-        raise LaunchError(
-            f"SLURM started {tasks} tasks, but none of them launched processes that know of each "
-            "other: each would train alone; use tools/train.sbatch, or accelerate launch "
-            "--multi_gpu with --machine_rank $SLURM_NODEID in one task a node"
-        )
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
         processes, gpus = (
@@ -194,6 +219,17 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
         raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
     if "graph" in train.execution:
         raise LaunchError(f"[train] execution = {train.execution}: needs a GPU; use auto")
+
+
+def idle_gpus(environ: Mapping[str, str]) -> list[str]:
+    """A remark where one process was started on a machine with several GPUs."""
+    gpus = torch.cuda.device_count()
+    if not has_gpu(environ) or gpus < 2 or config.number_in(environ, "WORLD_SIZE", 1) > 1:
+        return []
+    return [
+        f"1 of {gpus} GPUs is used; accelerate launch --multi_gpu --num_processes {gpus} "
+        "fasttrain/train.py uses all of them"
+    ]
 
 
 def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:

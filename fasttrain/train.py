@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fasttrain import config, forecast, run_folder, sampling, schedule, shards, staging
+from fasttrain import config, forecast, launch, run_folder, sampling, schedule, shards, staging
 from fasttrain.config import Recipe
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = False
     try:
         is_main = os.environ.get("RANK", "0") == "0"
+        remarks = launch.settle(os.environ, recipe.train.precision)
         if config.number_in(os.environ, "SLURM_RESTART_COUNT", 0):  # or it would lose its work
             again = recipe.checkpoint.model_copy(update={"resume": "auto"})
             recipe = recipe.model_copy(update={"checkpoint": again})
@@ -42,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 folder = run_folder.run_dir(recipe)
                 sys.stdout.write(f"{folder} is done, nothing to do\n{json.dumps(done)}\n")
             return
+        _say(*remarks)
         train_set, val_set = open_data(recipe.data)
         plan = schedule.make_plan(recipe.train, recipe.optim, train_set.num_samples, world_size)
+        launch.check_processes(os.environ)
         with run_folder.locked(recipe) if is_main else contextlib.nullcontext():
             started = True
             train(recipe, plan, train_set, val_set)
@@ -72,14 +75,14 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     """Builds everything, restores the newest checkpoint, trains, and marks the run as done."""
     # Seconds of imports, so only once the recipe is known to be right.
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+    from accelerate.utils import broadcast_object_list, gather_object
 
     from fasttrain import checkpoint, data, decoding, display, heartbeat, loop, modes, runtime
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
     runtime.check_launch(recipe, os.environ)
+    _say(*runtime.idle_gpus(os.environ))
     if recipe.train.deterministic and recipe.data.decode == "auto":
         repeats = recipe.data.model_copy(update={"decode": "cpu"})
         recipe = recipe.model_copy(update={"data": repeats})
@@ -90,10 +93,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     input_settings, why_decode = decoding.choose(train_set, recipe.data, job, os.environ)
     # Longer than the heartbeat's, which names the process at fault.
     timeout = timedelta(seconds=heartbeat.START_S + recipe.train.hang_timeout_s)
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-    )
+    accelerator = runtime.accelerator_for(recipe.train.precision, timeout)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     accelerator.wait_for_everyone()  # as clocks are compared
     digests = train_set.digest, val_set.digest
@@ -221,6 +221,13 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     accelerator.end_training()
     if not done:
         raise SystemExit(stop.decision)
+
+
+def _say(*lines: str) -> None:
+    """Prints lines at once, before there is a display; of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
 
 
 def _samples_of(train_set: Split, data: config.Data, plan: Plan, step: int) -> list[str]:

@@ -20,8 +20,8 @@ import steps
 from fasttrain import config, schedule
 
 SECTIONS = {
-    "versions", "gpus", "network", "cpus", "memory", "data", "input", "storage", "run", "job",
-    "faults",
+    "launch", "versions", "gpus", "network", "cpus", "memory", "data", "input", "storage", "run",
+    "job", "faults",
 }  # fmt: skip
 MULTI = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 Examined = Callable[..., tuple[dict[str, Any], list[str]]]
@@ -135,6 +135,15 @@ def test_a_fault_of_the_launch(examined: Examined, tiny: Callable[..., Path]) ->
     assert len(found["faults"]) == 1
     found, _ = examined(1, tiny(), WORLD_SIZE="1", SLURM_RESTART_COUNT="many")
     assert 'SLURM_RESTART_COUNT = "many"' in found["faults"][0]
+
+
+def test_a_launch_that_is_not_followed(examined: Examined, tiny: Callable[..., Path]) -> None:
+    found, _ = examined(1, tiny(), ACCELERATE_USE_FSDP="true")
+    (fault,) = found["faults"]
+    assert fault.startswith("the launch asks for FSDP") and found["run"]["processes"] == 1
+    environ = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    (remark,) = doctor.Doctor(config.Recipe(), environ).launch()["remarks"]
+    assert "STEPS = 4 is not used" in remark and environ == {"USE_TORCH_XLA": "0"}
 
 
 def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:

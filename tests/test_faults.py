@@ -210,8 +210,9 @@ def test_one_process_of_each_node_says_what_is_wrong(
 def test_what_befalls_all_processes_is_said_once_a_node_and_else_by_each(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    launched = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    for name, value in (launched | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
     for fault, said in (
         (loop.NonFiniteLoss("update 7"), ""),
         (loop.Unsaved("no space"), ""),

@@ -27,13 +27,13 @@ ROWS = (
     {"sources"},
     {"parquet"},
     {"spool"},
-    {"shards", "schedule"},
+    {"shards", "schedule", "launch"},
     {"config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
-TORCH_FREE |= {"forecast", "decoding", "staging"}
+TORCH_FREE |= {"forecast", "decoding", "staging", "launch"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

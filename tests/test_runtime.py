@@ -84,3 +84,16 @@ def test_processes_stay_on_the_node_of_their_gpu(
     monkeypatch.setattr(runtime, "cpu_share", lambda environ: 8 // processes)
     runtime.bind_to_node(processes - 1, {"LOCAL_WORLD_SIZE": str(processes)}, tmp_path)
     assert done == ([bound] if bound else [])
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [({}, 1), ({"WORLD_SIZE": "4"}, 0), ({"ACCELERATE_USE_CPU": "1"}, 0)],
+)
+def test_gpus_that_are_left_idle_are_told(
+    environ: dict[str, str], said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    remarks = runtime.idle_gpus(environ)
+    assert len(remarks) == said
+    assert not said or remarks[0].startswith("1 of 4 GPUs is used; accelerate launch --multi_gpu")

@@ -23,7 +23,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import probes
 from probes import Facts
 
-from fasttrain import config, decoding, forecast, run_folder, schedule, staging, train
+from fasttrain import config, decoding, forecast, launch, run_folder, schedule, staging, train
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -92,7 +92,7 @@ class World(NamedTuple):
 class Doctor:
     """Looks at one thing after the other; of several processes the first prints."""
 
-    def __init__(self, recipe: config.Recipe, environ: Mapping[str, str]) -> None:
+    def __init__(self, recipe: config.Recipe, environ: MutableMapping[str, str]) -> None:
         self.recipe, self.environ = recipe, environ
         self.prints = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
         self.found: dict[str, Facts] = {}
@@ -110,6 +110,7 @@ class Doctor:
 
     def examine(self) -> None:
         """All processes do all of this, as they wait for each other."""
+        self.look(self.launch)
         from fasttrain import runtime
 
         runtime.raise_file_limit()
@@ -118,10 +119,7 @@ class Doctor:
             self.look(probe)
         with self.told():
             self.world = world_of(self.environ, self.num_gpus)
-            # Tasks of srun may look at a node each; the run is launched by train.sbatch.
-            tasks = "SLURM_STEP_NUM_TASKS"
-            environ = {key: value for key, value in self.environ.items() if key != tasks}
-            runtime.check_launch(self.recipe, environ)
+            runtime.check_launch(self.recipe, self.environ)
         for probe in (self.cpus, self.memory, self.data):
             self.look(probe)
         with self.told():
@@ -194,6 +192,20 @@ class Doctor:
 
     # ---- the node
 
+    def launch(self) -> Facts:
+        """What the launch asks of Accelerate; changes this process's environment as a run does."""
+        # Tasks of srun or MPI may look at a node each; the run itself is launched by train.sbatch.
+        tasks = ("SLURM_STEP_NUM_TASKS", *launch.MPI_SIZES)
+        environ = {key: value for key, value in self.environ.items() if key not in tasks}
+        try:
+            remarks = launch.settle(environ, self.recipe.train.precision)
+        finally:  # what is refused would be in the way of looking further
+            for name in (set(self.environ) - set(environ) - set(tasks)) | set(launch.REFUSED):
+                self.environ.pop(name, None)
+            self.environ["USE_TORCH_XLA"] = "0"
+        launch.check_processes(environ)
+        return {"remarks": remarks}
+
     def versions(self) -> Facts:
         import torch
 
@@ -224,7 +236,7 @@ class Doctor:
         # Such as "0, NVIDIA H100, 81559 MiB".
         found = probes.smi(query, "--format=csv,noheader").splitlines()
         seen, visible = probes.torch_gpus(), self.environ.get("CUDA_VISIBLE_DEVICES")
-        on_cpu = self.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        on_cpu = self.environ.get("ACCELERATE_USE_CPU", "").lower() in launch.TRUE
         if found and not seen and not on_cpu and visible not in ("", "-1", "NoDevFiles"):
             self.fault(
                 f"torch finds none of the {len(found)} GPUs and would train on the CPU: install a "
@@ -372,9 +384,6 @@ class Doctor:
 
     def join(self) -> None:
         """Becomes one of the processes of the launch; sets `process` unless it cannot."""
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
         from fasttrain import runtime
 
         if self.environ.get("WORLD_SIZE", "1") != "1":
@@ -385,8 +394,7 @@ class Doctor:
                 return
         where = "see network above"
         with self.told(lambda why: self.fault(f"the processes cannot join ({why}): {where}")):
-            limit = InitProcessGroupKwargs(timeout=timedelta(seconds=JOIN_S))
-            self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[limit])
+            self.accelerator = runtime.accelerator_for("no", timedelta(seconds=JOIN_S))
             self.process = runtime.start(
                 self.accelerator, self.recipe.train, self.recipe.data, self.environ
             )

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from fasttrain import config, shards
+from fasttrain import config, launch, shards
 
 
 def main() -> None:
@@ -32,6 +32,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
+        launch.settle(os.environ, "no")  # the precision is the checkpoint's
+        launch.check_processes(os.environ)
         split = shards.open_split(arguments.data, "val")
         evaluate(arguments, split)
     except config.Fault as fault:
@@ -41,7 +43,6 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     # Seconds of imports, so only once the arguments are known to be right.
     import torch
-    from accelerate import Accelerator
 
     from fasttrain import checkpoint, data, decoding, loop, runtime
     from fasttrain.execution import Evaluator
@@ -55,7 +56,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     half = gpu and recipe.train.precision != "no"
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
     settings, _ = decoding.choose(split, settings, job, os.environ)
-    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    accelerator = runtime.accelerator_for(recipe.train.precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     model = build_model(**recipe.model.model_dump(), num_classes=len(split.classes))
     checkpoint.load_weights(weights, model)

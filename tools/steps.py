@@ -188,7 +188,7 @@ def recipe_of(job: StepJob) -> config.Recipe:
 
 def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, execution.Updater]:
     recipe = recipe_of(job)
-    accelerator = Accelerator(cpu=not job.gpu, mixed_precision=job.precision)
+    accelerator = runtime.accelerator_for(job.precision, cpu=not job.gpu)
     module = build_model(**recipe.model.model_dump(), num_classes=job.classes)
     module.to(accelerator.device).to(memory_format=layout(job))
     learner = execution.prepare(job.execution, accelerator, module, recipe, plan)

@@ -1,0 +1,187 @@
+"""What launchers say in the environment, and what a run takes from it. Needs no torch.
+
+The recipe decides what is trained. `accelerate launch` passes its options and its config file on as
+environment variables, and Accelerate reads these and more when it starts. Each of them is in one
+of these tables: `KEPT`; `REFUSED`; or `NOT_USED` and `OF_THESE`, which are removed before
+Accelerate is imported.
+"""
+
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+
+from fasttrain import config
+
+TRUE, FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
+LEVELS = ("debug", "info", "warning", "warn", "error", "critical", "fatal", "notset")
+# Without influence on what is trained; with the values that Accelerate can read. The precision
+# stays as the sign of `accelerate launch`: Accelerate is given the recipe's.
+KEPT: dict[str, tuple[str, ...]] = {
+    "ACCELERATE_USE_CPU": TRUE + FALSE,
+    "ACCELERATE_DEBUG_MODE": TRUE + FALSE,
+    "ACCELERATE_ENABLE_RICH": TRUE + FALSE,
+    "ACCELERATE_LOG_LEVEL": LEVELS,
+    "FORK_LAUNCHED": TRUE + FALSE,
+    "ACCELERATE_MIXED_PRECISION": (),
+}
+# Ways to train that fasttrain does not have.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism",
+}
+
+
+class Unused(NamedTuple):
+    """A variable that is removed, and told unless its value changes nothing."""
+
+    harmless: tuple[str, ...]
+    instead: str  # what decides in its place
+
+
+NOT_USED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Unused(
+        ("1",), "train.global_batch_size and train.micro_batch_size decide on accumulation"
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": Unused(("none",), "gradients are not clipped"),
+    "ACCELERATE_DYNAMO_BACKEND": Unused(("no",), "train.execution decides on compiling"),
+    "ACCELERATE_CPU_AFFINITY": Unused(FALSE, "each process is bound to the CPUs of its GPU anyway"),
+    "ACCELERATE_DOWNCAST_BF16": Unused(FALSE, "it is for TPUs"),
+}
+# Beginnings of names that mean something only together with one of the above, or to programs that
+# load large models in parts. `accelerate launch` sets some of them always.
+OF_THESE = (
+    "ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_",
+    "ACCELERATE_SAGEMAKER_", "ACCELERATE_ALLOW_CP_", "ACCELERATE_BYPASS_DEVICE_MAP",
+    "ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_IN_TPU_POD", "ACCELERATE_NUM_PROCESSES",
+    "ACCELERATE_DEBUG_RDV_FILE", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_",
+)  # fmt: skip
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class LaunchError(config.Fault, RuntimeError):
+    """The processes were not started as they should be; says how to. All of a node raise it."""
+
+    of_all = True
+
+
+def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
+    """Removes from the environment what Accelerate must not read, and checks the rest.
+
+    To be called before Accelerate is imported.
+
+    Args:
+        environ: is changed.
+        precision: the recipe's.
+    Returns:
+        A line for each variable whose value is not followed.
+    Raises:
+        LaunchError: the launch asks for what fasttrain does not do.
+    """
+    check_kind(environ)
+    remarks = []
+    for name in sorted(environ):
+        known = NOT_USED.get(name)
+        silent = name.startswith(OF_THESE) or name in REFUSED
+        if name in KEPT or not (known or silent or name.startswith("ACCELERATE_")):
+            continue
+        value = environ.pop(name)
+        if known and value.lower() not in ("", *known.harmless):
+            remarks.append(f"WARNING: {name} = {value} is not used: {known.instead}")
+        elif not (known or silent):
+            remarks.append(f"WARNING: {name} = {value} is not used: fasttrain does not know it")
+    for name, allowed in KEPT.items():
+        value = environ.get(name, "").strip().lower()
+        if not value:
+            environ.pop(name, None)  # Accelerate reads no empty ones
+        elif allowed and value not in allowed:
+            raise LaunchError(
+                f'{name} = "{environ[name]}" in the environment: expected {allowed[0]} or '
+                f"{allowed[len(TRUE)] if allowed[0] == '1' else allowed[1]}; correct or unset it"
+            )
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked.lower() not in ("no", precision):  # "no" is also what the launcher sets by itself
+        remarks.append(
+            f"WARNING: ACCELERATE_MIXED_PRECISION = {asked} (of accelerate launch or its config "
+            f"file) is not used: the recipe has train.precision = {precision}"
+        )
+    environ["USE_TORCH_XLA"] = "0"  # where it is installed, Accelerate would take it for anything
+    return remarks
+
+
+def check_kind(environ: Mapping[str, str]) -> None:
+    """Whether the launch asks for a way to train, or a device, that fasttrain does not have.
+
+    Raises:
+        LaunchError: it does.
+    """
+    for name, kind in REFUSED.items():
+        sagemaker_off = (
+            name == "ACCELERATE_USE_SAGEMAKER"
+            and environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "").upper() == "NO"
+        )
+        if environ.get(name, "").lower() in TRUE and not sagemaker_off:
+            raise LaunchError(
+                f"the launch asks for {kind} ({name} = {environ[name]}, from Accelerate's config "
+                "file or the environment), which fasttrain does not have: pass --multi_gpu "
+                "--num_processes N to accelerate launch, or start one process with python "
+                "fasttrain/train.py; if the variable is exported, unset it"
+            )
+    if environ.get("ACCELERATE_TORCH_DEVICE"):
+        raise LaunchError(
+            f"ACCELERATE_TORCH_DEVICE = {environ['ACCELERATE_TORCH_DEVICE']}: unset it; "
+            "CUDA_VISIBLE_DEVICES chooses GPUs, and ACCELERATE_USE_CPU=1 the CPU"
+        )
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+    tpu = "torch_xla" in sys.modules or environ.get("PJRT_DEVICE", "").upper() == "TPU"
+    if tpu and not on_cpu:
+        raise LaunchError(
+            "the launch asks for a TPU, which fasttrain does not train on: launch without --tpu "
+            "and PJRT_DEVICE on a machine with NVIDIA GPUs, or set ACCELERATE_USE_CPU=1"
+        )
+
+
+def check_processes(environ: Mapping[str, str]) -> None:
+    """Whether the processes that were launched know of each other.
+
+    Raises:
+        LaunchError: each would train alone, or wait for others that never come.
+        ConfigError: a number is none.
+    """
+    size = config.number_in(environ, "WORLD_SIZE", 1)
+    if size != 1 and not environ.get("MASTER_ADDR"):
+        raise LaunchError(
+            f"WORLD_SIZE = {size} in the environment, but no MASTER_ADDR: start processes with "
+            "accelerate launch, or unset it for one process"
+        )
+    together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in together if not environ.get(name)]
+    if environ.get("LOCAL_RANK", "-1") != "-1" and missing:  # Accelerate takes -1 for none
+        raise LaunchError(
+            f"LOCAL_RANK = {environ['LOCAL_RANK']} in the environment, but no "
+            f"{', '.join(missing)}: start processes with accelerate launch, or unset LOCAL_RANK "
+            "for one process"
+        )
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE  # where RANK is enough
+    if size != 1 and not on_cpu and not environ.get("LOCAL_RANK"):
+        raise LaunchError(
+            f"WORLD_SIZE = {size} and MASTER_ADDR in the environment, but no LOCAL_RANK, as in a "
+            "pod of Kubernetes: each process would train alone; start the processes of each "
+            "machine with accelerate launch --multi_gpu, as the README says for several machines"
+        )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in environ and tasks != "1":
+        raise LaunchError(
+            f"SLURM started {tasks} tasks, but none of them launched processes that know of each "
+            "other: each would train alone; use tools/train.sbatch, or accelerate launch "
+            "--multi_gpu with --machine_rank $SLURM_NODEID in one task a node"
+        )
+    for name in MPI_SIZES:
+        if "WORLD_SIZE" not in environ and environ.get(name, "1") != "1":
+            raise LaunchError(
+                f"MPI started {environ[name]} processes ({name}), but fasttrain does not join them "
+                "by MPI: each would train alone; start with accelerate launch --multi_gpu "
+                "--num_processes N instead of mpirun"
+            )
