@@ -9,7 +9,9 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
+import time
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -541,12 +543,40 @@ def positive(text: str) -> int:
     return int(text)
 
 
+FIRST_S = 20.0  # that the first process of a node has to say what is wrong, for all of them
+
+
 def stop(message: str, *, everywhere: bool = False) -> NoReturn:
-    """Ends the process with exit code 2; of several processes one a node says why, or every one."""
-    rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", "0") == "0" or everywhere:
-        sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")
+    """Ends the process with exit code 2, and says why: of several the first of each node, or all.
+
+    Where torch's launcher takes messages, it gets this one and prints it at the end of its report:
+    there a message of all processes stands, and nowhere else. The silent ones wait to be ended by
+    that launcher, which would list them as failed as well; where it does not, they speak.
+    """
+    rank, launcher = os.environ.get("RANK", "0"), "TORCHELASTIC_RUN_ID" in os.environ
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not everywhere:
+        if not launcher:
+            raise SystemExit(2)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        time.sleep(FIRST_S)
+    text = message if rank == "0" else f"rank {rank}: {message}"
+    if not _reported(text) or everywhere:
+        sys.stderr.write(f"{text}\n")
+        if not launcher and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            sys.stderr.write("(what follows is Accelerate's own, and says no more)\n")
     raise SystemExit(2)
+
+
+def _reported(text: str) -> bool:
+    """Leaves a message where torch's launcher looks for one, if it does."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    try:
+        Path(path).write_text(json.dumps({"message": text, "timestamp": str(int(time.time()))}))
+    except OSError:
+        return False
+    return True
 
 
 def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:

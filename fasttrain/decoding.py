@@ -44,6 +44,8 @@ RUINED = 12.0  # in one
 class DecodeError(config.Fault, RuntimeError):
     """No strategy, or not the one that the recipe names, can decode here."""
 
+    of_all = True
+
 
 class Job(NamedTuple):
     """What a process of the run asks of its decoder."""

@@ -32,6 +32,8 @@ CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
 class ExecutionError(config.Fault, RuntimeError):
     """An update cannot be carried out as the recipe asks."""
 
+    of_all = True
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,32 @@ def test_what_befalls_all_processes_is_said_once_a_node_and_else_by_each(
         with pytest.raises(SystemExit, match="2"):
             train.main([str(tiny())])
         assert capsys.readouterr().err == said
+
+
+def test_a_message_is_left_for_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's prints it last; after Accelerate's own a line says that nothing follows."""
+
+    def said(**environ: str) -> tuple[str, str]:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+            for name, value in ({"LOCAL_RANK": "0", "RANK": "2"} | environ).items():
+                patch.setenv(name, value)
+            config.stop("no data", everywhere="EVERYWHERE" in environ)
+        message = json.loads(report.read_text())["message"] if report.exists() else ""
+        report.unlink(missing_ok=True)
+        return capsys.readouterr().err, message
+
+    report, line = tmp_path / "error.json", "rank 2: no data"
+    monkeypatch.setattr(config, "FIRST_S", 0.01)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    elastic = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(report)}
+    assert said(**elastic) == ("", line)
+    assert said(**elastic, EVERYWHERE="") == (f"{line}\n", line)
+    assert said(**elastic | {"TORCHELASTIC_ERROR_FILE": "/nowhere/x"}) == (f"{line}\n", "")
+    assert said(**elastic, LOCAL_RANK="1") == ("", line)  # as nobody has ended it
+    follows = "(what follows is Accelerate's own, and says no more)\n"
+    assert said(ACCELERATE_MIXED_PRECISION="no", RANK="0") == (f"no data\n{follows}", "")
 
 
 def test_demo_without_its_library(

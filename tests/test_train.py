@@ -697,7 +697,11 @@ def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path
         timeout=TIMEOUT_S,
     )
     assert failed.returncode != 0
-    assert "2 processes were launched, but Accelerate joined 1" in failed.stderr
+    # Once, and at the end of the launcher's report.
+    assert failed.stderr.count("2 processes were launched, but Accelerate joined 1") == 1
+    assert "<NO_OTHER_FAILURES>" in failed.stderr
+    report = failed.stderr.rpartition("Root Cause")[2]
+    assert "traceback : 2 processes were launched" in report and len(report.splitlines()) < 12
     assert "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2" in failed.stderr
 
 
