@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasttrain import config, forecast
+from fasttrain import config, forecast, reading
 from fasttrain.shards import Split
 
 if TYPE_CHECKING:
@@ -285,9 +285,9 @@ def _main(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of gigabytes
     import torch
 
-    from fasttrain import data, runtime, shards
+    from fasttrain import data, shards
 
-    runtime.raise_file_limit()
+    reading.raise_file_limit()
     text, name, job_text = argv
     settings, job = config.Data.model_validate_json(text), Job(*json.loads(job_text))
     device = torch.device("cuda", 0) if job.gpu else torch.device("cpu")

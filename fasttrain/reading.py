@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import resource
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from fasttrain import config
 from fasttrain.sampling import Draw, Piece
 from fasttrain.shards import PPM_HEADER, Split
 
+OTHER_FILES = 16  # that a process opens beside the tars: logs, checkpoints, modules
 CHUNK = 16  # images that one task of a reading thread takes on
 SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
 PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
@@ -50,6 +52,40 @@ def remedy(split: Split) -> str:
     return (
         f"\nfind all that is damaged with: python tools/verify_shards.py {split.root}\n"
         "and copy it anew or make the data set again"
+    )
+
+
+def raise_file_limit() -> int:
+    """Lets this process open as many files as it ever may; returns how many those are.
+
+    A mapped tar holds a descriptor, and ImageNet has more tars than the usual limit of 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        hard = soft
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+
+
+def check_open_files(*splits: Split) -> None:
+    """Checks that the tars of all these splits may be open at the same time.
+
+    Raises:
+        DataError: this process may not open as many files.
+    """
+    limit, opened = raise_file_limit(), len(os.listdir("/proc/self/fd"))
+    tars = sum(len(split.shard_paths) for split in splits)
+    if opened + tars + OTHER_FILES > limit:
+        raise _too_many_files(splits[0], tars, limit)
+
+
+def _too_many_files(split: Split, tars: int, limit: int) -> DataError:
+    needed = max(1024, 1 << (tars + 256).bit_length())
+    return DataError(
+        f"{split.root}: {tars:,} tars must be open at once, but a process may open only {limit:,} "
+        f"files here: raise the hard limit to {needed:,} (docker run --ulimit nofile={needed}, "
+        "/etc/security/limits.conf, or ask whoever runs the machine)"
     )
 
 
@@ -209,6 +245,7 @@ class ShardReader:
     """Reads batches of a split in the background: `start`, then `take`, then `give_back`."""
 
     def __init__(self, split: Split, data: config.Data, num_buffers: int) -> None:
+        check_open_files(split)
         self.split = split
         self.mapped = data.read == "mmap"
         self.ahead = data.read_ahead
@@ -312,6 +349,9 @@ class ShardReader:
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                tars = len(self.split.shard_paths)
+                raise _too_many_files(self.split, tars, raise_file_limit()) from None
             raise DataError(f"{path}: {error.strerror}{remedy(self.split)}") from None
         try:
             if os.fstat(file).st_size != self.split.shard_bytes[shard]:

@@ -6,7 +6,6 @@ import faulthandler
 import hashlib
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from accelerate.utils import (
 from torch import distributed
 
 import fasttrain
-from fasttrain import config, forecast, rng
+from fasttrain import config, forecast, reading, rng
 from fasttrain.launch import TRUE, LaunchError
 
 STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
@@ -101,7 +100,7 @@ def start(
         )
     _follow_launcher(environ)
     faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
-    raise_file_limit()
+    reading.raise_file_limit()
     keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
     cpu_threads = train.cpu_threads or cpu_share(environ)
@@ -273,13 +272,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-def raise_file_limit() -> None:
-    """A mapped tar holds a descriptor, and ImageNet has more tars than the usual limit of 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_compiled() -> None:

@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from PIL import Image as pil
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
+MOST_OPEN = 32  # archives that a process reads from at the same time
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
 UNFINISHED = "UNFINISHED"
 PART = ".fasttrain.part"
@@ -566,9 +567,8 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
     Raises:
         ShardError: a file cannot be read, or was changed since it was listed.
     """
-    with contextlib.ExitStack() as stack:
-        archives: dict[int, int] = {}  # file descriptors by number of the place
-        columns = (listing.labels, listing.place, listing.offset, listing.size, listing.mtime)
+    columns = (listing.labels, listing.place, listing.offset, listing.size, listing.mtime)
+    with _Archives() as archives:
         for name, label, place, offset, size, mtime in zip(
             listing.names, *(column.tolist() for column in columns), strict=True
         ):
@@ -580,10 +580,7 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
                         _check_mtime(file.fileno(), path, mtime)
                         data = file.read(MAX_IMAGE_BYTES)
                 else:
-                    if place not in archives:
-                        archives[place] = stack.enter_context(path.open("rb")).fileno()
-                        _check_mtime(archives[place], path, mtime)
-                    data = os.pread(archives[place], size, offset)
+                    data = os.pread(archives.opened(path, mtime), size, offset)
             except OSError as error:
                 raise ShardError(f"{path}: {error.strerror}") from None
             if len(data) >= MAX_IMAGE_BYTES:
@@ -591,6 +588,32 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
             if size != len(data):
                 raise ShardError(_CHANGED.format(path))
             yield name, label, data
+
+
+class _Archives:
+    """Archives that are open, the latest few: a source may have more than a process may open."""
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.descriptors:
+            self._close_first()
+
+    def opened(self, path: Path, mtime: int) -> int:
+        """The descriptor of an archive that was listed with this modification time."""
+        if path not in self.descriptors:
+            if len(self.descriptors) == MOST_OPEN:
+                self._close_first()
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+            _check_mtime(self.descriptors[path], path, mtime)
+        return self.descriptors[path]
+
+    def _close_first(self) -> None:
+        os.close(self.descriptors.pop(next(iter(self.descriptors))))
 
 
 _CHANGED = (

@@ -15,7 +15,17 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fasttrain import config, forecast, launch, run_folder, sampling, schedule, shards, staging
+from fasttrain import (
+    config,
+    forecast,
+    launch,
+    reading,
+    run_folder,
+    sampling,
+    schedule,
+    shards,
+    staging,
+)
 from fasttrain.config import Recipe
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
@@ -68,7 +78,9 @@ def open_data(data: config.Data) -> tuple[Split, Split]:
                 digits.prepare(data.root)
     look = os.environ.get("LOCAL_RANK", "0") == "0"
     train_set = shards.open_split(data.root, "train", data.short_side, look)
-    return train_set, shards.open_split(data.root, "val", look_at_tars=look)
+    val_set = shards.open_split(data.root, "val", look_at_tars=look)
+    reading.check_open_files(train_set, val_set)
+    return train_set, val_set
 
 
 def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,3 +247,58 @@ def test_grey_images_reach_a_gpu_with_plain_sampling_factors() -> None:
                 same = np.asarray(Image.open(io.BytesIO(found)))
                 assert (same == np.asarray(Image.open(file))).all()
     assert plain_grey(memoryview(b"no JPEG at all")) == b"no JPEG at all"
+
+
+# --------------------------------------------------------------------------------------------------
+# The limit of open files
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int, int], None]]:
+    """Sets the soft limit of this process to so many files more than are open; -1: none more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def set_limit(more: int, hard: int = before[1]) -> None:
+        soft = len(os.listdir("/proc/self/fd")) + more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    yield set_limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_soft_limit_of_open_files_is_raised(split: Split, limit: Callable) -> None:
+    limit(2)
+    reading.check_open_files(split)
+    assert len(set(resource.getrlimit(resource.RLIMIT_NOFILE))) == 1
+    limit(2)
+    feed_for(split, 2).close()
+
+
+def test_too_low_a_hard_limit_of_open_files(
+    split: Split, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val = shards.open_split(dataset, "val")
+    allowed = len(os.listdir("/proc/self/fd")) + reading.OTHER_FILES + 4
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10, allowed))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: None)
+    reading.check_open_files(split)  # 4 tars
+    with pytest.raises(DataError) as error:
+        reading.check_open_files(split, val)
+    assert str(error.value) == (
+        f"{dataset}: 5 tars must be open at once, but a process may open only {allowed} files "
+        "here: raise the hard limit to 1,024 (docker run --ulimit nofile=1024, "
+        "/etc/security/limits.conf, or ask whoever runs the machine)"
+    )
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 10))
+    with pytest.raises(DataError, match="4 tars must be open at once"):
+        ShardReader(split, config.Data(root=dataset), 1)
+
+
+def test_files_that_run_out_while_a_run_goes_on(split: Split, limit: Callable) -> None:
+    feed = feed_for(split, 2, read="pread")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit(0, hard)
+    with pytest.raises(DataError, match="tars must be open at once, but a process may open only"):
+        feed(0)
+    feed.close()

@@ -466,3 +466,20 @@ def test_a_late_part_of_another_source_is_refused(tmp_path: Path) -> None:
     put_folder(root, jpeg_of("blue"))
     with pytest.raises(ShardError, match="already holds a finished data set"):
         shard(root, out, part=(1, 2))
+
+
+def test_more_archives_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "MOST_OPEN", 3)
+    for number in range(9):
+        image = jpeg_of(f"#0000{number}0")
+        members = [("1.cls", b"0"), ("1.jpg", image)]
+        (tmp_path / f"train-{number}.tar").write_bytes(forms.tar(members))
+    (tmp_path / "val-0.tar").write_bytes(forms.tar(members))
+    listing = listed(tmp_path).splits["train"]
+    open_before = len(os.listdir("/proc/self/fd"))
+    images = set()
+    for _, _, found in sharding.read_images(listing):
+        assert len(os.listdir("/proc/self/fd")) <= open_before + 3
+        images.add(found)
+    assert len(images) == 9
+    assert len(os.listdir("/proc/self/fd")) == open_before

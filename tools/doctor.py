@@ -32,7 +32,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import probes
 from probes import Facts
 
-from fasttrain import config, decoding, forecast, launch, run_folder, schedule, staging, train
+from fasttrain import (
+    config,
+    decoding,
+    forecast,
+    launch,
+    reading,
+    run_folder,
+    schedule,
+    staging,
+    train,
+)
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -113,7 +123,7 @@ class Doctor:
         self.look(self.launch)
         from fasttrain import runtime
 
-        runtime.raise_file_limit()
+        reading.raise_file_limit()
         self.num_gpus = probes.torch_gpus() if runtime.has_gpu(self.environ) else 0
         for probe in (self.versions, self.gpus, self.network):
             self.look(probe)
