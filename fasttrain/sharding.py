@@ -33,6 +33,7 @@ from fasttrain.shards import (
     MANIFEST,
     SPLITS,
     TEMPORARY,
+    UNFINISHED,
     ShardError,
     ShardWriter,
     atomic,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
 MOST_OPEN = 32  # archives that a process reads from at the same time
 REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
-UNFINISHED = "UNFINISHED"
 PART = ".fasttrain.part"
 _SOURCE = {"source", "times"}  # the entries of UNFINISHED that are about the images
 T = TypeVar("T")

@@ -39,6 +39,7 @@ from fasttrain import config
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNFINISHED = "UNFINISHED"  # the options of the data set, until its last file is written
 MANIFEST_DIGEST = "manifest.sha256"
 TEMPORARY = ".fasttrain.tmp"  # how unfinished files end: a user's own .tmp files are not ours
 SPLITS = ("train", "val")
@@ -183,11 +184,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
     except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(
-            f"no data set at {root} (looked for {path.absolute()}); make one with\n"
-            f"    python tools/make_shards.py /path/to/imagenet {root}\n"
-            "or name the folder of existing shards with --set data.root=/path/to/shards"
-        ) from None
+        raise ShardError(_missing(root)) from None
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -207,6 +204,41 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise ShardError(f"{path} is damaged: {fault}; make the data set again") from None
     checked: dict[str, Any] = manifest
     return checked
+
+
+def _missing(root: Path) -> str:
+    """Why there is no manifest at `root`, and what to do; perhaps photographs lie there."""
+    if (root / UNFINISHED).exists():
+        return (
+            f"the data set at {root} is not finished: start the make_shards.py command again that "
+            "began it"
+        )
+    try:
+        held = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    except OSError:
+        held = []
+    if any(path.suffix == ".index" for path in held):
+        return (
+            f"no data set at {root}: shards are there, but {MANIFEST} is missing; copy that too or "
+            "make the data set again"
+        )
+    inside = [path for path in held if (path / MANIFEST).exists()]
+    if inside:
+        return f"no data set at {root}, but there is one at {inside[0]}; give that folder instead"
+    command = "    python tools/make_shards.py"
+    if held:
+        names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in held[:3])
+        more = ", ..." if len(held) > 3 else ""
+        return (
+            f"{root} holds no shards of fasttrain but {names}{more}; if those are photographs, "
+            f"make shards of them in another folder with\n{command} {root} data/NAME\n"
+            "and give that folder instead (of train.py: --set data.root=data/NAME)"
+        )
+    return (
+        f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make one with\n"
+        f"{command} /path/to/imagenet {root}\n"
+        "or give the folder of existing shards (of train.py: --set data.root=/path/to/shards)"
+    )
 
 
 def open_split(

@@ -255,6 +255,38 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
     assert files_of(out) == files_of(dataset)
 
 
+def test_what_lies_in_the_place_of_a_data_set(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    def fault(root: Path) -> str:
+        with pytest.raises(ShardError) as error:
+            shards.read_manifest(root)
+        return str(error.value)
+
+    empty, copy = tmp_path / "empty", tmp_path / "copy"
+    empty.mkdir()
+    for root in (empty, tmp_path / "nowhere"):
+        assert fault(root) == (
+            f"no data set at {root} (looked for {root / 'manifest.json'}); make one with\n"
+            f"    python tools/make_shards.py /path/to/imagenet {root}\n"
+            "or give the folder of existing shards (of train.py: --set data.root=/path/to/shards)"
+        )
+    assert fault(folder) == (
+        f"{folder} holds no shards of fasttrain but train/, val/; if those are photographs, make "
+        f"shards of them in another folder with\n"
+        f"    python tools/make_shards.py {folder} data/NAME\n"
+        "and give that folder instead (of train.py: --set data.root=data/NAME)"
+    )
+    assert fault(dataset.parent).endswith(
+        f"but there is one at {dataset}; give that folder instead"
+    )
+    shutil.copytree(dataset, copy)
+    (copy / shards.MANIFEST).unlink()
+    assert "shards are there, but manifest.json is missing; copy that too or" in fault(copy)
+    sharding.claim(tmp_path / "begun", listed(folder), Policy(), 0, 11)
+    assert fault(tmp_path / "begun").endswith(
+        "begun is not finished: start the make_shards.py command again that began it"
+    )
+
+
 def test_unusable_sources(folder: Path, tmp_path: Path) -> None:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(folder, tmp_path / name))
