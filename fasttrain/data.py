@@ -476,8 +476,12 @@ def train_batches(
 
 def measure(
     split: Split, data: config.Data, plan: Plan, rank: int, place: Placement, seconds: float
-) -> float:
-    """Images/s of this process's training input with nothing else to do, over `seconds`."""
+) -> tuple[float, bool]:
+    """Images/s of this process's training input with nothing else to do, over `seconds`.
+
+    Also returns whether they were steady: the speeds of the first and the second half differ by
+    less than a quarter. Other work on the machine disturbs a measurement that is not.
+    """
     micro = plan.micro_batch_size if place.device.type == "cuda" else min(plan.micro_batch_size, 32)
     small = replace(plan, micro_batch_size=micro, accumulation=1, total_steps=plan.schedule_steps)
     # With the first came threads, buffers and the pipeline. The next were ready by then, in part:
@@ -485,16 +489,22 @@ def measure(
     unmeasured = min(1 + 2 * data.queue_depth, small.total_steps - 1)
     # Of samples that are replaced, the run itself will tell.
     batches = train_batches(split, data, small, rank, place, 0, warn=lambda text: None)
-    images, begun = 0, (start := time.perf_counter())
+    marks = [(time.perf_counter(), 0)]  # of time and images
     for number, batch in enumerate(batches):
         if number == unmeasured:
-            images, begun = 0, start
-        images += len(batch.labels)
-        start = time.perf_counter()
-        if number >= unmeasured and start - begun >= seconds:
+            marks = [(marks[-1][0], 0)]
+        marks.append((time.perf_counter(), marks[-1][1] + len(batch.labels)))
+        if number >= unmeasured and marks[-1][0] - marks[0][0] >= seconds:
             break
     batches.close()  # type: ignore[attr-defined]
-    return images / (start - begun)
+    speeds = [_speed(marks), _speed(marks[: len(marks) // 2 + 1]), _speed(marks[len(marks) // 2 :])]
+    return speeds[0], max(speeds) < 1.25 * min(speeds)
+
+
+def _speed(marks: Sequence[tuple[float, int]]) -> float:
+    """Images/s from the first mark to the last."""
+    (begun, before), (ended, after) = marks[0], marks[-1]
+    return (after - before) / max(ended - begun, 1e-9)
 
 
 def eval_loader(

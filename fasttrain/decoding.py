@@ -272,7 +272,7 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "loaders.Plac
 
     def rate_of(load: float) -> float:
         loaded = settings.model_copy(update={"hw_decoder_load": load})
-        return data.measure(split, loaded, plan, 0, place, seconds=MEASURED_S)
+        return data.measure(split, loaded, plan, 0, place, seconds=MEASURED_S)[0]
 
     on_gpu = settings.decode.startswith("gpu") and place.device.type == "cuda"
     loads = loads_to_try(settings, job.threads) if on_gpu else [0.0]

@@ -1,6 +1,6 @@
 """What a person sees: a live view on a terminal, plain lines in a log.
 
-Nothing here reads the device; numbers arrive when the loop has them anyway.
+Nothing here reads the device. The loop hands over numbers that it has anyway.
 """
 
 import time
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from fasttrain.schedule import Plan
@@ -79,67 +82,131 @@ def duration(seconds: float) -> str:
 
 
 class TrainDisplay:
-    """The view of a run: a bar that moves every step, and a line for every record of the metrics.
+    """The view of a run: a few live lines on a terminal, a line for every record in a log.
 
-    On a terminal the latest train line stands beside the bar and only evaluations stay on screen;
-    in a log every line is printed. Used as a context manager; silent where `enabled` is false.
+    On a terminal the live lines show where the run is, and evaluations stay on the screen above
+    them; in a log, train lines are printed as well. The live lines fit into 80 columns. Used as a
+    context manager; silent where `enabled` is false.
     """
 
-    def __init__(self, plan: Plan, enabled: bool) -> None:
+    def __init__(self, plan: Plan, enabled: bool, console: Console | None = None) -> None:
         self.plan = plan
         self.enabled = enabled
-        self.console = Console()
-        self.bar: Progress | None = None
+        self.console = console or Console()
+        self.num_done = 0  # updates
+        self.evaluated: tuple[int, int] | None = None  # images seen and all, in an evaluation
+        self.latest: dict[str, Any] = {}  # the last train line
+        self.accuracy: dict[str, Any] = {}  # the last evaluation
+        self.best_top1 = 0.0
+        self.begun = time.monotonic()
+        self.ends_at: float | None = None  # seconds since 1970
+        self.live: Live | None = None
         if enabled and self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[latest]}"),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("", total=plan.total_steps, latest="")
+            self.live = Live(
+                get_renderable=self._lines, console=self.console, refresh_per_second=4,
+                transient=True,
+            )  # fmt: skip
 
     def __enter__(self) -> "TrainDisplay":
-        if self.bar:
-            self.bar.start()
+        self.begun = time.monotonic()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        if self.live:
+            self.live.stop()
 
     def step(self, num_done: int) -> None:
         """`num_done` updates are done."""
-        if self.bar:
-            self.bar.update(self.task, completed=num_done, description=self._place(num_done))
+        self.num_done, self.evaluated = num_done, None
 
-    def train_line(self, record: dict[str, Any], left_s: float) -> None:
-        text = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.4f}  "
-            f"{record['images_per_s']:,.0f} images/s  "
-            f"waiting for data {record['data_wait']:.0%}  {duration(left_s)} left"
-        )
-        if self.bar:
-            self.bar.update(self.task, latest=text)
-        else:
-            self.say(f"{self._place(record['step'] + 1)}  {text}")
+    def evaluating(self, seen: int, total: int) -> None:
+        """An evaluation has seen so many of its images, as far as this process knows."""
+        self.evaluated = seen, total
+
+    def train_line(
+        self, record: dict[str, Any], mean_images_per_s: float, left_s: float | None
+    ) -> None:
+        """A record of the metrics, images/s since the start, and the time left if it is known."""
+        self.latest = record | {"mean": mean_images_per_s}
+        self.ends_at = None if left_s is None else time.time() + left_s
+        if not self.live:
+            parts = [self._position(record["step"] + 1), self._latest()]
+            if left_s:
+                parts.append(f"{duration(left_s)} left")
+            self.say("  ".join(parts))
 
     def eval_line(self, record: dict[str, Any]) -> None:
+        """The record of an evaluation."""
+        self.accuracy, self.evaluated = record, None
+        self.best_top1 = max(self.best_top1, record["top1"])
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        text = (
-            f"top-1 {record['top1']:.2f} %  top-5 {record['top5']:.2f} %  "
-            f"loss {loss}  on {record['seen']:,} images in {record['eval_s']:.1f} s"
+        ema = f"  EMA {record['ema_top1']:.2f} %" if "ema_top1" in record else ""
+        self.say(
+            f"{self._position(record['step'] + 1)}  top-1 {record['top1']:.2f} %{ema}  "
+            f"top-5 {record['top5']:.2f} %  loss {loss}  "
+            f"({record['seen']:,} images in {record['eval_s']:.1f} s)"
         )
-        if "ema_top1" in record:
-            text += f"  (EMA: top-1 {record['ema_top1']:.2f} %)"
-        self.say(f"{self._place(record['step'] + 1)}  {text}")
 
     def say(self, text: str) -> None:
         if self.enabled:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def _place(self, num_done: int) -> str:
+    def _position(self, num_done: int) -> str:
         epoch, num_epochs = (
-            self.plan.epoch_of(steps - 1) + 1 for steps in (num_done, self.plan.total_steps)
+            self.plan.epoch_of(max(steps, 1) - 1) + 1 for steps in (num_done, self.plan.total_steps)
         )
-        return f"epoch {epoch}/{num_epochs}  step {num_done}/{self.plan.total_steps}"
+        return f"epoch {epoch}/{num_epochs}  step {num_done:,}/{self.plan.total_steps:,}"
+
+    def _latest(self) -> str:
+        """The last train line: loss, learning rate, speed, and the share of waiting for data."""
+        record = self.latest
+        if not record:
+            return "waiting for the first figures"
+        parts = [f"loss {record['loss']:.4f}", f"lr {record['lr']:.4f}"]
+        if record["images_per_s"]:
+            parts.append(f"{record['images_per_s']:,.0f} images/s (mean {record['mean']:,.0f})")
+            parts.append(f"data wait {record['data_wait']:.0%}")
+        return "  ".join(parts)
+
+    def _accuracy(self) -> str:
+        """The last evaluation."""
+        if not self.accuracy:
+            return "no evaluation yet"
+        more = [f"best {self.best_top1:.2f}"]
+        if "ema_top1" in self.accuracy:
+            more.append(f"EMA {self.accuracy['ema_top1']:.2f}")
+        return f"top-1 {self.accuracy['top1']:.2f} % ({', '.join(more)})"
+
+    def _time(self) -> str:
+        """The time since the start, and when the run will end."""
+        text = f"{duration(time.monotonic() - self.begun)} elapsed"
+        if self.ends_at is None:
+            return text
+        left_s = max(self.ends_at - time.time(), 0)
+        return f"{text}  {duration(left_s)} left, ends at {_time_of_day(self.ends_at)}"
+
+    def _lines(self) -> Group:
+        total = self.plan.total_steps
+        what, share = self._position(self.num_done), self.num_done / total
+        if self.evaluated:
+            seen, images = self.evaluated
+            what, share = f"evaluating {seen:,}/{images:,} images", seen / max(images, 1)
+        first = Table.grid(padding=(0, 2))
+        first.add_row(what, ProgressBar(completed=100 * share, width=20), f"{share:.0%}")
+        return Group(first, *map(Text, (self._latest(), self._accuracy(), self._time())))
+
+
+def result(done: dict[str, Any]) -> str:
+    """The closing record of a run: `top-1 98.89 % on 360 images, in 1:05, 1,234 images/s`."""
+    ema = f" (EMA {done['ema_top1']:.2f} %)" if "ema_top1" in done else ""
+    speed = f", {done['images_per_s']:,.0f} images/s" if done["images_per_s"] else ""
+    time_taken = duration(done["seconds"])
+    return f"top-1 {done['top1']:.2f} %{ema} on {done['seen']:,} images, in {time_taken}{speed}"
+
+
+def _time_of_day(seconds: float) -> str:
+    """`23:41`, with the weekday where it is not today: `Sat 23:41`."""
+    then, now = time.localtime(seconds), time.localtime()
+    return time.strftime("%H:%M" if then[:3] == now[:3] else "%a %H:%M", then)

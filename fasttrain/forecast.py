@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from fasttrain import config
 from fasttrain.shards import Split, write_atomically
 
 STALLED = 0.03  # share of time waited for data from which on the input is called the limit
-HEADROOM = 1.2  # the input should be faster than the step by this much, as both vary
+HEADROOM = 1.2  # the input should be faster than the updates by this much, as both vary
+LONG_S = 20.0  # of an epoch whose speed later runs are told
+FRESH_S = 30 * 86_400.0  # after which what was remembered is measured again
 
 
 @dataclass(slots=True)
@@ -33,57 +36,89 @@ class Stages:
         return Stages(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
 
 
+class Rate(NamedTuple):
+    """Images/s, and when they were measured."""
+
+    images_per_s: float
+    measured_at: float | None = None  # seconds since 1970; None in this run
+
+    def when(self) -> str:
+        if self.measured_at is None:
+            return "measured now"
+        return f"measured {_age(time.time() - self.measured_at)} ago"
+
+
+def _age(seconds: float) -> str:
+    """`5 minutes`, `3 hours` or `12 days`."""
+    for name, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        number = round(seconds / length)
+        if number:
+            return f"{number} {name}{'s' if number > 1 else ''}"
+    return "less than a minute"
+
+
 @dataclass(slots=True)
 class Forecast:
-    """Says what the input gives and the step asks for: at the start, as soon as the step's speed is
-    known, and at the end of each epoch."""
+    """Compares what the input gives with what the updates ask for, and says so.
 
-    delivers: float  # images/s of the input of all processes, with nothing else to do
-    asked: float | None  # images/s of the step without waiting, in an earlier run, if known
+    It does so at the start, where an earlier run has measured the updates; else after the first
+    updates of this run; and at the end of an epoch whose limit is another than that of the epoch
+    before. Whole epochs give the figures that later runs remember, as the first updates may be
+    disturbed.
+    """
+
+    input: Rate  # of all processes
+    step: Rate | None  # of the updates alone, if an earlier run measured them
     stages: Stages
     advice: Mapping[str, str]  # what would raise the input's rate, by the stage that limits it
     say: Callable[[str], None]
-    remember: Callable[[float], None]  # keeps the step's images/s for later runs
-    known: bool = False  # whether this run has measured the step
+    remember: Callable[[str, float], None]  # keeps images/s of "input" or "step" for later runs
+    limit: str | None = None  # of the last epoch
     before: Stages = field(default_factory=Stages)  # at the end of the last epoch
 
     def start(self, about: str) -> None:
-        self.say(f"input: {self.delivers:,.0f} images/s from {about}")
-        if self.asked is None:
-            self.say("what the step asks for is said after its first updates")
-        else:
-            self._compare(self.asked, "as measured in an earlier run")
+        """Says what the input gives; `about` says of what and how."""
+        speed = f"{self.input.images_per_s:,.0f} images/s, {self.input.when()}"
+        self.say(f"input: {speed}, from {about}")
+        if self.step:
+            self._compare(self.step)
 
     def lap(self, images_per_s: float, data_wait: float) -> None:
-        """The speed of the first updates, and the share of time that they waited for data."""
-        if self.known or images_per_s == 0:
+        """Takes the speed of the first updates, and the share of time that they waited for data."""
+        if self.step or images_per_s == 0:
             return
-        self.known = True
-        asked = images_per_s / (1 - min(data_wait, 0.99))
-        self.remember(asked)
-        if self.asked is None:
-            self._compare(asked, "as measured now")
+        self.step = Rate(images_per_s / (1 - min(data_wait, 0.99)))
+        self._compare(self.step)
 
-    def _compare(self, asked: float, when: str) -> None:
-        if self.delivers >= HEADROOM * asked:
-            verdict = f"the input is {self.delivers / asked:.1f} times faster"
+    def _compare(self, step: Rate) -> None:
+        given, asked = self.input.images_per_s, step.images_per_s
+        if given >= HEADROOM * asked:
+            verdict = f"the input is {given / asked:.1f} times faster"
         else:
-            verdict = f"the input is or comes near the limit; {self.advice['decode']}"
-        self.say(f"step: {asked:,.0f} images/s, {when}: {verdict}")
+            verdict = f"the input is the limit, or close to it; {self.advice['decode']}"
+        self.say(f"updates: {asked:,.0f} images/s, {step.when()}: {verdict}")
 
     def epoch(self, epoch: int, images_per_s: float, data_wait: float) -> dict[str, Any]:
-        """Says which stage was the limit of 0-based `epoch`; returns it as a record."""
+        """Names the stage that limited 0-based `epoch`, as a record; says so where it changed."""
         spent = self.stages.since(self.before)
         self.before = replace(self.stages)
-        total = max(spent.storage_s + spent.decode_s + spent.full_s, 1e-9)
+        loader_s = spent.storage_s + spent.decode_s + spent.full_s
+        total = max(loader_s, 1e-9)
         limit = "compute"
         # A loader that mostly waits for takers is not the limit: batches then wait for their turn.
         if data_wait >= STALLED and spent.full_s < total / 2:
             limit = "storage" if spent.storage_s > spent.decode_s else "decode"
-        waited = f"{data_wait:.0%} of the time was waited for data"
-        remedy = f"; {self.advice[limit]}" if limit in self.advice else ""
-        rate = f"{images_per_s:,.0f} images/s"
-        self.say(f"epoch {epoch + 1}: {limit} was the limit at {rate}, {waited}{remedy}")
+        if limit != self.limit:
+            remedy = f"; {self.advice[limit]}" if limit in self.advice else ""
+            self.say(
+                f"epoch {epoch + 1}: {limit} is the limit: {images_per_s:,.0f} images/s, "
+                f"{data_wait:.0%} of the time spent waiting for data{remedy}"
+            )
+        self.limit = limit
+        if loader_s >= LONG_S and images_per_s:
+            self.remember("step", images_per_s / (1 - min(data_wait, 0.99)))
+            if limit != "compute" or images_per_s > self.input.images_per_s:
+                self.remember("input", images_per_s)
         return {
             "limit": limit,
             "images_per_s": round(images_per_s, 1),
@@ -188,6 +223,21 @@ def remember(key: str, value: Any) -> None:
     with contextlib.suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
         write_atomically(cache_dir() / f"{key}.json", json.dumps(value).encode())
+
+
+def recall_rate(key: str) -> Rate | None:
+    """What `remember_rate` kept under `key`, unless it is too old."""
+    kept = recall(key)
+    try:
+        found = Rate(float(kept["images_per_s"]), float(kept["measured_at"]))
+    except (TypeError, KeyError, ValueError):
+        return None
+    return found if time.time() - found.measured_at < FRESH_S else None  # type: ignore[operator]
+
+
+def remember_rate(key: str, images_per_s: float) -> None:
+    """Keeps images/s of a measurement that ends now."""
+    remember(key, {"images_per_s": images_per_s, "measured_at": time.time()})
 
 
 def input_key(split: Split, data: config.Data, *more: Any) -> str:

@@ -98,7 +98,7 @@ def fit(
     if accelerator.is_main_process:
         guard.loss_sum += state.loss_sum
     clock = Clock(accelerator.device)
-    begun, first_step = time.perf_counter(), state.step
+    begun = time.perf_counter()
     saved_step, failures = state.step, 0
 
     def evaluate_if_due() -> bool:
@@ -119,9 +119,7 @@ def fit(
         lr = _update(accelerator, learner, updater, batches, plan, outputs, clock, mix)
         at_end = state.step == plan.total_steps
         if state.step % outputs.log_every_steps == 0 or at_end:
-            left_s = (plan.total_steps - state.step) / (state.step - first_step)
-            left_s *= time.perf_counter() - begun
-            _log_train(accelerator, learner, updater, plan, outputs, clock, lr, left_s)
+            _log_train(accelerator, learner, updater, plan, outputs, clock, lr, num_eval_samples)
         if outputs.forecast and (state.step % plan.steps_per_epoch == 0 or at_end):
             _log_limit(outputs, clock, plan, state.step)
         stopped = stop_requested() or evaluate_if_due()
@@ -194,6 +192,7 @@ def evaluate(
     num_samples: int,
     stop_requested: Callable[[], int] = lambda: 0,
     most_batches: int = 0,
+    progress: Callable[[int], object] = lambda seen: None,
 ) -> list[dict[str, Any]]:
     """`top1`, `top5` (percent), `loss` and `seen` of each network over all processes' batches.
 
@@ -201,7 +200,8 @@ def evaluate(
 
     Processes may have different numbers of batches, at most `most_batches`: sums are exchanged at
     the end alone, and `stop_requested` is asked equally often by all. Where it does not say 0,
-    nothing is returned. The loss is cross-entropy without smoothing, None where it is not finite.
+    nothing is returned. `progress` is told after each batch how many images this process has seen.
+    The loss is cross-entropy without smoothing, None where it is not finite.
 
     Raises:
         RuntimeError: not every one of `num_samples` images was seen exactly once.
@@ -211,12 +211,15 @@ def evaluate(
     was_training = [module.training for module in modules]
     for module in modules:
         module.eval()
+    seen = 0
     try:
         for batch, _ in itertools.zip_longest(batches, range(most_batches)):
             for evaluator, total in zip(evaluators, sums, strict=True) if batch else ():
                 with accelerator.autocast():
                     logits = evaluator(batch.images)
                 total.add(logits, batch.labels)
+            seen += len(batch.labels) if batch else 0
+            progress(seen)
             if stop_requested():
                 return []
     finally:
@@ -246,7 +249,13 @@ def _evaluate_and_log(
     """Whether it was carried out; not, where all should stop."""
     start = time.perf_counter()
     most = sampling.num_eval_batches(num_samples, plan.micro_batch_size, 0, plan.world_size)
-    results = evaluate(accelerator, evaluators, batches, num_samples, stop_requested, most)
+
+    def progress(seen: int) -> None:
+        outputs.display.evaluating(min(seen * plan.world_size, num_samples), num_samples)
+
+    results = evaluate(
+        accelerator, evaluators, batches, num_samples, stop_requested, most, progress
+    )
     if not results:
         return False
     step = learner.state.step - 1
@@ -274,7 +283,7 @@ def _log_train(
     outputs: Outputs,
     clock: Clock,
     lr: float,
-    left_s: float,
+    num_eval_samples: int,
 ) -> None:
     state, loss_sum = learner.state, updater.guard.loss_sum
     _look_at_skipped(accelerator, learner, updater, plan, outputs)  # here the host waits
@@ -295,9 +304,23 @@ def _log_train(
         "data_wait": round(data_wait, 4),
     }
     outputs.write(record)
-    outputs.display.train_line(record, left_s)
+    left_s = _seconds_left(learner, plan, clock.mean(), num_eval_samples)
+    outputs.display.train_line(record, clock.mean(), left_s)
     if outputs.forecast:
         outputs.forecast.lap(images_per_s, data_wait)
+
+
+def _seconds_left(
+    learner: Learner, plan: Plan, images_per_s: float, num_eval_samples: int
+) -> float | None:
+    """Of the updates and evaluations to come; None where the updates' speed is not known yet."""
+    if not images_per_s:
+        return None
+    step, evaluated = learner.state.step, learner.state.last_eval
+    # Before the first: a forward pass takes about a third of an update.
+    guess_s = num_eval_samples * (2 if learner.ema else 1) / (3 * images_per_s)
+    updates_s = (plan.total_steps - step) * plan.global_batch_size / images_per_s
+    return updates_s + plan.evals_left(step - 1) * float(evaluated.get("eval_s", guess_s))
 
 
 def _look_at_skipped(

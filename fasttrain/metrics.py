@@ -32,15 +32,16 @@ class EvalSums:
     def result(self) -> dict[str, Any]:
         """`top1` and `top5` in percent, mean `loss`, and the number of images `seen`.
 
-        The loss is None where it is not finite, as JSON has no such numbers.
+        They are rounded to 6 digits after the point. The loss is None where it is not finite, as
+        JSON has no such numbers.
         """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
         loss, top1, top5, seen = self.sums.tolist()
         return {
-            "top1": 100 * top1 / seen,
-            "top5": 100 * top5 / seen,
-            "loss": loss / seen if math.isfinite(loss) else None,
+            "top1": round(100 * top1 / seen, 6),
+            "top5": round(100 * top5 / seen, 6),
+            "loss": round(loss / seen, 6) if math.isfinite(loss) else None,
             "seen": int(seen),
         }
 
@@ -104,6 +105,12 @@ class Clock:
         images, seconds, wait_s = (a - b for a, b in zip(now, last, strict=True))
         seconds = max(seconds, 1e-9)
         return images / seconds, min(wait_s / seconds, 1.0)
+
+    def mean(self) -> float:
+        """Images/s since the start; 0 before the second update. Waits for nothing."""
+        if self.start is None:
+            return 0.0
+        return self.images / max(time.perf_counter() - self.start - self.pause_s, 1e-9)
 
     def _event(self) -> Any:
         if not self.gpu:

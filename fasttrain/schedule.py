@@ -40,6 +40,12 @@ class Plan:
         at_epoch = num_done > 0 and rest == 0 and epoch % self.eval_every_epochs == 0
         return at_epoch or num_done == self.total_steps
 
+    def evals_left(self, num_done: int) -> int:
+        """How many evaluations are due after more than `num_done` updates."""
+        period = self.steps_per_epoch * self.eval_every_epochs
+        at_end = self.total_steps % period > 0 and num_done < self.total_steps
+        return self.total_steps // period - num_done // period + at_end
+
 
 def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_size: int) -> Plan:
     """The plan of a recipe for `num_samples` training images on `world_size` processes.

@@ -218,8 +218,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
     saved = next(iter(checkpoint.find(root)), None) if accelerator.is_main_process else None
     if done:
+        weights = root / f"step_{state.step:08d}" / "model.safetensors"
         view.say(
-            f"done: {root / f'step_{state.step:08d}' / 'model.safetensors'}\n{json.dumps(done)}"
+            f"done: {display.result(done)}\nweights: {weights}\n"
+            f"to evaluate them: python tools/evaluate.py {folder} --data {recipe.data.root}\n"
+            f"{json.dumps(done)}"
         )
     else:
         where = f"and saved as {saved}" if saved else "before the first update"
@@ -260,29 +263,35 @@ def _forecast(
     stages: forecast.Stages,
     say: Callable[[str], None],
 ) -> forecast.Forecast:
-    """Measures what the input delivers, or remembers it, and says so."""
+    """Measures what the input gives, or remembers it, and says so."""
     from accelerate.utils import gather_object
 
     from fasttrain import data
 
     machine = (process.world_size, str(process.device), process.data_threads, process.cpu_threads)
-    key = forecast.input_key(train_set, settings, *machine)
-    rate = forecast.recall(key)
-    if rate is None:
-        rate = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
-        forecast.remember(key, rate)
-    step_key = forecast.key_of(
-        "step", recipe.model, recipe.optim, recipe.train, settings.crop_px, plan.micro_batch_size,
-        os.uname().nodename, *machine,
-    )  # fmt: skip
+    keys = {
+        "input": forecast.input_key(train_set, settings, *machine),
+        "step": forecast.key_of(
+            "updates", recipe.model, recipe.optim, recipe.train, settings.crop_px,
+            plan.micro_batch_size, os.uname().nodename, *machine,
+        ),
+    }  # fmt: skip
+    rate = forecast.recall_rate(keys["input"])  # of all processes
+    if not all(gather_object([rate is not None])):
+        found, steady = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
+        rates = gather_object([(found, steady)])
+        rate = forecast.Rate(sum(each for each, _ in rates))
+        if all(steady for _, steady in rates):
+            forecast.remember_rate(keys["input"], rate.images_per_s)
+    assert rate
     decode = data.decode_of(train_set, settings, place)
     outlook = forecast.Forecast(
-        delivers=sum(gather_object([rate])),
-        asked=forecast.recall(step_key),
+        input=rate,
+        step=forecast.recall_rate(keys["step"]),
         stages=stages,
         advice=forecast.advice_for(train_set, decode, process.data_threads),
         say=say,
-        remember=partial(forecast.remember, step_key),
+        remember=lambda what, images_per_s: forecast.remember_rate(keys[what], images_per_s),
     )
     outlook.start(forecast.describe(train_set, decode, process.data_threads, process.world_size))
     return outlook

@@ -186,7 +186,7 @@ def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.Monke
             yield Batch(torch.empty(0), torch.empty(8))
 
     monkeypatch.setattr(data, "train_batches", batches)
-    rate = data.measure(split, config.Data(), plan, 0, CPU, seconds=0.2)
+    rate, _ = data.measure(split, config.Data(), plan, 0, CPU, seconds=0.2)
     assert 200 < rate <= 400 and len(asked) < 20
 
 

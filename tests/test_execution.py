@@ -192,7 +192,7 @@ def one_of_two(rank: int, world: int, port: int, folder: Path) -> None:
     for exchange in ("fp32", "bf16"):
         recipe = recipe_for(gradient_exchange=exchange)
         plan = plan_for(recipe, world_size=2)
-        batches = [(i[rank::2], y[rank::2]) for i, y in batches_for(plan_for(recipe), 20)]
+        batches = [(i[rank::2], y[rank::2]) for i, y in batches_for(plan_for(recipe), 10)]
         for mode in ("eager", "graph"):
             losses, learner = carry_out(mode, recipe, plan, batches, None, accelerator)
             found = losses, dict(everything(learner))

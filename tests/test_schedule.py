@@ -18,6 +18,7 @@ def test_every_step_of_a_small_plan() -> None:
     assert [lr_at(s, plan) for s in range(12)] == pytest.approx([0.1, 0.2, 0.3, *cosine])
     assert [plan.epoch_of(s) for s in range(12)] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert [s for s in range(13) if plan.eval_due(s)] == [3, 6, 9, 12]
+    assert [plan.evals_left(s) for s in range(13)] == [4, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 1, 0]
     for step in (-1, 12):
         with pytest.raises(ValueError, match="outside the schedule of 12 updates"):
             lr_at(step, plan)
@@ -55,6 +56,7 @@ def test_max_steps_ends_the_run_and_leaves_the_schedule() -> None:
     assert (short.total_steps, whole.total_steps) == (7, 100)
     assert [lr_at(s, short) for s in range(7)] == [lr_at(s, whole) for s in range(7)]
     assert [s for s in range(8) if short.eval_due(s)] == [7]
+    assert [short.evals_left(s) for s in range(8)] == [1] * 7 + [0]
 
 
 def test_evaluation_every_few_epochs_and_at_the_end() -> None:

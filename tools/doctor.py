@@ -462,7 +462,7 @@ class Doctor:
         half = device.type == "cuda" and self.recipe.train.precision != "no"
         settings = self.chosen.model_copy(update={"decode": self.decode})
         place = data.Placement(device, half, self.threads)
-        return data.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)
+        return data.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)[0]
 
     # ---- the run and the job
 
