@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 
 from fasttrain import rng
+from fasttrain.archives import MAX_IMAGE_BYTES
+from fasttrain.listing import Listing, Source
 from fasttrain.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -42,8 +44,8 @@ from fasttrain.shards import (
     write_index,
     write_manifest,
 )
-from fasttrain.sources import MAX_IMAGE_BYTES, Listing, Source, wds_samples
 from fasttrain.spool import SPOOL
+from fasttrain.wds import wds_samples
 
 if TYPE_CHECKING:
     from PIL import Image as pil

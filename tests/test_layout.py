@@ -25,13 +25,17 @@ ROWS = (
     {"sampling"},
     {"sharding"},
     {"sources"},
-    {"parquet"},
-    {"spool"},
+    {"folders", "wds"},
+    {"classes", "parquet", "splits"},
+    {"imagenet", "spool"},
+    {"archives"},
+    {"listing"},
     {"shards", "schedule", "launch"},
     {"config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
+TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch"}
 

@@ -171,7 +171,7 @@ def test_bad_images_are_rejected_and_odd_ones_repaired(tmp_path: Path) -> None:
     assert result["train"] == {"samples": 4, "shards": 1, "rejected": 3, "repaired": 2}
     assert result["val"] == {"samples": 2, "shards": 1, "rejected": 0, "repaired": 0}
     for text in (
-        "ignored 1 that are no images by name",
+        "left out 1 file: 1 *.txt",
         "rejected train/a/truncated.jpg: ",
         "rejected train/a/text.jpg: not an image",
         "rejected train/a/empty.JPEG: not an image",

@@ -193,7 +193,7 @@ def test_forms_that_lack_something(photos: list[Photo], tmp_path: Path) -> None:
         (without("official", "ILSVRC2012_img_val.tar"), "img_val.tar is missing: both archives"),
         (without("imagefolder-devkit", forms.DEVKIT), "lies outside any class folder: sort val/"),
         (unlabelled, "LOC_val_solution.csv has no row for it"),
-        (no_class, "sample x/00000099 has 1 images and 0 .cls"),
+        (no_class, "sample x/00000099 holds .jpeg; expected one image and its label"),
         (cut, "ILSVRC2012_img_train.tar is damaged: .*compare its MD5"),
     ):
         with pytest.raises(ShardError, match=message):

@@ -68,9 +68,9 @@ from apart import LIMIT_S, family, measure_apart, warm
 from rivals import Job
 
 from fasttrain import config, sharding, shards, sources
+from fasttrain.listing import Source
 from fasttrain.sharding import Policy
 from fasttrain.shards import Split
-from fasttrain.sources import Source
 
 if typing.TYPE_CHECKING:
     import steps

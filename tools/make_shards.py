@@ -5,11 +5,13 @@
 SOURCE is a folder that holds one of
   - the official archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
     ILSVRC2012_devkit_t12.tar.gz, read in place
-  - an ImageFolder: train/<class>/ and val/<class>/; or val/ flat, beside the devkit or Kaggle's
-    LOC_val_solution.csv
+  - an ImageFolder: train/<class>/ and val/<class>/ (or valid, validation, dev; or test); or val/
+    flat, beside the devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's val_annotations.txt;
+    or train/ full of n01440764.tar; or <class>/ alone, with --val-fraction or --val-only
   - Kaggle's download: ILSVRC/Data/CLS-LOC/ and LOC_val_solution.csv
   - Hugging Face's parquet files, or its train_images_*.tar.gz and val_images.tar.gz
-  - WebDataset tars with <key>.jpg and <key>.cls, train or val in their names
+  - WebDataset tars with <key>.jpg and <key>.cls; train, val or test is a word in their names or in
+    those of their folders
 
 Every image is decoded in full before it is accepted; what cannot be decoded is left out and listed
 in OUT/manifest.json. The same source gives the same bytes on every machine. Started again after a
@@ -29,9 +31,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import config, display, sharding, shards, sources
+from fasttrain import classes, config, display, imagenet, listing, sharding, shards, sources
+from fasttrain.listing import UNREAD_SUFFIXES as UNREAD
+from fasttrain.listing import Source
 from fasttrain.sharding import Policy
-from fasttrain.sources import Source
 
 
 def main() -> None:
@@ -89,6 +92,32 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of the shuffled order (default: 0)")
     add("--form", choices=sources.FORMS, help="of SOURCE, if it is not recognised as what it is")
     add(
+        "--val-fraction",
+        type=fraction,
+        metavar="F",
+        help="SOURCE has no val: draw this share of every class, such as 0.1, by the seed",
+    )
+    add("--val-only", action="store_true", help="make a val split alone, to evaluate on")
+    add(
+        "--classes",
+        type=Path,
+        metavar="PATH",
+        help="all classes in the order of their labels: a file with one a line, or a checkpoint, a "
+        "run or a data set that has them (default: those of train, sorted by name)",
+    )
+    add(
+        "--classes-by-number",
+        action="store_true",
+        help="names of classes are numbers: sort them as such, or, with --classes, take them as "
+        "places in that list, from 0",
+    )
+    add(
+        "--label-key",
+        metavar="KEY",
+        help="of WebDataset tars: labels are in the members .KEY (such as txt), or in the .json "
+        "under KEY; numbers, or names of classes (default: the members .cls)",
+    )
+    add(
         "--short-side",
         type=config.positive,
         metavar="PX",
@@ -114,7 +143,8 @@ def parse() -> argparse.Namespace:
     add(
         "--allow-partial",
         action="store_true",
-        help="accept an ImageNet without all its 1,281,167 + 50,000 images of 1,000 classes",
+        help="accept an ImageNet without all its 1,281,167 + 50,000 images of 1,000 classes, and "
+        "leave out links that lead nowhere and images in train/ that have no class",
     )
     add("--check-md5", action="store_true", help="compare official archives with published sums")
     add(
@@ -129,6 +159,10 @@ def parse() -> argparse.Namespace:
         parser.error("name the folder OUT" if arguments.out is None else "--in-place: without OUT")
     if arguments.in_place and (arguments.short_side or arguments.store == "raw"):
         parser.error("--in-place: leaves images as they are; name an OUT to re-encode them")
+    if arguments.in_place and (arguments.val_fraction or arguments.label_key):
+        parser.error("--in-place: tars stay as they are; name an OUT to split or label them anew")
+    if arguments.val_only and arguments.val_fraction:
+        parser.error("--val-only: all of SOURCE is val; leave out --val-fraction")
     arguments.out = arguments.out or arguments.source
     if arguments.seed < 0:
         parser.error(f"--seed {arguments.seed}: must not be negative")
@@ -148,6 +182,30 @@ def part(text: str) -> tuple[int, int]:
     return found
 
 
+def fraction(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, such as 0.1")
+    return found
+
+
+def options_of(arguments: argparse.Namespace) -> listing.Options:
+    """How the source is to be read."""
+    return listing.Options(
+        allow_partial=arguments.allow_partial,
+        in_place=arguments.in_place,
+        val_only=arguments.val_only,
+        val_fraction=arguments.val_fraction,
+        seed=arguments.seed,
+        classes=classes.read_list(arguments.classes) if arguments.classes else None,
+        by_number=arguments.classes_by_number,
+        label_key=arguments.label_key,
+    )
+
+
 def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Recognises, lists, checks and writes the source; returns the manifest once all is written."""
     root, out = arguments.source, arguments.out
@@ -160,6 +218,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     )
     if arguments.part == (1, 1):  # a part may come after the others have finished it
         sharding.check_out(out, arguments.in_place)
+    options = options_of(arguments)
     form = arguments.form or sources.recognise(root)
     if arguments.in_place and form != "webdataset":
         raise shards.ShardError(f"--in-place: {root} holds {form}, not WebDataset tars")
@@ -170,19 +229,24 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         source = sources.scan(
-            root, form, out, lambda tasks: sharding.run_tasks(tasks, arguments.workers), say
+            root,
+            form,
+            out,
+            lambda tasks: sharding.run_tasks(tasks, arguments.workers),
+            say,
+            options,
         )
     except BaseException:
         if spool_made and not any(out.iterdir()):
             out.rmdir()
         raise
-    counts = {split: len(listing) for split, listing in source.splits.items()}
+    counts = {split: len(listed) for split, listed in source.splits.items()}
     say(
         f"{len(source.classes):,} classes, "
         + ", ".join(f"{number:,} images in {split}" for split, number in counts.items())
-        + (f"; ignored {source.ignored:,} that are no images by name" if source.ignored else "")
     )
-    faults = sources.imagenet_faults(source)
+    say_skipped(source)
+    faults = imagenet.faults(source)
     if faults and not arguments.allow_partial:
         raise shards.ShardError(
             "\n  ".join(["this is not the whole of ImageNet-1k:", *faults])
@@ -204,11 +268,25 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
 
 
+def say_skipped(source: Source) -> None:
+    """Says what was left out, by kind, and warns of images of a kind that is not read."""
+    if not source.skipped:
+        return
+    kinds = sorted(source.skipped.items(), key=lambda item: (-item[1], item[0]))
+    texts = [f"{number:,} {kind}" for kind, number in kinds]
+    more = f", and {len(texts) - 12:,} kinds more" if len(texts) > 12 else ""
+    files = "file" if source.ignored == 1 else "files"
+    say(f"left out {source.ignored:,} {files}: {', '.join(texts[:12])}{more}")
+    unread = [text for text, (kind, _) in zip(texts, kinds, strict=True) if kind[1:] in UNREAD]
+    if unread:
+        say(f"WARNING: {', '.join(unread)} may be images, but are not read; make JPEGs of them")
+
+
 def check_md5(root: Path) -> None:
     """Compares the official archives in `root` with their published sizes and sums."""
     import hashlib
 
-    for name, published in sources.MD5.items():
+    for name, published in imagenet.MD5.items():
         path = root / name
         if not path.exists():
             continue
@@ -227,7 +305,7 @@ def check_md5(root: Path) -> None:
 def warn_of_space(source: Source, policy: Policy, out: Path) -> None:
     """Says how much will be written, and warns where the disk has less."""
     size = sum(
-        sharding.estimated_bytes(split, listing, policy) for split, listing in source.splits.items()
+        sharding.estimated_bytes(split, listed, policy) for split, listed in source.splits.items()
     )
     free = shutil.disk_usage(out).free
     say(f"about {size / 1e9:,.1f} GB will be written; {free / 1e9:,.1f} GB are free there")

@@ -1,0 +1,184 @@
+"""Names of classes, and the order that gives their labels."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fasttrain.imagenet import WNID
+from fasttrain.listing import Found, Scan
+from fasttrain.shards import MANIFEST, ShardError
+
+FILES = ("classes.txt", "classnames.txt")  # beside WebDataset tars: a name a line, by label
+
+
+def read_list(path: Path) -> tuple[str, ...]:
+    """Names of classes in the order of their labels.
+
+    Args:
+        path: a text file with one name a line; or a data set, a checkpoint, or the folder of a run,
+            whose classes are taken.
+    Raises:
+        ShardError: the list cannot be read, is empty, or has a name twice.
+    """
+    source = _of_folder(path) if path.is_dir() else path
+    try:
+        text = source.read_text(encoding="utf-8")
+        found = json.loads(text)["classes"] if source.suffix == ".json" else _lines(text)
+    except OSError as error:
+        raise ShardError(f"--classes {source}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise ShardError(
+            f"--classes {source}: expected a text file with one class a line, or a data set or a "
+            "checkpoint"
+        ) from None
+    fault = _fault_of(found)
+    if fault:
+        raise ShardError(f"--classes {source}: {fault}")
+    return tuple(found)
+
+
+def _of_folder(path: Path) -> Path:
+    states = [path / "state.json", *sorted(path.glob("checkpoints/step_*/state.json"))[-1:]]
+    for found in (path / MANIFEST, *states):
+        if found.exists():
+            return found
+    raise ShardError(
+        f"--classes {path}: neither a data set ({MANIFEST}) nor a checkpoint (state.json) is there"
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return text.rstrip("\n").split("\n") if text.strip() else []
+
+
+def _fault_of(names: Sequence[str]) -> str | None:
+    if not names or "" in names:
+        return "has an empty line" if names else "holds no class"
+    name, number = Counter(names).most_common(1)[0]
+    return f"the class {name} is there {number} times" if number > 1 else None
+
+
+def beside(root: Path, scan: Scan) -> tuple[str, ...] | None:
+    """The list of classes that the user names, or that lies in `root`."""
+    if scan.options.classes is not None:
+        return scan.options.classes
+    for path in (root / name for name in FILES):
+        if path.exists():
+            names = _lines(path.read_text(encoding="utf-8"))
+            if fault := _fault_of(names):
+                scan.say(f"{path} is not used: {fault}")
+                continue
+            scan.say(f"{len(names):,} classes in the order of {path}")
+            return tuple(names)
+    return None
+
+
+def name_numbers(
+    scan: Scan,
+    numbered: Mapping[str, list[tuple[Found, int]]],
+    wnids: Mapping[int, str],
+    listed: tuple[str, ...] | None = None,
+) -> None:
+    """Turns labels that are numbers into names of classes: the splits and classes of the scan.
+
+    Args:
+        numbered: images with their labels, by split.
+        wnids: WordNet ids by label, as far as they are known.
+        listed: names by label, if there is a list.
+    Raises:
+        ShardError: a label is negative or lies beyond the list.
+    """
+    labels = sorted({label for found in numbered.values() for _, label in found})
+    if any(label < 0 for label in labels):
+        raise ShardError(f"label {labels[0]}: images without a label cannot be trained on")
+    known = [wnids.get(label) for label in labels]
+    # Only if they sort as the labels do: otherwise the numbers mean something else.
+    by_wnid = None not in known and known == sorted(set(known), key=str)
+    if listed is not None and not (by_wnid and set(known) <= set(listed)):
+        if labels and labels[-1] >= len(listed):
+            raise ShardError(
+                f"label {labels[-1]}: the list of classes ends at {len(listed) - 1}; "
+                "give the whole list (--classes FILE)"
+            )
+        names = {label: listed[label] for label in labels}
+    elif by_wnid:
+        names = {label: str(wnid) for label, wnid in zip(labels, known, strict=True)}
+    else:
+        names = {label: f"{label:06d}" for label in labels}
+    for split, found in numbered.items():
+        scan.splits[split] += [item._replace(label=names[label]) for item, label in found]
+    scan.classes = listed
+
+
+def known_wnids(items: Iterable[tuple[Found, int]]) -> dict[int, str]:
+    """WordNet ids by label, from images whose names begin with them."""
+    wnids: dict[int, str] = {}
+    for found, label in items:
+        if wnid := WNID.match(found.name):
+            wnids.setdefault(label, wnid[0])
+    return wnids
+
+
+def settle(root: Path, scan: Scan) -> tuple[str, ...]:
+    """The classes in the order of their labels; every image is of one of them.
+
+    Raises:
+        ShardError: val has a class that train lacks, or an image's class is not in the list.
+    """
+    first = "train" if "train" in scan.wanted else "val"
+    own = {item.label for item in scan.splits[first]}
+    listed = scan.options.classes or (tuple(scan.classes) if scan.classes is not None else None)
+    if listed is not None:
+        if scan.options.by_number:
+            _replace_numbers(scan, listed)
+            own = {item.label for item in scan.splits[first]}
+        _check(root, scan, set(listed), "the list of classes does not have")
+        missing = len(set(listed) - own)
+        if missing:
+            scan.say(f"{missing:,} of the {len(listed):,} classes have no image in {first}")
+        return listed
+    _check(root, scan, own, "train does not have")
+    numbers = all(name.isdecimal() for name in own)
+    if scan.options.by_number:
+        if not numbers:
+            name = min(name for name in own if not name.isdecimal())
+            raise ShardError(f"--classes-by-number: the class {name} is not a number")
+        return tuple(sorted(own, key=lambda name: (int(name), name)))
+    ordered = tuple(sorted(own))
+    if numbers and list(ordered) != sorted(own, key=int):
+        scan.say(
+            f"the classes are numbers, and sorted as text: {', '.join(ordered[:3])} are labels "
+            "0, 1 and 2; --classes-by-number sorts them as numbers"
+        )
+    return ordered
+
+
+def _replace_numbers(scan: Scan, listed: tuple[str, ...]) -> None:
+    for images in scan.splits.values():
+        for position, item in enumerate(images):
+            if not item.label.isdecimal() or int(item.label) >= len(listed):
+                raise ShardError(
+                    f"--classes-by-number: the class {item.label} is no number from 0 to "
+                    f"{len(listed) - 1}"
+                )
+            images[position] = item._replace(label=listed[int(item.label)])
+
+
+def _check(root: Path, scan: Scan, classes: set[str], lack: str) -> None:
+    for split, images in scan.splits.items():
+        unknown = sorted({item.label for item in images} - classes)
+        if unknown:
+            (first, *_) = (item for item in images if item.label == unknown[0])
+            more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+            numbers = all(name.isdecimal() for name in unknown)
+            raise ShardError(
+                f"{root}: {split} holds images of {unknown[0]}{more}, a class that {lack}, the "
+                f"first: {first.name} in {first.place}"
+                + (
+                    "\nfolders that are numbers: --classes-by-number takes folder 7 as the class "
+                    "number 7 of the list, from 0"
+                    if numbers and scan.options.classes
+                    else ""
+                )
+            )

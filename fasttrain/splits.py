@@ -1,0 +1,109 @@
+"""Which split a file or folder belongs to, by the words in its name, and splits made by drawing."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from fasttrain.listing import Found, Scan
+from fasttrain.shards import ShardError
+
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def words(name: str) -> set[str]:
+    """The words of a name that name a split: of `strain-val-0`, val alone."""
+    return {word for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_OF}
+
+
+def word_of(path: PurePosixPath) -> str | None:
+    """The word that gives the split of a file, in its name or in that of a folder it lies in.
+
+    Args:
+        path: relative to the source.
+    Raises:
+        ShardError: the names contradict each other.
+    """
+    found = words(path.name)
+    splits = {SPLIT_OF[word] for word in found}
+    folders = [folder for folder in path.parent.parts[::-1] if words(folder)]
+    home = folders[0].lower() if folders and folders[0].lower() in SPLIT_OF else None
+    if len(splits) == 1 and (home is None or SPLIT_OF[home] in splits):
+        return min(found)
+    if splits and (home is None or len(splits) == 1):
+        named = sorted(splits | ({SPLIT_OF[home]} if home else set()))
+        raise ShardError(
+            f"{path} names several splits ({', '.join(named)}): rename it, or move it into a "
+            "folder train/ or val/ and leave the other word out of its name"
+        )
+    if home is not None:
+        return home
+    around = set().union(*(words(folder) for folder in folders[:1]))
+    return min(around) if len({SPLIT_OF[word] for word in around}) == 1 else None
+
+
+def one_word_each(found: Iterable[str]) -> None:
+    """Checks that no split goes by two words: `val` and `dev` side by side are two data sets.
+
+    Raises:
+        ShardError: one does.
+    """
+    of_split: dict[str, set[str]] = {}
+    for word in found:
+        of_split.setdefault(SPLIT_OF[word], set()).add(word)
+    for split, both in of_split.items():
+        if len(both) > 1:
+            raise ShardError(
+                f"{' and '.join(sorted(both))} both name the {split} split: which of them is meant "
+                "is not known; move the other out of the source"
+            )
+
+
+def settle_test(found: dict[str, list[str]], scan: Scan) -> str | None:
+    """The split whose files serve as val: val, or test where there is no val. Says which.
+
+    Args:
+        found: the names of files or folders by split.
+    """
+    if found.get("val"):
+        if found.get("test"):
+            scan.say(f"{_some(found['test'])} left out: test is not used where there is val")
+        return "val"
+    if found.get("test") and "val" in scan.wanted and scan.options.val_fraction is None:
+        scan.say(f"there is no val: {_some(found['test'])} used as val")
+        return "test"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
+    return f"{names[0]}{more}"
+
+
+def hold_out(images: list[Found], fraction: float, seed: int) -> tuple[list[Found], list[Found]]:
+    """Draws a share of every class: (train, val).
+
+    A file is drawn by a hash of the seed, its class and its name, so on every machine the same are.
+    A file that is added or removed moves at most one other between the splits. A class of two
+    images or more has at least one in each.
+    """
+    of_class: dict[str, list[Found]] = {}
+    for item in images:
+        of_class.setdefault(item.label, []).append(item)
+    train: list[Found] = []
+    val: list[Found] = []
+    for items in of_class.values():
+        items.sort(key=lambda item: _rank(item, seed))
+        count = min(max(1, round(fraction * len(items))), len(items) - 1)
+        val += items[:count]
+        train += items[count:]
+    return train, val
+
+
+def _rank(item: Found, seed: int) -> tuple[bytes, str, int]:
+    text = f"{seed}/{item.label}/{item.name}".encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).digest(), item.place.name, item.offset
