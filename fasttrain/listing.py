@@ -81,6 +81,8 @@ class Options:
     classes: tuple[str, ...] | None = None  # all classes, in the order of their labels
     by_number: bool = False  # names of classes are numbers: their order, or places in `classes`
     label_key: str | None = None  # of WebDataset tars: the member or JSON key with the label
+    image_column: str | None = None  # of parquet files
+    label_column: str | None = None  # of parquet files
 
 
 DEFAULTS = Options()

@@ -12,35 +12,17 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fasttrain import classes, folders, imagenet, listing, parquet, splits, spool, wds
 from fasttrain.archives import MAX_IMAGE_BYTES
-from fasttrain.listing import DEFAULTS, Found, Options, Scan, Source
+from fasttrain.listing import DEFAULTS, Options, Scan, Source
 from fasttrain.shards import SPLITS, ShardError
 from fasttrain.spool import Run
 
 # --------------------------------------------------------------------------------------------------
 # Forms that cannot be read at random: unpacked first
 # --------------------------------------------------------------------------------------------------
-
-
-def _unpack_all(
-    jobs: Sequence[spool.Job], read: spool.Read, scan: Scan
-) -> dict[str, list[tuple[Found, Any]]]:
-    """Unpacks every file of a source, in parallel, and lists what came out: images and labels."""
-    size = sum(job.path.stat().st_size for job in jobs)
-    scan.say(
-        f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
-        "read at random; removed at the end"
-    )
-    spool.unpack(jobs, read, scan.spool, scan.run)
-    found: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
-    for job in jobs:
-        for place, offset, size, name, label in spool.unpacked(job, scan.spool):
-            item = Found(place, offset, size, "", imagenet.undoubled(name))
-            found[job.split].append((item, label))
-    return found
 
 
 def _check_splits(root: Path, jobs: Sequence[spool.Job], scan: Scan) -> None:
@@ -51,17 +33,6 @@ def _check_splits(root: Path, jobs: Sequence[spool.Job], scan: Scan) -> None:
                 f"{root}: there are no files of {split}, only {jobs[0].name} and the like; "
                 f"load those of {split} too"
             )
-
-
-def _scan_parquet(root: Path, scan: Scan) -> None:
-    """Hugging Face: columns image{bytes, path} and label, which is a number."""
-    jobs, others = parquet.files(root)
-    scan.skip("files of other splits", others)
-    _check_splits(root, jobs, scan)
-    jobs = [job for job in jobs if job.split in scan.wanted]
-    numbered = _unpack_all(jobs, parquet.read, scan)
-    wnids = classes.known_wnids(numbered["train"])
-    classes.name_numbers(scan, numbered, wnids, scan.options.classes)
 
 
 def _read_tar_gz(job: spool.Job) -> Iterator[tuple[str, str, bytes]]:
@@ -77,7 +48,7 @@ def _read_tar_gz(job: spool.Job) -> Iterator[tuple[str, str, bytes]]:
                 )
             file = tar.extractfile(member)
             assert file is not None
-            yield Path(member.name).name, doubled[1], file.read()
+            yield imagenet.undoubled(Path(member.name).name), doubled[1], file.read()
 
 
 def _scan_hf_tar(root: Path, scan: Scan) -> None:
@@ -91,7 +62,7 @@ def _scan_hf_tar(root: Path, scan: Scan) -> None:
     scan.skip("files of other splits", len([*folder.glob("test_images*.tar.gz")]))
     _check_splits(root, jobs, scan)
     jobs = [job for job in jobs if job.split in scan.wanted]
-    for split, found in _unpack_all(jobs, _read_tar_gz, scan).items():
+    for split, found in spool.unpack_all(jobs, _read_tar_gz, scan).items():
         scan.splits[split] += [item._replace(label=label) for item, label in found]
 
 
@@ -115,12 +86,6 @@ def _is_official(root: Path) -> bool:
     return both or (imagenet.is_official(root) and not folders.is_at(root))
 
 
-def _is_parquet(root: Path) -> bool:
-    # img2dataset writes a table beside every tar: those are no images.
-    found = [*root.glob("*.parquet"), *root.glob("data/*.parquet")]
-    return any(not path.with_suffix(".tar").exists() for path in found)
-
-
 FORMS = {
     "official": Form(
         "the official archives",
@@ -136,9 +101,9 @@ FORMS = {
     ),
     "parquet": Form(
         "Hugging Face parquet files",
-        "train-*.parquet and validation-*.parquet, here or in data/",
-        _is_parquet,
-        _scan_parquet,
+        "parquet files with train and validation in their names or folders",
+        parquet.is_at,
+        parquet.scan_parquet,
     ),
     "hf-tar": Form(
         "Hugging Face archives",

@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain.shards import ShardError, atomic
+from fasttrain.listing import Found, Scan
+from fasttrain.shards import SPLITS, ShardError, atomic
 
 SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
 _TAIL = 1 << 16  # bytes
@@ -64,6 +65,25 @@ def unpack(jobs: Sequence[Job], read: Read, folder: Path, run: Run) -> None:
     # In random order: the parts of an array of jobs then share the work.
     for _ in run([partial(_fill, read, folder, job) for job in random.sample(jobs, len(jobs))]):
         pass
+
+
+def unpack_all(jobs: Sequence[Job], read: Read, scan: Scan) -> dict[str, list[tuple[Found, Any]]]:
+    """Unpacks every file of a source, in parallel: the images by split, with their labels.
+
+    Raises:
+        ShardError: a file is damaged.
+    """
+    size = sum(job.path.stat().st_size for job in jobs)
+    scan.say(
+        f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
+        "read at random; removed at the end"
+    )
+    unpack(jobs, read, scan.spool, scan.run)
+    found: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
+    for job in jobs:
+        for place, offset, num_bytes, name, label in unpacked(job, scan.spool):
+            found[job.split].append((Found(place, offset, num_bytes, "", name), label))
+    return found
 
 
 def unpacked(job: Job, folder: Path) -> Iterator[Unpacked]:

@@ -117,6 +117,12 @@ def parse() -> argparse.Namespace:
         help="of WebDataset tars: labels are in the members .KEY (such as txt), or in the .json "
         "under KEY; numbers, or names of classes (default: the members .cls)",
     )
+    for what in ("image", "label"):
+        add(
+            f"--{what}-column",
+            metavar="NAME",
+            help=f"of parquet files: the column of {what}s (default: the usual names)",
+        )
     add(
         "--short-side",
         type=config.positive,
@@ -203,6 +209,8 @@ def options_of(arguments: argparse.Namespace) -> listing.Options:
         classes=classes.read_list(arguments.classes) if arguments.classes else None,
         by_number=arguments.classes_by_number,
         label_key=arguments.label_key,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
     )
 
 
@@ -222,6 +230,11 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     form = arguments.form or sources.recognise(root)
     if arguments.in_place and form != "webdataset":
         raise shards.ShardError(f"--in-place: {root} holds {form}, not WebDataset tars")
+    if form != "parquet" and (arguments.image_column or arguments.label_column):
+        raise shards.ShardError(
+            f"--image-column, --label-column: {root} holds {form}, not parquet files; leave them "
+            "out"
+        )
     say(f"{root}: {sources.FORMS[form].description} ({form})")
     if arguments.check_md5:
         check_md5(root)
