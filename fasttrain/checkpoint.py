@@ -13,25 +13,24 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fasttrain import config, run_folder
+from fasttrain import config, matching, run_folder, weights
 from fasttrain.optim import Learner, TrainState
+from fasttrain.weights import Weights
 
 FORMAT_VERSION = 1
 SUMS = "SHA256SUMS"
-_NAME = re.compile(r"step_(\d{8,})")
+MODEL, EMA = "model.safetensors", "ema.safetensors"
 
 
 class CheckpointError(config.Fault, ValueError):
@@ -90,9 +89,9 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint but for `SHA256SUMS`."""
     # In memory first: then they are written by us, and all that can fail there is an OSError.
-    files = {"model.safetensors": safetensors.torch.save(_on_cpu(learner.module))}
+    files = {MODEL: safetensors.torch.save(_on_cpu(learner.module))}
     if learner.ema:
-        files["ema.safetensors"] = safetensors.torch.save(_on_cpu(learner.ema.module))
+        files[EMA] = safetensors.torch.save(_on_cpu(learner.ema.module))
     training = {"optimizer": learner.optimizer.state_dict()}
     if learner.scaler:
         training["scaler"] = learner.scaler.state_dict()
@@ -162,7 +161,9 @@ def find(root: Path) -> list[Path]:
     """The finished checkpoints under `root`, newest first."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.fullmatch(path.name))]
+    found = [
+        (int(m[1]), path) for path in root.iterdir() if (m := run_folder.STEP.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -174,7 +175,7 @@ def faults_of(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return [f"{folder / SUMS} is missing or damaged"]
     faults = []
-    for name in listed.keys() | {"model.safetensors", "training.pt", "state.json"}:
+    for name in listed.keys() | {MODEL, "training.pt", "state.json"}:
         try:
             if _sha256((folder / name).read_bytes()) != listed.get(name):
                 faults.append(f"{folder / name} is damaged")
@@ -216,11 +217,22 @@ def _check_fits(
     ]
     recipe = config.Recipe.model_validate_json(json.dumps(about["recipe"]))
     others += config.differences(saved.recipe, recipe)
-    if others and not force:
+    apart = matching.differences(saved.classes, about["classes"])
+    if apart:
+        others.insert(0, f"its classes are others: {apart}")
+    another_layer = len(saved.classes) != len(about["classes"])
+    if another_layer or (others and not force):
+        remedy = "use those, or another folder with --set log.run_dir=..."
+        if apart:
+            remedy = (
+                "to start a new run from its weights: --set log.run_dir=NEW --set "
+                f"checkpoint.resume=auto --set model.weights={folder}"
+            )
+        if not another_layer:
+            remedy += ", or go on regardless with --set checkpoint.resume=force"
         raise CheckpointError(
             "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
-            + "\nuse those, or another folder with --set log.run_dir=..., or go on regardless with "
-            "--set checkpoint.resume=force"
+            + f"\n{remedy}"
         )
     if others:
         warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
@@ -275,19 +287,43 @@ def read_state(folder: Path) -> Saved:
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Loads a file of weights, `.safetensors` or a state dict saved by torch, into a network.
+    """Loads a file of weights of a network into that same network, every tensor of it.
 
     Raises:
-        CheckpointError: the file is not one of weights, or of another network.
+        WeightsError: the file is not one of weights, or of another network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(weights)
-    except Exception as error:
-        raise CheckpointError(f"{path}: these weights do not fit: {error}") from None
+    weights.load(weights.read(path), module)
+
+
+def open_weights(
+    path: Path, average: bool, say: Callable[[str], None]
+) -> tuple[Weights, config.Recipe | None]:
+    """The weights at `path`, and the recipe that made them where a checkpoint of ours tells it.
+
+    Args:
+        path: a run folder (its newest good checkpoint), a checkpoint, one of its files, or any
+            other file of weights.
+        average: take the moving average of the weights.
+        say: is told of damaged checkpoints that are passed over.
+    Raises:
+        CheckpointError, WeightsError: there is nothing usable at `path`.
+    """
+    if path.is_file() and not (path.name in (MODEL, EMA) and (path.parent / SUMS).exists()):
+        return weights.read(path, average), None
+    folder: Path | None = path
+    if path.is_file():
+        folder, average = path.parent, average or path.name == EMA
+    elif (path / run_folder.CHECKPOINTS).is_dir():
+        folder = newest_good(path / run_folder.CHECKPOINTS, say)
+    if folder is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet")
+    saved = read_state(folder)
+    if faults := faults_of(folder):
+        raise CheckpointError("\n  ".join([f"{folder} cannot be used:", *faults]))
+    file = folder / (EMA if average else MODEL)
+    if not file.exists():
+        raise CheckpointError(f"{folder} has no moving average: [optim] ema_decay was 0")
+    return replace(weights.read(file), names=tuple(saved.classes)), saved.recipe
 
 
 def restore(
@@ -307,18 +343,16 @@ def restore(
             f"saved with {saved.cpu_threads} CPU threads, going on with {about['cpu_threads']}: "
             "results on a CPU then agree to rounding, not bit for bit"
         )
-    load_weights(folder / "model.safetensors", learner.module)
+    load_weights(folder / MODEL, learner.module)
     if learner.ema:  # which a forced run may have newly
-        average = folder / "ema.safetensors"
-        load_weights(
-            average if average.exists() else folder / "model.safetensors", learner.ema.module
-        )
+        average = folder / EMA
+        load_weights(average if average.exists() else folder / MODEL, learner.ema.module)
     try:
         training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         learner.optimizer.load_state_dict(training["optimizer"])
         if learner.scaler and "scaler" in training:
             learner.scaler.load_state_dict(training["scaler"])
-    except Exception as error:  # as `load_weights`: torch raises of every kind
+    except Exception as error:  # torch raises of every kind
         raise CheckpointError(
             f"{folder}/training.pt does not fit this run: {error}; restore it from a copy, or "
             "install the fasttrain that wrote it"

@@ -188,6 +188,14 @@ class Model(Section):
     """Multiplies the channels of every layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Part of the last hidden layer dropped in training."""
+    weights: ExpandedPath | None = None
+    """Start from these weights, not from random ones: a run folder, a checkpoint, or a file of
+    weights. The last layer keeps the classes that the data has too, by name, and is new for the
+    others. A run that goes on from its own checkpoint does not read them."""
+
+    def network(self) -> dict[str, Any]:
+        """The arguments of `model.build_model`, but for the number of classes."""
+        return {"arch": self.arch, "width": self.width, "dropout": self.dropout}
 
 
 class Optim(Section):
@@ -209,6 +217,13 @@ class Optim(Section):
     """On the weights of convolutions and linear layers; never on biases and BatchNorm."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Moving average of the weights, per update, evaluated beside them; 0 keeps none."""
+    backbone_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """All layers but the last learn at the learning rate times this: for a run that starts from
+    weights, whose last layer alone is new."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """The first so many of the network's five stages keep the weights and BatchNorm's statistics
+    they started from. A stage begins wherever the image is halved; with all five, the classifier
+    alone learns."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -432,6 +447,12 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
             f"[optim] warmup_epochs = {optim.warmup_epochs:g}: longer than the run "
             f"([train] epochs = {train.epochs}); lower it or train longer"
         )
+    model = sections.get("model")
+    if optim and model and optim.frozen_stages and model.weights is None:
+        faults.append(
+            f"[optim] frozen_stages = {optim.frozen_stages}: random weights would never learn; set "
+            "[model] weights to start from others, or frozen_stages = 0"
+        )
     return (None if faults else Recipe(**sections)), faults
 
 
@@ -579,10 +600,14 @@ def _reported(text: str) -> bool:
     return True
 
 
-def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:
+TRAINS = "Trains the network of a recipe, or goes on where an earlier run stopped."
+PRINTS = "Prints a recipe in full as TOML: every setting, with the defaults. Nothing is trained."
+
+
+def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
     """The recipe that the command line names; a wrong one ends the process with exit code 2."""
     parser = argparse.ArgumentParser(
-        description="Trains the network of a recipe, or goes on where an earlier run stopped.",
+        description=description,
         epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
     )
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/large.toml")
@@ -601,4 +626,4 @@ def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(dumps(load_or_exit()))
+    sys.stdout.write(dumps(load_or_exit(description=PRINTS)))

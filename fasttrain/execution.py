@@ -73,7 +73,7 @@ class Eager:
         """Moves weights, BatchNorm's statistics and the average of the weights, if it counts."""
         learner = self.learner
         for group in learner.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1)
         gradients = [p.grad for p in learner.module.parameters() if p.grad is not None]
         self.guard.decide(nn.utils.get_total_norm(gradients, foreach=True))
         learner.optimizer.step()
@@ -155,14 +155,14 @@ class ComputeCopy:
         """`dtype` is autocast's; None where all is float32, and all parameters are shared."""
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         cast = [p for layer in layers for p in layer.parameters()] if dtype else []
-        copies = [nn.Parameter(p.detach().to(dtype)) for p in cast]
+        copies = [nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in cast]
         memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
         memo |= {id(p): copied for p, copied in zip(cast, copies, strict=True)}
         self.module = copy.deepcopy(module, memo)
         for layer in self.module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.num_batches_tracked = None
-        self.parameters = list(self.module.parameters())
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]  # not frozen
         self.copies = flat.lines([p.detach() for p in copies], cast)
         self.originals = flat.lines([p.detach() for p in cast], cast)
 
@@ -170,6 +170,10 @@ class ComputeCopy:
         """Takes over the weights as they are now."""
         if self.copies:
             torch._foreach_copy_(self.copies, self.originals)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return not any(p.requires_grad for p in layer.parameters())
 
 
 class Graphed:
@@ -196,7 +200,7 @@ class Graphed:
         device = accelerator.device
         on_gpu = device.type == "cuda"
         self.guard = Guard(learner, plan, train.max_skipped_steps, bool(options) and on_gpu)
-        self.lr = torch.zeros((), device=device)
+        self.lrs: dict[float, Tensor] = {}  # of the groups, by their factor
         self.ema_weight = torch.zeros((), device=device)
         # Gradients are added up over processes and micro-batches, where DDP takes their mean.
         self.share = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
@@ -204,7 +208,10 @@ class Graphed:
         self.pending: Any = None  # the key of the last micro-batch's inputs
         self.exchange_bf16 = train.gradient_exchange == "bf16"
         for group in learner.optimizer.param_groups:
-            group["lr"] = self.lr
+            factor = group.get("lr_factor", 1)
+            if factor not in self.lrs:
+                self.lrs[factor] = torch.zeros((), device=device)
+            group["lr"] = self.lrs[factor]
         self.dtype = torch.bfloat16 if train.precision == "bf16" else None
         self.compute = ComputeCopy(learner.module, self.dtype)
         parameters = list(learner.module.parameters())
@@ -214,7 +221,10 @@ class Graphed:
             parameter.grad = view
         # Of one micro-batch: added to the others where there are several.
         self.fresh = torch.zeros_like(self.gradients) if plan.accumulation > 1 else self.gradients
-        self.places = flat.views_of(self.fresh, parameters)  # of the gradients
+        places = flat.views_of(self.fresh, parameters)  # of the gradients
+        self.places = [v for v, p in zip(places, parameters, strict=True) if p.requires_grad]
+        layers = [layer for layer in learner.module.modules() if isinstance(layer, _BatchNorm)]
+        self.counted = torch.tensor([not _is_frozen(x) for x in layers], device=device).long()
         self.recorder = None if run else Recorder(self._touched())
         self.run: Run = run or self.recorder  # type: ignore[assignment]
         self.loss_of = loss_function(self.compute.module, train, options)
@@ -233,7 +243,8 @@ class Graphed:
         assert self.pending, "no micro-batch was the last"
         key, self.pending = self.pending, None
         learner.state.step += 1
-        self.lr.fill_(lr)
+        for factor, place in self.lrs.items():
+            place.fill_(lr * factor)
         if learner.ema:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
         self.run(("update", key), lambda: self._whole(key))
@@ -288,7 +299,7 @@ class Graphed:
                 torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
             if self.fresh is not self.gradients:
                 self.gradients += self.fresh
-            self.learner.flat.counts.add_(1)
+            self.learner.flat.counts.add_(self.counted)
         self.guard.add(loss, len(labels))
 
     @torch.no_grad()

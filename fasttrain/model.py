@@ -8,7 +8,7 @@ last hidden layer keeps its 1280 (Large) or 1024 (Small) units.
 Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from fasttrain.depthwise import DepthwiseConv2d
 
 Arch = Literal["large", "small"]
+ARCHS: tuple[Arch, ...] = get_args(Arch)
+STAGES = 5  # of both: at a half, a quarter, ... of the image's side
+LAST_LAYER = "classifier.3"  # the name of the layer whose rows are the classes
 
 
 class Row(NamedTuple):
@@ -141,6 +144,9 @@ class MobileNetV3(nn.Module):
     Use `mobilenetv3_large`, `mobilenetv3_small` or `build_model`.
     """
 
+    about: str = "this network"  # in messages
+    frozen_stages: int = 0  # whose BatchNorm stays in evaluation mode
+
     def __init__(
         self,
         rows: tuple[Row, ...],
@@ -167,6 +173,35 @@ class MobileNetV3(nn.Module):
             nn.Linear(hidden_units, num_classes),
         )
         self.apply(_init_weights)
+
+    def freeze(self, stages: int) -> None:
+        """Has the first so many of five stages keep their weights and BatchNorm's statistics.
+
+        A stage begins wherever the image is halved; the last one has the last convolution too.
+        """
+        self.frozen_stages = stages
+        for layer in self._frozen():
+            layer.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of `nn.Module`, but frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for layer in self._frozen():
+            layer.eval()
+        return self
+
+    @torch.jit.unused
+    def _frozen(self) -> list[nn.Module]:
+        """The layers of the frozen stages."""
+        found: list[nn.Module] = []
+        stage = 0
+        for layer in self.features:
+            halves = any(isinstance(m, nn.Conv2d) and m.stride[0] == 2 for m in layer.modules())
+            stage += halves
+            if stage <= self.frozen_stages:
+                found.append(layer)
+        return [*found, *([self.conv] if self.frozen_stages >= STAGES else [])]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(self.features(images))  # (B, C, H/32, W/32)
@@ -199,7 +234,9 @@ def mobilenetv3_small(
 def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
     """The network that a recipe's `[model]` names, initialised from torch's current seed."""
     build = mobilenetv3_large if arch == "large" else mobilenetv3_small
-    return build(width, num_classes, dropout)
+    network = build(width, num_classes, dropout)
+    network.about = f"MobileNetV3-{arch.capitalize()} {width:g} with {num_classes:,} classes"
+    return network
 
 
 def count_macs(model: nn.Module, image_px: int) -> int:

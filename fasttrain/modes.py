@@ -172,8 +172,8 @@ def _key(setup: Setup) -> str:
     )  # fmt: skip
 
 
-def bf16_ratio(module: nn.Module, px: int) -> float:
-    """Speed of forward and backward in bfloat16 over that in float32, on this CPU."""
+def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
+    """Speed of forward, and backward, in bfloat16 over that in float32, on this CPU."""
     network = copy.deepcopy(module)
     images = torch.randn(8, 3, px, px).contiguous(memory_format=torch.channels_last)
 
@@ -181,9 +181,13 @@ def bf16_ratio(module: nn.Module, px: int) -> float:
         found = []
         for _ in range(4):
             begun = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+                torch.set_grad_enabled(backward),
+            ):
                 loss = network(images).float().square().mean()
-            loss.backward()
+            if backward:
+                loss.backward()
             found.append(time.perf_counter() - begun)
         return min(found[1:])
 

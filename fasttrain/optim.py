@@ -9,25 +9,43 @@ from torch import Tensor, nn
 
 from fasttrain import config
 from fasttrain.flat import Flat, flatten
+from fasttrain.model import LAST_LAYER
 
 
 def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
     """SGD that decays the weights of convolutions and linear layers, not biases and BatchNorm.
 
-    The learning rate is set on every group before each update (`schedule.lr_at`). Momentum starts
-    from zeros: the fused SGD would otherwise go on from memory that a skipped first step never set.
+    The learning rate is set on every group before each update: `schedule.lr_at` times the group's
+    `lr_factor`. Frozen parameters are in no group. Momentum starts from zeros: the fused SGD would
+    otherwise go on from memory that a skipped first step never set.
     """
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    if optim.backbone_lr_factor == 1:
+        groups = _groups(parameters, optim)
+    else:
+        head = [p for name, p in named if name.startswith(LAST_LAYER)]
+        backbone = [p for name, p in named if not name.startswith(LAST_LAYER)]
+        groups = [
+            *(
+                group | {"lr_factor": optim.backbone_lr_factor}
+                for group in _groups(backbone, optim)
+            ),
+            *_groups(head, optim),
+        ]
     optimizer = torch.optim.SGD(
         groups, lr=optim.warmup_lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
     )
     for parameter in parameters if optim.momentum else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _groups(parameters: list[nn.Parameter], optim: config.Optim) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 class WeightAverage:

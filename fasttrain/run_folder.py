@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ CHECKPOINTS = "checkpoints"
 DONE = "DONE"
 LOCK = "lock"
 STOP = "stop"
+STEP = re.compile(r"step_(\d{8,})")  # a finished checkpoint, by the updates before it
 RESUME = ("auto", "force", "anew")
 LOCK_WAIT_S = 30.0  # for the process of a stopped job to leave
 
@@ -53,6 +55,17 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
             checkpoint to go on from is none.
     """
     folder, resume = run_dir(recipe), recipe.checkpoint.resume
+    if resume not in RESUME and Path(resume).is_file():
+        raise config.ConfigError(
+            f'[checkpoint] resume = "{resume}": is a file, not the folder of a checkpoint; to '
+            "start a new run from these weights: --set checkpoint.resume=auto --set "
+            f"model.weights={resume}"
+        )
+    if (start := weights_to_read(recipe)) and not start.exists():
+        raise config.ConfigError(
+            f'[model] weights = "{start}": there is no such file or folder; name a run folder, a '
+            "checkpoint or a file of weights"
+        )
     if resume not in RESUME and not Path(resume).is_dir():
         raise config.ConfigError(
             f'[checkpoint] resume = "{resume}": there is no such checkpoint; must be '
@@ -80,6 +93,14 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
             "checkpoint"
         ) from None
     return done if reached else None
+
+
+def weights_to_read(recipe: Recipe) -> Path | None:
+    """`model.weights` where the run starts from them; None where it goes on from a checkpoint."""
+    resume = recipe.checkpoint.resume
+    found = any(STEP.fullmatch(p.name) for p in (run_dir(recipe) / CHECKPOINTS).glob("step_*"))
+    goes_on = found if resume in ("auto", "force") else resume != "anew"
+    return None if goes_on else recipe.model.weights
 
 
 def run_dir(recipe: Recipe) -> Path:

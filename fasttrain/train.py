@@ -19,6 +19,7 @@ from fasttrain import (
     config,
     forecast,
     launch,
+    matching,
     reading,
     run_folder,
     sampling,
@@ -32,7 +33,8 @@ from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
 if TYPE_CHECKING:
-    from fasttrain import data, runtime
+    from fasttrain import data, runtime, weights
+    from fasttrain.model import MobileNetV3
     from fasttrain.optim import Learner
 
 
@@ -95,6 +97,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
 
     runtime.check_launch(recipe, os.environ)
     _say(*runtime.idle_gpus(os.environ))
+    num_classes = len(train_set.classes)
+    start = _weights_to_start_from(recipe, num_classes)
     if recipe.train.deterministic and recipe.data.decode == "auto":
         repeats = recipe.data.model_copy(update={"decode": "cpu"})
         recipe = recipe.model_copy(update={"data": repeats})
@@ -109,7 +113,10 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     accelerator.wait_for_everyone()  # as clocks are compared
     digests = train_set.digest, val_set.digest
-    runtime.check_alike(gather_object([runtime.facts(process, recipe, digests)]))
+    facts = runtime.facts(process, recipe, digests)
+    if start:  # the files may differ, as may their paths
+        facts["model.weights"] = start.digest()
+    runtime.check_alike(gather_object([facts]))
     decode = decoding.agree(gather_object([input_settings.decode]))
     if decode != input_settings.decode:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
@@ -149,8 +156,9 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     newest, before = broadcast_object_list([newest, before])  # when the folder is ready
 
     # ---- what is trained, and how
-    num_classes = len(train_set.classes)
-    module = build_model(**recipe.model.model_dump(), num_classes=num_classes)
+    module = build_model(**recipe.model.network(), num_classes=num_classes)
+    started_from = _start_from(start, module, train_set) if start and not newest else ""
+    module.freeze(recipe.optim.frozen_stages)
     module.to(process.device).to(memory_format=torch.channels_last)
     view.say(
         f"MobileNetV3-{recipe.model.arch.capitalize()} {recipe.model.width:g} on "
@@ -160,6 +168,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
         f"{plan.total_steps:,} in all\nrun folder: {folder}"
     )
+    if started_from:
+        view.say(started_from)
     view.say(why_decode)
     setup = modes.Setup(accelerator, module, recipe, plan, num_classes)
     mode, why_mode = modes.choose(setup, before, view.say)
@@ -243,6 +253,36 @@ def _say(*lines: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
+
+
+def _weights_to_start_from(recipe: Recipe, num_classes: int) -> "weights.Weights | None":
+    """Reads and compares `model.weights`, before anything takes long; None where a run goes on.
+
+    Raises:
+        Fault: there are none, or they are of another network.
+    """
+    path = run_folder.weights_to_read(recipe)
+    if path is None:
+        return None
+    import torch
+
+    from fasttrain import checkpoint, weights
+    from fasttrain.model import build_model
+
+    found, _ = checkpoint.open_weights(path, False, lambda text: None)
+    with torch.device("meta"):
+        network = build_model(**recipe.model.network(), num_classes=num_classes)
+    weights.check(found, network, any_classes=True)
+    return found
+
+
+def _start_from(start: "weights.Weights", module: "MobileNetV3", train_set: Split) -> str:
+    """Loads weights, with the rows of the data's classes; returns what a person is told."""
+    from fasttrain import weights
+
+    rule = partial(matching.to_start_from, data=train_set.classes)
+    said = weights.load(start, module, rule)
+    return f"starting from {start.path}" + (f"\n{said}" if said else "")
 
 
 def _samples_of(train_set: Split, data: config.Data, plan: Plan, step: int) -> list[str]:

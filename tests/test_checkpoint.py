@@ -268,6 +268,23 @@ def test_other_data_and_threads(tmp_path: Path) -> None:
     assert "saved with 1 CPU threads, going on with 4" in warnings[0]
 
 
+def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
+    tmp_path: Path,
+) -> None:
+    folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
+    for names, resume in ((["a", "b", "c"], "force"), (["a", "c"], "auto")):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.choose(tmp_path, resume, ABOUT | {"classes": names}, quiet)
+        assert f"its classes are others: 2 classes there, {len(names)} here" in str(error.value)
+        assert f"checkpoint.resume=auto --set model.weights={folder}" in str(error.value)
+        # A last layer of another size is none to go on with; other names may be.
+        assert ("checkpoint.resume=force" in str(error.value)) == (len(names) == 2)
+    assert "class 1 is b there and c here" in str(error.value)
+    warned: list[str] = []
+    assert checkpoint.choose(tmp_path, "force", ABOUT | {"classes": ["a", "c"]}, warned.append)
+    assert "its classes are others" in warned[0]
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     state = json.loads((folder / "state.json").read_text())

@@ -116,6 +116,27 @@ def test_what_is_recorded_equals_eager_over_20_updates(micro: int, nesterov: boo
     assert recorded.state.step == eager.state.step == 20
 
 
+def test_stages_stay_frozen_and_the_backbone_learns_more_slowly_in_either_mode() -> None:
+    settings = {"frozen_stages": 2, "backbone_lr_factor": 0.3}
+    recipe = recipe_for(micro_batch_size=4)
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update=settings)})
+    plan = plan_for(recipe)
+    found = {}
+    for mode in ("eager", "graph"):
+        module = network()
+        module.freeze(2)  # type: ignore[operator]
+        _, found[mode] = carry_out(mode, recipe, plan, batches_for(plan, 6), module)
+    assert_same(found["graph"], found["eager"])
+    before = network().state_dict()
+    for learner in found.values():
+        for name, value in learner.module.state_dict().items():
+            frozen = name.startswith(("features.0.", "features.1."))
+            assert torch.equal(value, before[name]) == frozen, name
+        groups = learner.optimizer.param_groups
+        lrs = [float(group["lr"]) for group in groups]
+        assert lrs == pytest.approx([0.3 * 0.025, 0.3 * 0.025, 0.025, 0.025])
+
+
 def going_on(first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Batches) -> Learner:
     """Takes over from `first`, as a run that was stopped there and started again, to the end."""
     accelerator = Accelerator(cpu=True)

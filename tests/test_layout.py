@@ -16,10 +16,10 @@ ROWS = (
     {"train"},
     {"loop", "decoding", "modes"},
     {"checkpoint", "execution"},
-    {"guard"},
-    {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime", "model"},
+    {"guard", "weights"},
+    {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime"},
     {"gather", "pipeline", "resize_gpu"},
-    {"flat", "heartbeat", "lane", "reading", "resize"},
+    {"flat", "heartbeat", "lane", "model", "reading", "resize"},
     {"augment", "digits", "depthwise", "run_folder", "staging"},
     {"forecast"},
     {"sampling"},
@@ -30,12 +30,12 @@ ROWS = (
     {"imagenet", "spool"},
     {"archives"},
     {"listing"},
-    {"shards", "schedule", "launch"},
+    {"shards", "schedule", "launch", "matching"},
     {"config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
-TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "splits", "wds"}
+TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch"}
 

@@ -1,6 +1,8 @@
 """The networks against an independent reading of their description."""
 
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import reference_model as reference
@@ -82,3 +84,32 @@ def test_head_follows_the_data() -> None:
     assert model.classifier[0].out_features == 1024
     assert model.classifier[2].p == 0.1
     assert model(torch.zeros(2, 3, 40, 48)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("arch", ["large", "small"])
+def test_stages_begin_where_the_image_is_halved(arch: str) -> None:
+    model = build_model(arch, 0.35, 4, 0.2)
+    blocks = {"large": (2, 4, 7, 13, 16), "small": (1, 2, 4, 9, 12)}[arch]
+    for stages, number in enumerate(blocks, start=1):
+        model.freeze(stages)
+        model.eval()
+        model.train()
+        for place, layer in enumerate(model.features):
+            frozen = place < number
+            assert layer.training != frozen
+            assert all(p.requires_grad != frozen for p in layer.parameters())
+        assert model.conv.training == model.conv[0].weight.requires_grad == (stages < 5)
+        assert model.classifier.training and model.classifier[0].weight.requires_grad
+
+
+def test_scripted_traced_and_exported_with_the_same_logits(tmp_path: Path) -> None:
+    model = mobilenetv3_small(0.35, num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32)  # the last blocks see images smaller than their kernels
+    expected = model(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is old
+        for form in (torch.jit.script(model), torch.jit.trace(model, images)):
+            form.save(tmp_path / "form.pt")
+            torch.testing.assert_close(torch.jit.load(tmp_path / "form.pt")(images), expected)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), expected)

@@ -25,6 +25,23 @@ def test_each_parameter_is_in_one_group_and_only_weights_decay() -> None:
             assert decay_of[id(parameter)] == (0.01 if decays else 0.0)
 
 
+def test_all_but_the_last_layer_may_learn_more_slowly_and_frozen_stages_not_at_all() -> None:
+    model = mobilenetv3_small(0.5, num_classes=7)
+    model.freeze(2)
+    optimizer = build_optimizer(model, Optim(weight_decay=0.01, backbone_lr_factor=0.25))
+    found = {
+        id(p): (group.get("lr_factor", 1), group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in found and name.startswith("features.")
+        else:
+            factor = 1 if name.startswith("classifier.3.") else 0.25
+            assert found[id(parameter)] == (factor, 0.01 if parameter.ndim > 1 else 0)
+
+
 def test_one_update_is_sgd_with_momentum() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()

@@ -21,11 +21,7 @@ from conftest import REPO, TIMEOUT_S, environment, lines, run
 from safetensors.torch import load_file
 
 from fasttrain import checkpoint, config, run_folder, runtime, sampling, shards, train
-from fasttrain.model import mobilenetv3_small
 from fasttrain.schedule import make_plan
-
-sys.path.insert(0, str(REPO / "tools"))
-import evaluate
 
 ALL = {
     "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
@@ -758,27 +754,3 @@ def test_another_recipe_on_an_old_run_is_refused(
     assert "optim.lr: 0.05 -> 0.06" in message and "train.seed: 0 -> 1" in message
     assert "another folder with --set log.run_dir=" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-
-
-def test_evaluate_gives_what_the_run_measured(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = tiny(optim={"ema_decay": 0.9}, train={"max_steps": 5})
-    train.main([str(recipe)])
-    folder = tmp_path / "run"
-    done = json.loads((folder / "DONE").read_text())
-    newest = checkpoint.find(folder / "checkpoints")[0]
-    data = checkpoint.read_state(newest).recipe.data.root
-    for words, prefix in (([folder], ""), ([newest, "--ema", "--batch-size", "5"], "ema_")):
-        output = run(["python", "tools/evaluate.py", *words, "--data", data]).stdout
-        found = json.loads(output.splitlines()[-1])
-        assert found["seen"] == 13
-        for key in ("top1", "top5", "loss"):
-            assert found[key] == pytest.approx(done[prefix + key], rel=1e-5)
-    torch.save(load_file(newest / "model.safetensors"), tmp_path / "weights.pth")
-    words = [tmp_path / "weights.pth", "--recipe", recipe, "--data", data]
-    assert json.loads(run(["python", "tools/evaluate.py", *words]).stdout)["top1"] == done["top1"]
-    failed = run(["python", "tools/evaluate.py", tmp_path, "--data", data], code=2)
-    assert "is not a checkpoint of fasttrain" in failed.stderr and "Traceback" not in failed.stderr
-    with pytest.raises(config.Fault, match="say what network it is"):
-        evaluate.find_weights(tmp_path / "weights.pth", False, None)
-    with pytest.raises(config.Fault, match="these weights do not fit"):
-        checkpoint.load_weights(tmp_path / "weights.pth", mobilenetv3_small())

@@ -621,7 +621,7 @@ def time_exchange(recipe: config.Recipe, classes: int, device: Any) -> Facts:
 
     from fasttrain.model import build_model
 
-    network = build_model(**recipe.model.model_dump(), num_classes=classes)
+    network = build_model(**recipe.model.network(), num_classes=classes)
     numbers = sum(parameter.numel() for parameter in network.parameters())
     medians = []
     for count in (1, numbers):

@@ -4,17 +4,30 @@
 
 CHECKPOINT is a checkpoint, a run folder (its newest checkpoint), or a file of weights (.safetensors
 or .pth, such as the published mobilenetv3-large-1cd25616.pth) together with --recipe, which then
-says what network it is. The last line on standard output is one JSON object. Started by `accelerate
-launch`, all its processes share the work.
+says what network it is. The class names of the data are compared with the network's: some of its
+classes, or all in another order, are found by name. The last line on standard output is one JSON
+object. Started by `accelerate launch`, all its processes share the work.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fasttrain import config, launch, shards
+from fasttrain import config, display, launch, shards
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fasttrain.data import Batch
+    from fasttrain.model import MobileNetV3
+    from fasttrain.weights import Weights
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main() -> None:
@@ -26,7 +39,27 @@ def main() -> None:
         "--data", type=Path, required=True, metavar="ROOT", help="folder of the shards"
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--recipe", type=Path, help="of a file of weights: what network it is")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        help="what network it is, and how images are cut; for a file of weights",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("no", "bf16", "fp16"),
+        help="no is float32 (default: the recipe's; float32 on a CPU that is slower with bf16)",
+    )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="the network's class names: a list, one a line, or a data set or checkpoint with them",
+    )
+    parser.add_argument(
+        "--classes-by-number",
+        action="store_true",
+        help="the data's classes are numbers, and N means the network's class N, from 0",
+    )
     parser.add_argument(
         "--batch-size", type=config.positive, default=128, help="(default: %(default)s)"
     )
@@ -44,62 +77,111 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     # Seconds of imports, so only once the arguments are known to be right.
     import torch
 
-    from fasttrain import checkpoint, data, decoding, loop, runtime
+    from fasttrain import data, decoding, loop, runtime
     from fasttrain.execution import Evaluator
-    from fasttrain.model import build_model
 
-    weights, recipe = find_weights(arguments.checkpoint, arguments.ema, arguments.recipe)
+    model, recipe, told = open_network(arguments, split)
+    gpu = runtime.has_gpu(os.environ)
+    precision = arguments.precision or recipe.train.precision
+    if precision == "fp16" and not gpu:
+        if arguments.precision:
+            raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
+        precision = "no"
     # Whatever the run decoded with: this may be another machine.
     settings = recipe.data.model_copy(update={"decode": "auto"})
     threads = runtime.data_threads(settings, os.environ)
-    gpu = runtime.has_gpu(os.environ)
-    half = gpu and recipe.train.precision != "no"
+    half = gpu and precision != "no"
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
     settings, _ = decoding.choose(split, settings, job, os.environ)
-    accelerator = runtime.accelerator_for(recipe.train.precision)
+    accelerator = runtime.accelerator_for(precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
-    model = build_model(**recipe.model.model_dump(), num_classes=len(split.classes))
-    checkpoint.load_weights(weights, model)
-    model.to(process.device).to(memory_format=torch.channels_last)
+    model.to(process.device).to(memory_format=torch.channels_last).eval()
+    why = ""
+    if precision == "bf16" and not gpu and not arguments.precision:
+        why = avoid_slow_bf16(accelerator, model, settings.eval_crop_px)
     place = data.Placement(process.device, half, process.data_threads)
-    batches = data.eval_loader(
+    batches: Iterable[data.Batch] = data.eval_loader(
         split, settings, arguments.batch_size, process.rank, process.world_size, place
     )
+    if accelerator.is_main_process:
+        how = PRECISIONS["no" if why else precision] + why
+        say(f"{told}\n{process.world_size} x {process.device.type}, {how}")
+        batches = shown(batches, split.num_samples, process.world_size)
     (result,) = loop.evaluate(accelerator, [Evaluator(model)], batches, split.num_samples)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(result) + "\n")
     accelerator.end_training()
 
 
-def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple[Path, config.Recipe]:
-    """The file of weights that `path` means, and the recipe of its network.
+def open_network(
+    arguments: argparse.Namespace, split: shards.Split
+) -> tuple["MobileNetV3", config.Recipe, str]:
+    """The network with its weights and the logits of the data's classes, its recipe, what is told.
+
+    Raises:
+        Fault: there are no usable weights, or they have other classes than the data.
+    """
+    from fasttrain import classes, matching, weights
+    from fasttrain.model import build_model
+
+    found, recipe = find_weights(arguments.checkpoint, arguments.ema, arguments.recipe)
+    if arguments.classes:
+        found = weights.with_names(found, classes.read_list(arguments.classes))
+    model = build_model(**recipe.model.network(), num_classes=len(split.classes))
+    rule = partial(matching.to_evaluate, data=split.classes, by_number=arguments.classes_by_number)
+    said = weights.load(found, model, rule)
+    told = f"evaluating {found.path} on {split.num_samples:,} images of {split.root}"
+    if found.has_average:
+        told += "\nthe file holds a moving average of the weights as well: --ema evaluates that"
+    return model, recipe, f"{told}\n{said}" if said else told
+
+
+def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights", config.Recipe]:
+    """The weights that `path` means, and the recipe of their network: `recipe` if it is given.
 
     Raises:
         Fault: there is nothing usable at `path`.
     """
-    from fasttrain import checkpoint, run_folder
+    from fasttrain import checkpoint
 
-    if path.is_file():
-        if recipe is None:
-            raise config.ConfigError(
-                f"{path} is a file of weights: say what network it is, such as "
-                "--recipe recipes/large.toml"
-            )
-        return path, config.load(recipe)
-    folder: Path | None = path
-    if (path / run_folder.CHECKPOINTS).is_dir():
-        folder = checkpoint.newest_good(path / run_folder.CHECKPOINTS, say)
-    if folder is None:
-        raise checkpoint.CheckpointError(f"{path} holds no checkpoint yet")
-    saved = checkpoint.read_state(folder)
-    faults = checkpoint.faults_of(folder)
-    if faults:
-        raise checkpoint.CheckpointError("\n  ".join([f"{folder} cannot be used:", *faults]))
-    weights = folder / ("ema.safetensors" if ema else "model.safetensors")
-    if not weights.exists():
-        raise checkpoint.CheckpointError(f"{folder} has no moving average: [optim] ema_decay was 0")
-    say(f"evaluating {weights}")
-    return weights, saved.recipe
+    given = config.load(recipe) if recipe else None
+    found, own = checkpoint.open_weights(path, ema, say)
+    if (chosen := given or own) is None:
+        raise config.ConfigError(
+            f"{path} is a file of weights: say what network it is, such as "
+            "--recipe recipes/large.toml"
+        )
+    return found, chosen
+
+
+def avoid_slow_bf16(accelerator: "Accelerator", model: "MobileNetV3", px: int) -> str:
+    """Has the network evaluate in float32 where this CPU is slower with bfloat16; says why.
+
+    The same in all processes, and empty where bfloat16 is as fast.
+    """
+    from accelerate.utils import AutocastKwargs, gather_object
+
+    from fasttrain import modes
+
+    ratio = min(gather_object([modes.bf16_ratio(model, px, backward=False)]))
+    if ratio >= 1:
+        return ""
+    accelerator.autocast_handler = AutocastKwargs(enabled=False)
+    return (
+        f": bfloat16, the recipe's, takes {1 / ratio:.1f} times as long on this CPU "
+        "(--precision bf16 evaluates in it all the same)"
+    )
+
+
+def shown(batches: Iterable["Batch"], num_samples: int, world_size: int) -> Iterator["Batch"]:
+    """Passes batches on, and shows how far all processes are, which have equal shares."""
+    left = num_samples
+    with display.progress(num_samples, "evaluating") as advance:
+        for batch in batches:
+            yield batch
+            done = min(len(batch.labels) * world_size, left)
+            left -= done
+            advance(done, 0)
 
 
 def say(text: str) -> None:

@@ -189,7 +189,7 @@ def recipe_of(job: StepJob) -> config.Recipe:
 def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, execution.Updater]:
     recipe = recipe_of(job)
     accelerator = runtime.accelerator_for(job.precision, cpu=not job.gpu)
-    module = build_model(**recipe.model.model_dump(), num_classes=job.classes)
+    module = build_model(**recipe.model.network(), num_classes=job.classes)
     module.to(accelerator.device).to(memory_format=layout(job))
     learner = execution.prepare(job.execution, accelerator, module, recipe, plan)
     updater = execution.build(job.execution, accelerator, learner, plan, recipe.train)
