@@ -3,12 +3,13 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import REPO
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,16 +23,21 @@ Evaluate = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.fixture
-def evaluated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Evaluate]:
     """Runs the command in this process; gives its result, and what it said."""
 
     def run(*words: Any) -> tuple[dict[str, Any], str]:
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        AcceleratorState._reset_state(reset_partial_state=True)  # of another precision, perhaps
         evaluate.main()
         found = capsys.readouterr()
         return json.loads(found.out.splitlines()[-1]), found.err
 
-    return run
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
