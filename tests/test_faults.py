@@ -112,7 +112,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("train.global_batch_size=99", ["global_batch_size = 99: more than the 45 training images"]),
     ("train.micro_batch_size=3", ["does not divide the 8 images of each", "2 or 4 would"]),
     ("checkpoint.resume=none", ['resume = "none": there is no such checkpoint', "must be auto"]),
-    ("checkpoint.resume={file}", ["there is no such checkpoint", "the folder of a checkpoint"]),
+    (
+        "checkpoint.resume={file}",
+        ["is a file, not the folder of a checkpoint", "model.weights={file}"],
+    ),
     ("train.precision=fp16", ["[train] precision = fp16: needs a GPU; use bf16 or no"]),
     ("train.execution=graph", ["[train] execution = graph: needs a GPU; use auto"]),
     ("data.decode=gpu_full", ["decode = gpu_full: this process has no GPU; use cpu or auto"]),
