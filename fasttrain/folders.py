@@ -45,7 +45,7 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
     """
     folders = children(root) if root.is_dir() else []
     exact = {path: path.name.lower() for path in folders if path.name.lower() in SPLIT_OF}
-    if len(exact) < len(folders) and all(map(_is_class, exact)):
+    if exact and len(exact) < len(folders) and all(map(_is_class, exact)):
         return {}  # bus/, car/ and train/ are three classes
     if not exact:
         inside = {path: words(path.name) for path in folders}

@@ -73,10 +73,13 @@ def settle_test(found: dict[str, list[str]], scan: Scan) -> str | None:
         if found.get("test"):
             scan.say(f"{_some(found['test'])} left out: test is not used where there is val")
         return "val"
-    if found.get("test") and "val" in scan.wanted and scan.options.val_fraction is None:
-        scan.say(f"there is no val: {_some(found['test'])} used as val")
-        return "test"
-    return None
+    if not found.get("test"):
+        return None
+    if scan.options.val_fraction is not None:
+        scan.say(f"{_some(found['test'])} left out: val is drawn from train")
+        return None
+    scan.say(f"there is no val: {_some(found['test'])} used as val")
+    return "test"
 
 
 def _some(names: list[str]) -> str:

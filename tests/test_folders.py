@@ -1,0 +1,338 @@
+"""Folders of images as people have them: names of splits, labels beside them, links, clutter."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fasttrain import sources
+from fasttrain.listing import Options
+from fasttrain.shards import ShardError
+
+CAT, DOG = "n01440764", "n01443537"
+
+
+def image(shade: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(root: Path, *names: str) -> Path:
+    """Writes an image, or a text where a name ends in .txt, under every name."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"text" if name.endswith(".txt") else image())
+    return root
+
+
+def tar(path: Path, *names: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(image())
+            archive.addfile(info, io.BytesIO(image()))
+
+
+def scan(root: Path, **options: Any) -> tuple[sources.Source, list[str]]:
+    """The source at `root`, recognised and listed, and what was said."""
+    said: list[str] = []
+    form = sources.recognise(root)
+    source = sources.scan(root, form, root, list, said.append, Options(**options))
+    return source, said
+
+
+def names(source: sources.Source) -> dict[str, list[str]]:
+    return {split: listing.names for split, listing in source.splits.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is left out
+# --------------------------------------------------------------------------------------------------
+
+
+def test_clutter_is_left_out_at_any_depth_and_counted_by_kind(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "train/dog/in/b.png", "val/cat/c.png")
+    put(
+        tmp_path,
+        "train/.ipynb_checkpoints/x.png",
+        "train/cat/.ipynb_checkpoints/a-checkpoint.png",
+        "train/dog/in/@eaDir/b.png/SYNOPHOTO_THUMB_M.jpg",
+        "train/__MACOSX/dog/._b.png",
+        "train/dog/._b.png",
+        "train/cat/notes.txt",
+        "train/cat/phone.heic",
+        "val/Thumbs.db",
+    )
+    source, _ = scan(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert names(source) == {"train": ["cat/a.png", "dog/in/b.png"], "val": ["cat/c.png"]}
+    assert source.skipped == {
+        "in .ipynb_checkpoints/": 2,
+        "in @eaDir/": 1,
+        "in __MACOSX/": 1,
+        "hidden": 1,
+        "*.txt": 1,
+        "*.heic": 1,
+        "*.db": 1,
+    }
+    assert source.ignored == 8
+
+
+@pytest.mark.parametrize(
+    "end", "jpg JPEG jpe jfif png bmp gif webp tif TIFF ppm pgm pbm pnm".split()
+)
+def test_suffixes_of_images(tmp_path: Path, end: str) -> None:
+    put(tmp_path, f"train/a/1.{end}", "val/a/1.png")
+    assert names(scan(tmp_path)[0])["train"] == [f"a/1.{end}"]
+
+
+def dangling_file(root: Path) -> None:
+    (root / "train/cat/gone.png").symlink_to("/nowhere/gone.png")
+
+
+def dangling_class(root: Path) -> None:
+    (root / "train/gone").symlink_to("/nowhere/gone")
+
+
+def dangling_all_of_a_class(root: Path) -> None:
+    (root / "train/gone").mkdir()
+    (root / "train/gone/gone.png").symlink_to("/nowhere/gone.png")
+
+
+def dangling_deep(root: Path) -> None:
+    (root / "val/cat/deep").mkdir()
+    (root / "val/cat/deep/gone").symlink_to("/nowhere/gone")
+
+
+@pytest.mark.parametrize(
+    "break_one", [dangling_file, dangling_class, dangling_all_of_a_class, dangling_deep]
+)
+def test_links_that_lead_nowhere(tmp_path: Path, break_one: Callable[[Path], None]) -> None:
+    put(tmp_path, "train/cat/a.png", "val/cat/b.png")
+    break_one(tmp_path)
+    with pytest.raises(ShardError, match=r"1 link leads nowhere, the first: .*gone.* -> /nowhere/"):
+        scan(tmp_path)
+    source, said = scan(tmp_path, allow_partial=True)
+    assert source.skipped == {"links that lead nowhere": 1} and source.classes == ("cat",)
+    assert names(source) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
+    left_out = "the class gone is left out: all its links lead nowhere"
+    assert said == ([left_out] if break_one is dangling_all_of_a_class else [])
+
+
+def test_a_split_that_is_a_dangling_link(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png")
+    (tmp_path / "val").symlink_to("/nowhere/val")
+    with pytest.raises(ShardError, match=r"1 link leads nowhere, .*/val -> /nowhere/val"):
+        scan(tmp_path)
+
+
+def test_links_that_lead_somewhere_are_followed(tmp_path: Path) -> None:
+    put(tmp_path / "pool", "dog/1.png", "more/2.png")
+    root = put(tmp_path / "in", "train/cat/a.png", "val/cat/b.png")
+    (root / "train/dog").symlink_to(tmp_path / "pool/dog")
+    (root / "train/cat/more").symlink_to(tmp_path / "pool/more")
+    assert names(scan(root)[0])["train"] == ["cat/a.png", "cat/more/2.png", "dog/1.png"]
+    (root / "train/cat/round").symlink_to(root / "train/cat")
+    with pytest.raises(ShardError, match="round is a link to a folder that holds it"):
+        scan(root)
+
+
+def test_images_outside_any_class(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "train/montage.png", "val/cat/b.png")
+    with pytest.raises(ShardError, match=r"montage.png lies outside any class folder: move it"):
+        scan(tmp_path)
+    assert scan(tmp_path, allow_partial=True)[0].skipped == {"outside any class folder": 1}
+
+
+# --------------------------------------------------------------------------------------------------
+# Names of splits
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Val"])
+def test_names_of_val(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "train/cat/a.png", f"{name}/cat/b.png", "test/cat/c.png")
+    source, said = scan(tmp_path)
+    assert names(source) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
+    assert said == ["test/ is left out: test is not used where there is val"]
+
+
+@pytest.mark.parametrize("pair", [("Train", "Test"), ("training_set", "test_set")])
+def test_test_serves_as_val_where_there_is_none(tmp_path: Path, pair: tuple[str, str]) -> None:
+    put(tmp_path, f"{pair[0]}/cat/a.png", f"{pair[1]}/cat/c.png")
+    source, said = scan(tmp_path)
+    assert names(source) == {"train": ["cat/a.png"], "val": ["cat/c.png"]}
+    assert said == [f"there is no val: {pair[1]}/ is used as val"]
+
+
+def test_two_folders_for_one_split(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "val/cat/b.png", "valid/cat/c.png")
+    with pytest.raises(ShardError, match="val/ and valid/ both name the val split"):
+        scan(tmp_path)
+
+
+def test_val_has_a_class_that_train_lacks(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "val/cat/b.png", "val/dog/c.png")
+    with pytest.raises(ShardError, match="val holds images of dog, a class that train does not"):
+        scan(tmp_path)
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path: Path) -> None:
+    root = put(tmp_path / "in", "train/cat/a.png", "val/cat/b.png")
+    with pytest.raises(ShardError, match=f"did you mean {root}?"):
+        scan(tmp_path)
+    with pytest.raises(ShardError, match=f"is one split of {root}: name that folder as SOURCE"):
+        scan(root / "train")
+    put(tmp_path / "twice", *(f"{s}/{s}/{c}/a.png" for s in ("train", "val") for c in "ab"))
+    with pytest.raises(
+        ShardError, match=r"train holds a single folder, train/, and that 2 folders"
+    ):
+        scan(tmp_path / "twice")
+
+
+# --------------------------------------------------------------------------------------------------
+# Val alone, and val drawn from train
+# --------------------------------------------------------------------------------------------------
+
+
+def test_what_lacks_a_split_is_told_the_remedy(tmp_path: Path) -> None:
+    plain = put(tmp_path / "plain", "cat/a.png", "dog/b.png")
+    with pytest.raises(ShardError, match=r"holds classes \(cat, dog\) and no splits\n--val-frac"):
+        scan(plain)
+    train = put(tmp_path / "train-alone", "train/cat/a.png")
+    with pytest.raises(ShardError, match=r"no folder val/; (.|\n)*--val-fraction 0.1 draws"):
+        scan(train)
+    val = put(tmp_path / "val-alone", "val/cat/a.png")
+    with pytest.raises(ShardError, match=r"no folder train/; (.|\n)*--val-only makes"):
+        scan(val)
+
+
+@pytest.mark.parametrize("inside", ["", "val/", "test/"])
+def test_val_only(tmp_path: Path, inside: str) -> None:
+    put(tmp_path, f"{inside}cat/a.png", f"{inside}ant/b.png")
+    source, _ = scan(tmp_path, val_only=True)
+    assert names(source) == {"val": ["ant/b.png", "cat/a.png"]}
+    assert source.classes == ("ant", "cat")
+    order = ("zebra", "cat", "ant")
+    source, said = scan(tmp_path, val_only=True, classes=order)
+    assert source.classes == order and source.splits["val"].labels.tolist() == [2, 1]
+    assert "1 of the 3 classes have no image in val" in said
+    with pytest.raises(ShardError, match="images of ant, a class that the list of classes does"):
+        scan(tmp_path, val_only=True, classes=("cat", "zebra"))
+
+
+def test_classes_that_are_numbers(tmp_path: Path) -> None:
+    put(tmp_path, *(f"val/{number}/a.png" for number in (0, 2, 10)))
+    source, said = scan(tmp_path, val_only=True)
+    assert source.classes == ("0", "10", "2")
+    assert "sorted as text: 0, 10, 2 are labels 0, 1 and 2; --classes-by-number" in said[0]
+    source, said = scan(tmp_path, val_only=True, by_number=True)
+    assert source.classes == ("0", "2", "10") and not said
+    order = tuple("lkjihgfedcba")
+    with pytest.raises(
+        ShardError, match="--classes-by-number takes folder 7 as the class number 7"
+    ):
+        scan(tmp_path, val_only=True, classes=order)
+    source, _ = scan(tmp_path, val_only=True, classes=order, by_number=True)
+    assert source.classes == order
+    assert dict(
+        zip(source.splits["val"].labels.tolist(), source.splits["val"].names, strict=True)
+    ) == {
+        0: "l/a.png",
+        2: "j/a.png",
+        10: "b/a.png",
+    }
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_val_fraction(tmp_path: Path, inside: str) -> None:
+    put(tmp_path, *(f"{inside}cat/{number}.png" for number in range(30)))
+    put(tmp_path, *(f"{inside}dog/{number}.png" for number in range(10)), f"{inside}one/0.png")
+    drawn, _ = scan(tmp_path, val_fraction=0.1)
+    val = names(drawn)["val"]
+    assert [name[:3] for name in val] == ["cat"] * 3 + ["dog"]
+    assert len(set(val) | set(names(drawn)["train"])) == 41 and len(drawn.splits["train"]) == 37
+    assert names(scan(tmp_path, val_fraction=0.1)[0])["val"] == val
+    assert names(scan(tmp_path, val_fraction=0.1, seed=1)[0])["val"] != val
+    put(tmp_path, f"{inside}cat/new.png")
+    assert len(set(names(scan(tmp_path, val_fraction=0.1)[0])["val"]) - set(val)) <= 1
+
+
+def test_val_fraction_where_val_is_there(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "val/cat/b.png")
+    with pytest.raises(ShardError, match="val is there: leave out --val-fraction"):
+        scan(tmp_path, val_fraction=0.5)
+
+
+def test_train_may_be_the_name_of_a_class(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{name}/{number}.png" for name in ("bus", "train") for number in range(4)))
+    source, _ = scan(tmp_path, val_fraction=0.25)
+    assert source.classes == ("bus", "train") and len(source.splits["val"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# ImageNet in pieces
+# --------------------------------------------------------------------------------------------------
+
+
+def test_tiny_imagenet_as_downloaded(tmp_path: Path) -> None:
+    put(tmp_path, f"train/{CAT}/images/{CAT}_0.JPEG", f"train/{DOG}/images/{DOG}_0.JPEG")
+    put(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG")
+    rows = f"val_0.JPEG\t{DOG}\t0\t0\t9\t9\nval_1.JPEG\t{CAT}\t0\t0\t9\t9\n"
+    (tmp_path / "val/val_annotations.txt").write_text(rows)
+    source, _ = scan(tmp_path)
+    assert source.classes == (CAT, DOG)
+    assert names(source)["val"] == [f"{CAT}/val_1.JPEG", f"{DOG}/val_0.JPEG"]
+    put(tmp_path, "val/images/val_2.JPEG")
+    with pytest.raises(ShardError, match=r"val_2.JPEG: .*val_annotations.txt has no row for it"):
+        scan(tmp_path)
+
+
+def test_tars_of_classes(tmp_path: Path) -> None:
+    tar(tmp_path / f"train/{CAT}.tar", f"{CAT}_1.JPEG", f"{CAT}_2.JPEG")
+    tar(tmp_path / f"train/{DOG}.tar", f"{DOG}_1.JPEG")
+    put(tmp_path, f"train/{DOG}/{DOG}_1.JPEG", f"val/{CAT}/a.png")
+    source, _ = scan(tmp_path)
+    assert names(source)["train"] == [
+        f"{CAT}/{CAT}_1.JPEG",
+        f"{CAT}/{CAT}_2.JPEG",
+        f"{DOG}/{DOG}_1.JPEG",
+    ]
+    assert source.skipped == {"tars of classes that are unpacked beside them": 1}
+    assert len(scan(tmp_path / "train", val_fraction=0.5)[0].splits["val"]) == 1
+    put(tmp_path, f"train/{DOG}/{DOG}_2.JPEG")
+    with pytest.raises(
+        ShardError, match=f"{DOG}.tar holds 1 images, the folder {DOG}/ beside it 2"
+    ):
+        scan(tmp_path)
+
+
+def test_the_archive_of_val_beside_an_unpacked_train(tmp_path: Path) -> None:
+    put(tmp_path, f"train/{CAT}/a.png")
+    tar(tmp_path / "ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(ShardError, match=r"devkit_t12.tar.gz is missing: it holds the labels"):
+        scan(tmp_path)
+    rows = f"ImageId,PredictionString\nILSVRC2012_val_00000001,{CAT} 1 2 3 4 \n"
+    (tmp_path / "LOC_val_solution.csv").write_text(rows)
+    source, _ = scan(tmp_path)
+    assert names(source)["val"] == [f"{CAT}/ILSVRC2012_val_00000001.JPEG"]
+    (tmp_path / "train").rename(tmp_path / "away")
+    (tmp_path / "away").rename(tmp_path.parent / f"{tmp_path.name}-away")
+    assert names(scan(tmp_path, val_only=True)[0]).keys() == {"val"}
+
+
+def test_flat_images_whose_names_hold_the_class(tmp_path: Path) -> None:
+    put(tmp_path, f"train/{CAT}_1_{CAT}.JPEG", f"train/{DOG}_7.JPEG")
+    put(tmp_path, f"val/ILSVRC2012_val_00000001_{DOG}.JPEG")
+    source, _ = scan(tmp_path)
+    assert names(source) == {
+        "train": [f"{CAT}/{CAT}_1_{CAT}.JPEG", f"{DOG}/{DOG}_7.JPEG"],
+        "val": [f"{DOG}/ILSVRC2012_val_00000001_{DOG}.JPEG"],
+    }
