@@ -144,20 +144,22 @@ class TrainDisplay:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         ema = f"  EMA {record['ema_top1']:.2f} %" if "ema_top1" in record else ""
         self.say(
-            f"{self._position(record['step'] + 1)}  top-1 {record['top1']:.2f} %{ema}  "
-            f"top-5 {record['top5']:.2f} %  loss {loss}  "
-            f"({record['seen']:,} images in {record['eval_s']:.1f} s)"
+            f"{self._epoch(record['step'] + 1)}  top-1 {record['top1']:.2f} %{ema}  "
+            f"top-5 {record['top5']:.2f} %  loss {loss}  in {record['eval_s']:.1f} s"
         )
 
     def say(self, text: str) -> None:
         if self.enabled:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def _position(self, num_done: int) -> str:
+    def _epoch(self, num_done: int) -> str:
         epoch, num_epochs = (
             self.plan.epoch_of(max(steps, 1) - 1) + 1 for steps in (num_done, self.plan.total_steps)
         )
-        return f"epoch {epoch}/{num_epochs}  step {num_done:,}/{self.plan.total_steps:,}"
+        return f"epoch {epoch}/{num_epochs}"
+
+    def _position(self, num_done: int) -> str:
+        return f"{self._epoch(num_done)}  step {num_done:,}/{self.plan.total_steps:,}"
 
     def _latest(self) -> str:
         """The last train line: loss, learning rate, speed, and the share of waiting for data."""

@@ -17,6 +17,7 @@ import benchmark
 import rivals
 import scaling
 import steps
+import summary
 
 from fasttrain import shards
 
@@ -92,9 +93,32 @@ def test_who_is_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "torchvision v2",
         "webdataset",
     }
-    assert reasons["webdataset"] == "not installed: pip install webdataset"
+    assert reasons["webdataset"] == "not installed: pip install -e '.[bench]'"
     raw = benchmark.why_not(job("decode alone", dataset), dataclasses.replace(split, store="raw"))
     assert raw == "nothing is left to decode in raw shards"
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    step = {"batch": 64, "precision": "no", "layout": "channels_last", "step_ms": 640.25}
+    summary.show([
+        {"cpu": "of this machine"},
+        {"name": "fasttrain", "execution": "eager", "images_per_s": 1234.5, **step},
+        {"name": "torchvision", "execution": "compile", "images_per_s": 99.87, **step},
+        {"name": "timm", "skipped": "not installed"},
+        {"name": "other", "failed": [{"failed": "Traceback\nlast words"}]},
+        {"batch": 64, "precision": "no", "best": {"fasttrain": "eager"},
+         "speed_over": {"torchvision": 12.345}},
+        {"batch": 64, "loop_over_step": {"fasttrain loop": 0.98}},
+    ])  # fmt: skip
+    output, text = capsys.readouterr()
+    assert not output
+    for part in (
+        "batch 64, precision no, layout channels_last", "execution", "1,234", "99.87", "640.2",
+        "timm was left out: not installed", "other failed: last words",
+        "fasttrain (batch 64, no, eager) is 12.35 times as fast as torchvision",
+        "the loop has 0.980 of the speed of the bare updates",
+    ):  # fmt: skip
+        assert part in text, part
 
 
 def test_a_crash_is_a_line(

@@ -31,8 +31,8 @@ the GPU's tests, updates, kernels, input, loop, train.py, Imagenette. It writes 
 it goes and DIR/record.md for RECORDS.md, and goes on with what is there: --stages, --arch, --batch
 and --modes choose a part, other calls the rest. What fails is recorded and does not end it.
 
-The contestants take turns; each prints one JSON line with the median and spread of its repeats, and
-its ratio to the reference it is held against.
+The contestants take turns. Each prints one JSON line with the median and spread of its repeats, and
+its ratio to the reference that it is held against. A table for people follows on standard error.
 """
 
 import argparse
@@ -64,6 +64,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import rivals
+import summary
 from apart import LIMIT_S, family, measure_apart, warm
 from rivals import Job
 
@@ -119,7 +120,7 @@ def report(
         if reference:
             pairs = [theirs / ours for ours, theirs in zip(own, seconds[reference], strict=True)]
             line["speed_over"] = {reference: round(statistics.median(pairs), 3)}
-        sys.stdout.write(json.dumps(line) + "\n")
+        write(line)
 
 
 def machine() -> dict[str, Any]:
@@ -146,6 +147,9 @@ def machine() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
+NOT_INSTALLED = "not installed: pip install -e '.[bench]'"
+
+
 def benchmark_shards(root: Path, repeats: int, scratch: Path | None) -> None:
     files = [path for path in root.rglob("*") if path.is_file()]
     num_bytes = sum(len(path.read_bytes()) for path in files)  # and so into the page cache
@@ -163,10 +167,16 @@ def benchmark_shards(root: Path, repeats: int, scratch: Path | None) -> None:
         def copy() -> None:
             subprocess.run(["cp", "-r", "--reflink=never", root, out], check=True)
 
+        def webdataset() -> None:
+            shard_writer(listed(), out)
+
+        known = importlib.util.find_spec("webdataset")
+        if not known:
+            write({"name": "webdataset.ShardWriter", "skipped": NOT_INSTALLED})
         contestants = [
             Contestant("cp -r", copy),
             Contestant("decode alone", lambda: decode_all(files, cpus)),
-            Contestant("webdataset.ShardWriter", lambda: shard_writer(listed(), out), "cp -r"),
+            *([Contestant("webdataset.ShardWriter", webdataset, "cp -r")] if known else []),
             Contestant("fasttrain --skip-decoding", lambda: ours(False), "cp -r"),
             Contestant("fasttrain", lambda: ours(True), "decode alone"),
         ]
@@ -349,7 +359,7 @@ def why_not(job: Job, split: Split) -> str | None:
     if job.name == "decode alone" and split.store == "raw":
         return "nothing is left to decode in raw shards"
     if job.name == "webdataset" and not importlib.util.find_spec("webdataset"):
-        return "not installed: pip install webdataset"
+        return NOT_INSTALLED
     return None
 
 
@@ -394,7 +404,11 @@ def report_input(job: Job, stored: Stored, turns: dict[Job, list[dict[str, Any]]
     write(line)
 
 
+written: list[dict[str, Any]] = []  # what this process has printed
+
+
 def write(line: dict[str, Any]) -> None:
+    written.append(line)
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -594,7 +608,10 @@ def step_jobs(arguments: argparse.Namespace) -> Iterator["steps.StepJob"]:
     if arguments.part == "step":
         # On a GPU, contiguous images are far slower and the plain loop is that of torchvision.
         names += ["torchvision"] if device == "cuda" else ["plain loop", "torchvision"]
-        names += ["timm"] if importlib.util.find_spec("timm") else []
+        if importlib.util.find_spec("timm"):
+            names += ["timm"]
+        else:
+            write({"name": "timm", "skipped": NOT_INSTALLED})
     for batch, precision, name in itertools.product(arguments.batch, arguments.precision, names):
         ours = name.startswith("fasttrain")
         modes = arguments.modes if ours else rivals_modes
@@ -739,6 +756,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     part.add_argument("kind", choices=["input", "packed", "step", "warm", "profile", "machine"])
     part.add_argument("job")
     arguments = parser.parse_args(argv)
+    written.clear()
     try:
         if arguments.part == "measure":
             write(measured(arguments.kind, arguments.job))
@@ -758,6 +776,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             benchmark_input(arguments)
     except config.Fault as fault:
         config.stop(str(fault))
+    finally:
+        if arguments.part not in ("record", "measure"):
+            summary.show(written)
 
 
 def measured(kind: str, job: str) -> dict[str, Any]:
