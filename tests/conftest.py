@@ -16,12 +16,15 @@ from PIL import Image
 
 # Tests that run in this process use the CPU, and one thread each, as these are tiny networks.
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-# What is measured and remembered stays out of the user's cache.
-os.environ |= {"XDG_CACHE_HOME": tempfile.mkdtemp()}
+SCRATCH = Path(tempfile.mkdtemp(prefix="fasttrain-tests-"))
+# What is measured and compiled stays out of the user's caches, and Accelerate finds no settings.
+for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR"):
+    os.environ[name] = str(SCRATCH / name.lower())
 
 from fasttrain import config, sharding, sources
 
 REPO = Path(__file__).parent.parent
+CHECKOUT = SCRATCH / "fasttrain"  # where commands run: what they leave there goes with the tests
 TIMEOUT_S = 240  # of a command that takes seconds: the machines of a test run can be very busy
 
 # A recipe of seconds on a CPU; tests add what they are about.
@@ -36,9 +39,16 @@ TINY = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache() -> Iterator[None]:
+def scratch() -> Iterator[None]:
+    """Tests work in a folder that has all of the checkout but its user's `data` and `runs`."""
+    CHECKOUT.mkdir()
+    for path in REPO.iterdir():
+        if path.name not in ("data", "runs", ".git"):
+            (CHECKOUT / path.name).symlink_to(path)
+    os.chdir(CHECKOUT)
     yield
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    os.chdir(REPO)
+    shutil.rmtree(SCRATCH)
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -152,10 +162,10 @@ def command_path() -> str:
 def run(
     command: Sequence[str | Path], code: int = 0, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the repository and checks its exit code."""
+    """Runs a command in the checkout that tests have, and checks its exit code."""
     done = subprocess.run(
         [str(word) for word in command],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(**changes),
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, TIMEOUT_S, environment, lines
+from conftest import CHECKOUT, TIMEOUT_S, environment, lines
 from torch import distributed
 
 from fasttrain import heartbeat
@@ -116,7 +116,7 @@ def test_a_frozen_process_ends_the_run(tiny: Callable[..., Path], tmp_path: Path
     command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "3"]
     launched = subprocess.Popen(
         [*command, "--main_process_port", "0", "fasttrain/train.py", str(recipe)],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(ACCELERATE_USE_CPU="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import CHECKOUT, REPO, SCRATCH, environment
 
 MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
@@ -110,3 +110,12 @@ def test_top_level_is_what_the_readme_shows() -> None:
     for name in MODULES:
         if name != "__init__":
             assert f"{name}.py" in readme, f"{name}.py is not in the README's tree"
+
+
+def test_tests_work_where_the_user_has_nothing() -> None:
+    """Neither data nor runs nor caches of whoever runs the tests are within their reach."""
+    assert Path.cwd() == CHECKOUT and (CHECKOUT / "fasttrain" / "train.py").exists()
+    assert not (CHECKOUT / "data").is_symlink() and not (CHECKOUT / "runs").is_symlink()
+    assert not CHECKOUT.is_relative_to(REPO)
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR"):
+        assert environment()[name].startswith(str(SCRATCH))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPO, command_path, environment
+from conftest import CHECKOUT, command_path, environment
 
 from fasttrain import runtime
 
@@ -81,7 +81,7 @@ def submit(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Submitted
         }  # fmt: skip
         job = subprocess.Popen(
             ["bash", "tools/train.sbatch", recipe, *words],
-            cwd=REPO,
+            cwd=CHECKOUT,
             env=environment(**(given | changes)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

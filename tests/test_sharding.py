@@ -16,7 +16,7 @@ import forms
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TIMEOUT_S, environment, listed, photograph, run, shard
+from conftest import CHECKOUT, TIMEOUT_S, environment, listed, photograph, run, shard
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_shards import expected_samples, files_of
@@ -223,7 +223,8 @@ def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
     script = BUILD.replace("workers=2", "part=(int(sys.argv[3]), 3)")
     command = ["python", "-c", script, larger, tmp_path / "parts"]
     parts = [
-        subprocess.Popen([*command, str(part)], cwd=REPO, env=environment()) for part in (1, 2, 3)
+        subprocess.Popen([*command, str(part)], cwd=CHECKOUT, env=environment())
+        for part in (1, 2, 3)
     ]
     assert [part.wait(TIMEOUT_S) for part in parts] == [0, 0, 0]
     shard(larger, tmp_path / "whole", shard_size=10)
@@ -351,7 +352,7 @@ sharding.write_dataset(
 def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = ["python", "-c", BUILD, larger, out]
-        return subprocess.Popen(command, cwd=REPO, env=environment(), start_new_session=True)
+        return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), start_new_session=True)
 
     begun = time.monotonic()
     assert start(tmp_path / "whole").wait(TIMEOUT_S) == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, environment, lines, run
+from conftest import CHECKOUT, REPO, environment, lines, run
 from safetensors.torch import load_file
 from test_readme import COMMANDS
 
@@ -48,7 +48,7 @@ class Cluster:
     def command(self, *words: object, **changes: str) -> str:
         env = environment(SLURM_CONF=str(self.folder / "slurm.conf"), **changes)
         done = subprocess.run(
-            [str(word) for word in words], cwd=REPO, env=env, capture_output=True, text=True,
+            [str(word) for word in words], cwd=CHECKOUT, env=env, capture_output=True, text=True,
             timeout=60,
         )  # fmt: skip
         return done.stdout

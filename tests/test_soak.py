@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPO, environment, lines
+from conftest import CHECKOUT, environment, lines
 
 SOAK_S = float(os.environ.get("FASTTRAIN_SOAK_S", "1800"))
 WARM_UP_S = 20  # of each life: imports, first updates, first evaluation and save
@@ -48,7 +48,7 @@ def test_memory_files_and_threads_stay_flat(tiny: Callable[..., Path], tmp_path:
         with (tmp_path / "log").open("ab") as log:
             trainer = subprocess.Popen(
                 [sys.executable, "fasttrain/train.py", recipe],
-                cwd=REPO,
+                cwd=CHECKOUT,
                 env=environment(ACCELERATE_USE_CPU="1"),
                 stdout=log,
                 stderr=log,

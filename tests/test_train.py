@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, TIMEOUT_S, environment, lines, run
+from conftest import CHECKOUT, REPO, TIMEOUT_S, environment, lines, run
 from safetensors.torch import load_file
 
 from fasttrain import checkpoint, config, run_folder, runtime, sampling, shards, train
@@ -140,7 +140,7 @@ def start(recipe: Path, *settings: str, world: int = 1) -> subprocess.Popen[str]
     words = [word for setting in settings for word in ("--set", setting)]
     return subprocess.Popen(
         [*launch(world), "fasttrain/train.py", recipe, *words],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(ACCELERATE_USE_CPU="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -347,7 +347,7 @@ def test_a_file_and_a_signal_stop_it(tiny: Callable[..., Path], tmp_path: Path) 
     ):
         trainer = subprocess.Popen(
             [sys.executable, "fasttrain/train.py", recipe],
-            cwd=REPO,
+            cwd=CHECKOUT,
             env=environment(ACCELERATE_USE_CPU="1"),
             stdout=subprocess.PIPE,
             text=True,
@@ -477,7 +477,7 @@ def test_a_process_that_hears_nothing_ends_after_its_launcher(tmp_path: Path) ->
     )
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run(['python', '-c', {deaf!r}])"],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(),
     )
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "a start")
@@ -507,7 +507,7 @@ def test_a_process_that_dies_takes_the_others_along(
     )
     launched = subprocess.Popen(
         [*launch(2), program, tiny()],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(ACCELERATE_USE_CPU="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -607,7 +607,7 @@ def test_begun_on_four_processes_and_continued_on_two_and_three(
     for world in (4, 2, 3):
         launched = subprocess.Popen(
             [*launch(world), "fasttrain/train.py", recipe],
-            cwd=REPO,
+            cwd=CHECKOUT,
             env=environment(ACCELERATE_USE_CPU="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -690,7 +690,7 @@ def test_fp16_without_a_gpu_is_refused(
 def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
     failed = subprocess.run(
         [*launch(2), "fasttrain/train.py", tiny()],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(),
         capture_output=True,
         text=True,

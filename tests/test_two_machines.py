@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TIMEOUT_S, environment, lines, run
+from conftest import CHECKOUT, TIMEOUT_S, environment, lines, run
 from safetensors.torch import load_file
 
 from fasttrain import checkpoint
@@ -58,7 +58,7 @@ def launch(machine: str, number: int, recipe: Path, *words: str) -> subprocess.P
     )
     return subprocess.Popen(
         [*command.split(), *words],
-        cwd=REPO,
+        cwd=CHECKOUT,
         env=environment(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="eth-ft"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
