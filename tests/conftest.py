@@ -16,14 +16,17 @@ from PIL import Image
 
 # Tests that run in this process use the CPU, and one thread each, as these are tiny networks.
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-SCRATCH = Path(tempfile.mkdtemp(prefix="fasttrain-tests-"))
 # What is measured and compiled stays out of the user's caches, and Accelerate finds no settings.
-for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR"):
-    os.environ[name] = str(SCRATCH / name.lower())
+os.environ |= {"FASTTRAIN_TESTS": tempfile.mkdtemp(prefix="fasttrain-tests-")}
+os.environ |= {
+    name: os.path.join(os.environ["FASTTRAIN_TESTS"], name.lower())
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
+}
 
 from fasttrain import config, sharding, sources
 
 REPO = Path(__file__).parent.parent
+SCRATCH = Path(os.environ["FASTTRAIN_TESTS"])
 CHECKOUT = SCRATCH / "fasttrain"  # where commands run: what they leave there goes with the tests
 TIMEOUT_S = 240  # of a command that takes seconds: the machines of a test run can be very busy
 
