@@ -96,6 +96,7 @@ class Source:
     classes: tuple[str, ...]
     splits: dict[str, Listing]
     skipped: dict[str, int]  # files and members that were left out, by kind
+    archives: str = ""  # digest of the files that had to be unpacked first
 
     @property
     def ignored(self) -> int:
@@ -107,13 +108,14 @@ class Source:
 class Scan:
     """What a form's scanner gathers, and what it may use."""
 
-    spool: Path = Path()  # folder for what must be unpacked first
+    spool: Path | None = None  # folder for what must be unpacked first; None: look at files alone
     run: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = list  # tasks, in parallel
     say: Callable[[str], None] = lambda text: None
     options: Options = DEFAULTS
     splits: dict[str, list[Found]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     skipped: Counter[str] = field(default_factory=Counter)
     dangling: list[Path] = field(default_factory=list)  # links that lead nowhere
+    archives: str = ""  # digest of the files that must be unpacked first
     classes: Iterable[str] | None = None  # in order, where the form names them; else those of train
 
     @property

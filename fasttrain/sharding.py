@@ -16,7 +16,7 @@ import os
 import signal
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -400,6 +400,7 @@ def _finish(
         "version": FORMAT_VERSION,
         "form": source.form,
         "source": _digest(source),
+        **({"archives": source.archives} if source.archives else {}),
         "seed": seed,
         "policy": asdict(policy),
         "ignored_files": source.ignored,
@@ -430,13 +431,47 @@ def check_out(out: Path, in_place: bool = False) -> None:
         )
 
 
+def is_finished(out: Path) -> bool:
+    """Whether the folder `out` holds a finished data set."""
+    return (out / MANIFEST).exists() and not (out / UNFINISHED).exists()
+
+
 def _is_finished(source: Source, out: Path, policy: Policy, seed: int) -> bool:
     """Whether `out` holds the data set of this source and these options."""
-    if (out / UNFINISHED).exists() or not (out / MANIFEST).exists():
+    if not is_finished(out):
         return False
     manifest = read_manifest(out)
     kept = [manifest.get(key) for key in ("form", "source", "seed", "policy")]
     return kept == [source.form, _digest(source), seed, asdict(policy)]
+
+
+def check_same(out: Path, asked: Mapping[str, Any], source: Source | None = None) -> None:
+    """Checks that the finished data set in `out` is the one that is asked for.
+
+    Args:
+        asked: entries of the manifest that must be the same, such as the seed and the policy.
+        source: what it would be made of now, unless the files were compared already.
+    Raises:
+        ShardError: it is another one, or was made of files that have changed since.
+    """
+    manifest = read_manifest(out)
+    changed = [
+        "source: other files, or other contents of them"
+        if key == "archives"
+        else f"{key}: {manifest.get(key)} -> {value}"
+        for key, value in asked.items()
+        if manifest.get(key) != value
+    ]
+    if source and not changed:
+        if manifest.get("source") != _digest(source):
+            changed.append("source: other images, sizes or classes")
+        elif _newest_time(source) > (out / MANIFEST).stat().st_mtime_ns:
+            changed.append(f"source: changed since ({_newest(source)})")
+    if changed:
+        raise ShardError(
+            "\n  ".join([f"{out} already holds a finished data set, but not this one:", *changed])
+            + "\nremove it or choose another folder"
+        )
 
 
 def claim(
@@ -513,6 +548,10 @@ def _times(source: Source) -> str:
     for listing in source.splits.values():
         digest.update(listing.mtime.tobytes())
     return digest.hexdigest()
+
+
+def _newest_time(source: Source) -> int:
+    return max(int(listing.mtime.max()) for listing in source.splits.values())
 
 
 def _newest(source: Source) -> str:

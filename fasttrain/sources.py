@@ -127,6 +127,9 @@ FORMS = {
 }
 
 
+UNPACKED = ("parquet", "hf-tar")  # forms that cannot be read at random
+
+
 def recognise(root: Path) -> str:
     """The name of the form that lies at `root`.
 
@@ -193,4 +196,13 @@ def scan(
     ordered = classes.settle(root, found)
     labels = {name: label for label, name in enumerate(ordered)}
     made = {split: listing.make_listing(images, labels) for split, images in found.splits.items()}
-    return Source(form, ordered, made, +found.skipped)
+    return Source(form, ordered, made, +found.skipped, found.archives)
+
+
+def archives(root: Path, form: str, options: Options) -> str:
+    """Digest of the files of a source that must be unpacked; empty for what is read in place."""
+    if form not in UNPACKED:
+        return ""
+    found = Scan(options=options)
+    FORMS[form].scan(root, found)
+    return found.archives

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain.listing import Found, Scan
+from fasttrain.listing import Found, Options, Scan
 from fasttrain.shards import SPLITS, ShardError, atomic
 
 SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
@@ -70,16 +70,21 @@ def unpack(jobs: Sequence[Job], read: Read, folder: Path, run: Run) -> None:
 def unpack_all(jobs: Sequence[Job], read: Read, scan: Scan) -> dict[str, list[tuple[Found, Any]]]:
     """Unpacks every file of a source, in parallel: the images by split, with their labels.
 
+    Without a folder to unpack to, only looks at the files: there are no images then.
+
     Raises:
         ShardError: a file is damaged.
     """
+    scan.archives = _digest(jobs, scan.options)
+    found: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
+    if scan.spool is None:
+        return found
     size = sum(job.path.stat().st_size for job in jobs)
     scan.say(
         f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
         "read at random; removed at the end"
     )
     unpack(jobs, read, scan.spool, scan.run)
-    found: dict[str, list[tuple[Found, Any]]] = {split: [] for split in SPLITS}
     for job in jobs:
         for place, offset, num_bytes, name, label in unpacked(job, scan.spool):
             found[job.split].append((Found(place, offset, num_bytes, "", name), label))
@@ -108,6 +113,16 @@ def _state(job: Job) -> list[Any]:
         file.seek(max(0, found.st_size - _TAIL))
         tail = hashlib.sha256(file.read(_TAIL)).hexdigest()
     return [found.st_size, found.st_mtime_ns, tail, list(job.columns)]
+
+
+def _digest(jobs: Sequence[Job], options: Options) -> str:
+    """Of files and how they are read: the same wherever they lie and whenever they were copied."""
+    draw = options.val_fraction and (options.val_fraction, options.seed)
+    found: list[Any] = [options.val_only, draw, options.classes, options.by_number]
+    for job in jobs:
+        size, _, tail, columns = _state(job)
+        found.append([job.name, job.split, size, tail, columns])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _made(path: Path) -> list[int]:

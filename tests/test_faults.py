@@ -685,7 +685,7 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (make_shards, "{folder} --in-place --short-side 9", ["name an OUT to re-encode them"]),
     (make_shards, "/nowhere {new}", ["/nowhere is not a folder", "train/<class>/"]),
     (make_shards, "{empty} {new}", ["{empty} holds none of the forms", "imagefolder: an Image"]),
-    (make_shards, "{folder} {data}", ["{data} already holds a finished data set; remove it or"]),
+    (make_shards, "{folder} {data} --seed 1", ["{data} already holds a finished data set, but"]),
     (make_shards, "{folder} {folder}", ["holds files of other origin (", "choose another"]),
     (make_shards, "{folder} {recipe}/new", ["cannot go on: [Errno 20] Not a directory"]),
     (make_shards, "{folder} {new} --part 9/8", ["--part: 9/8: expected I/N with I from 1 to N"]),

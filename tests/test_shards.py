@@ -219,13 +219,6 @@ def test_a_member_whose_name_is_no_text(dataset: Path, tmp_path: Path) -> None:
     assert split.describe(2) == f"{path}, key unreadable at byte {header + 512}"
 
 
-def test_a_finished_data_set_is_not_overwritten(folder: Path, dataset: Path) -> None:
-    before = files_of(dataset)
-    failed = run(["python", "tools/make_shards.py", folder, dataset], code=2)
-    assert "already holds a finished data set" in failed.stderr
-    assert files_of(dataset) == before
-
-
 def test_a_part_of_a_finished_data_set_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
     """Of an array of jobs with more parts than shards, some begin when all is done."""
     out, command = tmp_path / "out", ["python", "tools/make_shards.py", folder, tmp_path / "out"]

@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,17 @@ def fraction(text: str) -> float:
     return found
 
 
+def policy_of(arguments: argparse.Namespace) -> Policy:
+    """How images are to be stored."""
+    return Policy(
+        short_side=arguments.short_side,
+        quality=arguments.quality,
+        resize_val=arguments.resize_val,
+        store=arguments.store,
+        decode=not arguments.skip_decoding,
+    )
+
+
 def options_of(arguments: argparse.Namespace) -> listing.Options:
     """How the source is to be read."""
     return listing.Options(
@@ -217,48 +229,21 @@ def options_of(arguments: argparse.Namespace) -> listing.Options:
 def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Recognises, lists, checks and writes the source; returns the manifest once all is written."""
     root, out = arguments.source, arguments.out
-    policy = Policy(
-        short_side=arguments.short_side,
-        quality=arguments.quality,
-        resize_val=arguments.resize_val,
-        store=arguments.store,
-        decode=not arguments.skip_decoding,
-    )
-    if arguments.part == (1, 1):  # a part may come after the others have finished it
-        sharding.check_out(out, arguments.in_place)
+    policy = policy_of(arguments)
     options = options_of(arguments)
+    # A part may come after the others have finished it.
+    if arguments.part == (1, 1) and not sharding.is_finished(out):
+        sharding.check_out(out, arguments.in_place)
     form = arguments.form or sources.recognise(root)
     if arguments.in_place and form != "webdataset":
         raise shards.ShardError(f"--in-place: {root} holds {form}, not WebDataset tars")
-    if form != "parquet" and (arguments.image_column or arguments.label_column):
-        raise shards.ShardError(
-            f"--image-column, --label-column: {root} holds {form}, not parquet files; leave them "
-            "out"
-        )
+    check_options(root, form, options)
     say(f"{root}: {sources.FORMS[form].description} ({form})")
     if arguments.check_md5:
         check_md5(root)
-    spool_made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        source = sources.scan(
-            root,
-            form,
-            out,
-            lambda tasks: sharding.run_tasks(tasks, arguments.workers),
-            say,
-            options,
-        )
-    except BaseException:
-        if spool_made and not any(out.iterdir()):
-            out.rmdir()
-        raise
-    counts = {split: len(listed) for split, listed in source.splits.items()}
-    say(
-        f"{len(source.classes):,} classes, "
-        + ", ".join(f"{number:,} images in {split}" for split, number in counts.items())
-    )
-    say_skipped(source)
+    if sharding.is_finished(out):
+        return finished(arguments, form, policy, options)
+    source = scan(root, form, arguments, options)
     faults = imagenet.faults(source)
     if faults and not arguments.allow_partial:
         raise shards.ShardError(
@@ -266,8 +251,8 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
             + "\nfind what is missing, or go on with --allow-partial"
         )
     warn_of_space(source, policy, out)
-    mine = sum(counts.values()) * (1 if arguments.part == (1, 1) else 1 / arguments.part[1])
-    with display.progress(round(mine), "sharding") as advance:
+    images = sum(map(len, source.splits.values()))
+    with display.progress(round(images / arguments.part[1]), "sharding") as advance:
         return sharding.write_dataset(
             source,
             out,
@@ -279,6 +264,64 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
             workers=arguments.workers,
             on_progress=lambda done: advance(done.images, done.num_bytes),
         )
+
+
+def check_options(root: Path, form: str, options: listing.Options) -> None:
+    """Checks that what is asked for is of the form that SOURCE has."""
+    if form != "parquet" and (options.image_column or options.label_column):
+        raise shards.ShardError(
+            f"--image-column, --label-column: {root} holds {form}, not parquet files; leave them "
+            "out"
+        )
+    if form != "webdataset" and options.label_key:
+        raise shards.ShardError(
+            f"--label-key: {root} holds {form}, not WebDataset tars; leave it out"
+        )
+
+
+def finished(
+    arguments: argparse.Namespace, form: str, policy: Policy, options: listing.Options
+) -> dict[str, Any]:
+    """The manifest of OUT, which is finished, once it was compared with what is asked for."""
+    root, out = arguments.source, arguments.out
+    asked = {"form": form, "seed": arguments.seed, "policy": asdict(policy)}
+    sharding.check_same(out, asked)
+    archives = sources.archives(root, form, options)
+    if archives:  # not unpacked again, to be compared
+        sharding.check_same(out, {"archives": archives})
+    else:
+        sharding.check_same(out, {}, scan(root, form, arguments, options))
+    manifest = shards.read_manifest(out)
+    rejected = sum(len(entry["rejected"]) for entry in manifest["splits"].values())
+    if arguments.strict and rejected:
+        raise shards.ShardError(
+            f"--strict: {rejected} images were rejected when {out} was made, see its "
+            f"{shards.MANIFEST}; mend the source and start in a new folder, or leave --strict out"
+        )
+    say(f"{out} is done, nothing to do")
+    return manifest
+
+
+def scan(root: Path, form: str, arguments: argparse.Namespace, options: listing.Options) -> Source:
+    """Lists the source and says what is in it; leaves no empty OUT behind where that fails."""
+    out = arguments.out
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    workers = arguments.workers
+    try:
+        source = sources.scan(
+            root, form, out, lambda tasks: sharding.run_tasks(tasks, workers), say, options
+        )
+    except BaseException:
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    say(
+        f"{len(source.classes):,} classes, "
+        + ", ".join(f"{len(found):,} images in {split}" for split, found in source.splits.items())
+    )
+    say_skipped(source)
+    return source
 
 
 def say_skipped(source: Source) -> None:

@@ -1,0 +1,177 @@
+"""make_shards.py: its options, and what it does where a data set is finished."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forms
+import pytest
+from conftest import REPO
+from test_folders import image, put
+from test_shards import files_of
+from test_wds import pair, samples
+
+sys.path.insert(0, str(REPO / "tools"))
+import make_shards
+
+from fasttrain import shards
+
+Make = Callable[..., tuple[int, str, dict[str, Any]]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Make:
+    """Runs the command in this process: its exit code, what it said, its closing line."""
+
+    def run(*words: object) -> tuple[int, str, dict[str, Any]]:
+        command = ["make_shards.py", *map(str, words), "--workers", "1"]
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            make_shards.main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        return code, err, json.loads(out.splitlines()[-1]) if out else {}
+
+    return run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    names = [f"{s}/{c}/{n}.png" for s in ("train", "val") for c in ("cat", "dog") for n in range(3)]
+    return put(tmp_path / "in", *names)
+
+
+def test_a_rerun_has_nothing_to_do(root: Path, tmp_path: Path, make: Make) -> None:
+    out = tmp_path / "out"
+    code, _, first = make(root, out)
+    before = files_of(out)
+    assert code == 0
+    for part in ((), ("--part", "7/8")):
+        code, said, again = make(root, out, *part)
+        assert code == 0 and said.count(f"{out} is done, nothing to do\n") == 1
+        assert again["splits"] == first["splits"] and files_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (["--seed", "1"], "seed: 0 -> 1"),
+        (["--short-side", "4"], "policy: {.*} -> {'short_side': 4"),
+        (["--classes-by-number"], "--classes-by-number: the class cat is not a number"),
+        (["--val-only"], "source: other images, sizes or classes"),
+    ],
+)
+def test_a_rerun_with_other_options(
+    root: Path, tmp_path: Path, make: Make, options: list[str], difference: str
+) -> None:
+    out = tmp_path / "out"
+    make(root, out)
+    before = files_of(out)
+    code, said, _ = make(root, out, *options)
+    assert code == 2 and files_of(out) == before
+    assert re.search(difference, said)
+
+
+def added(root: Path) -> None:
+    put(root, "train/cat/new.png")
+
+
+def resized(root: Path) -> None:
+    (root / "train/cat/0.png").write_bytes(image() + b"x")
+
+
+def rewritten(root: Path) -> None:
+    time.sleep(0.02)
+    (root / "train/cat/0.png").write_bytes(image(9))
+
+
+@pytest.mark.parametrize("change", [added, resized, rewritten])
+def test_a_rerun_with_a_changed_source(
+    root: Path, tmp_path: Path, make: Make, change: Callable[[Path], None]
+) -> None:
+    make(root, tmp_path / "out")
+    change(root)
+    code, said, _ = make(root, tmp_path / "out")
+    assert code == 2 and "already holds a finished data set, but not this one:\n  source: " in said
+    assert "remove it or choose another folder" in said
+
+
+@pytest.mark.parametrize("form", ["parquet", "hf-tar"])
+def test_a_rerun_unpacks_nothing(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    forms.write(form, root, forms.photographs())
+    assert make(root, out, "--allow-partial")[0] == 0
+    monkeypatch.setattr("fasttrain.spool.unpack", lambda *arguments: pytest.fail("unpacked"))
+    code, said, _ = make(root, out, "--allow-partial")
+    assert code == 0 and f"{out} is done, nothing to do" in said
+    path = max((root / "data").glob("train*"))
+    path.unlink()
+    code, said, _ = make(root, out, "--allow-partial")
+    assert code == 2 and "source: other files, or other contents of them" in said
+
+
+def test_a_rerun_in_place(tmp_path: Path, make: Make) -> None:
+    pair(tmp_path, [])
+    for name in ("train", "val"):
+        forms.put(tmp_path / f"{name}-0.tar", forms.tar([("1.cls", b"0"), ("1.jpg", photo())]))
+    assert make(tmp_path, "--in-place")[0] == 0
+    code, said, _ = make(tmp_path, "--in-place")
+    assert code == 0 and "is done, nothing to do" in said
+
+
+def photo() -> bytes:
+    return next(item.data for item in forms.photographs() if item.name not in forms.ODD.values())
+
+
+def test_val_only_in_the_order_of_a_data_set(root: Path, tmp_path: Path, make: Make) -> None:
+    (tmp_path / "order.txt").write_text("dog\nbird\ncat\n")
+    code, said, result = make(
+        root, tmp_path / "val", "--val-only", "--classes", tmp_path / "order.txt"
+    )
+    assert code == 0 and "1 of the 3 classes have no image in val" in said
+    assert result["splits"].keys() == {"val"}
+    split = shards.open_split(tmp_path / "val", "val")
+    assert split.classes == ("dog", "bird", "cat") and set(split.label.tolist()) == {0, 2}
+    code, _, _ = make(root, tmp_path / "again", "--val-only", "--classes", tmp_path / "val")
+    assert shards.read_manifest(tmp_path / "again")["classes"] == ["dog", "bird", "cat"]
+
+
+def test_what_was_left_out_is_said_by_kind(root: Path, tmp_path: Path, make: Make) -> None:
+    put(root, "train/cat/a.txt", "train/cat/b.txt", "train/dog/c.heic", "val/cat/.d.png")
+    code, said, _ = make(root, tmp_path / "out")
+    assert code == 0 and "left out 4 files: 2 *.txt, 1 *.heic, 1 hidden\n" in said
+    assert "WARNING: 1 *.heic may be images, but are not read; make JPEGs of them" in said
+    assert shards.read_manifest(tmp_path / "out")["ignored_files"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--val-fraction", "1"], "--val-fraction: 1: expected a share between 0 and 1"),
+        (["--val-fraction", "x"], "--val-fraction: x: expected a share between 0 and 1"),
+        (["--val-only", "--val-fraction", "0.1"], "--val-only: all of SOURCE is val; leave out"),
+        (["--label-key", "y"], "--label-key: .* holds imagefolder, not WebDataset tars"),
+        (["--classes", "/nowhere"], "--classes /nowhere: cannot be read (No such file"),
+    ],
+)
+def test_options_that_cannot_be(
+    root: Path, tmp_path: Path, make: Make, options: list[str], message: str
+) -> None:
+    code, said, _ = make(root, tmp_path / "out", *options)
+    first, _, last = message.partition(" .* ")
+    assert code == 2 and first in said and last in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_place_with_labels_of_another_kind(tmp_path: Path, make: Make) -> None:
+    pair(tmp_path, samples("cat"))
+    code, said, _ = make(tmp_path, "--in-place")
+    assert code == 2 and "labels must be numbers to stay as they are: name a folder OUT" in said
