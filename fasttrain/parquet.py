@@ -4,6 +4,7 @@ Everything that can be wrong with their columns is looked for before anything is
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ LABEL_NAMES = (
     "label_name species"
 ).split()
 _MOST_FOLDERS = 32  # that are looked into: class folders are no places for parquet files
+_NUMBERED = re.compile(r"(.*?)-(\d{5})-of-(\d{5})")
 _LFS = b"version https://git-lfs"
 
 
@@ -94,6 +96,8 @@ def _by_split(root: Path, scan: Scan) -> dict[str, list[Path]]:
     names = {s: [str(p.relative_to(root)) for p in paths] for s, paths in found.items()}
     found["val"] = found.get(settle_test(names, scan) or "", [])
     _check_splits(root, found, scan)
+    for split in scan.wanted:
+        _check_whole(found[split], scan)
     return {split: found[split] for split in scan.wanted}
 
 
@@ -127,6 +131,39 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
             raise ShardError(
                 f"{root}: no parquet file has {split} as a word in its name or in that of its "
                 f"folder ({some} is there); load it too, or: {remedy}"
+            )
+
+
+def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
+    """Checks files that are numbered, train-00000-of-00294: none is missing, none is there twice.
+
+    Raises:
+        ShardError: files of two exports lie together, or one is missing and that is not allowed.
+    """
+    exports: dict[tuple[Path, str], dict[int, Path]] = {}
+    totals: dict[tuple[Path, str], tuple[int, Path]] = {}
+    for path in paths:
+        match = _NUMBERED.match(path.name)
+        if match is None:
+            continue
+        export, number, total = (path.parent, match[1]), int(match[2]), int(match[3])
+        own = exports.setdefault(export, {})
+        before = totals.setdefault(export, (total, path))
+        if number in own or before[0] != total:
+            other = own.get(number, before[1])
+            raise ShardError(
+                f"{other} and {path.name} are of two exports of the same data: move the files of "
+                "the older one out of the source"
+            )
+        own[number] = path
+    for export, own in exports.items():
+        total, example = totals[export]
+        missing = sorted(set(range(total)) - own.keys())
+        if missing and not scan.options.allow_partial:
+            raise ShardError(
+                f"{example.parent}: {len(missing):,} of the {total:,} files like {example.name} "
+                f"are missing, the first is number {missing[0]}; load them too, or go on with "
+                "--allow-partial"
             )
 
 

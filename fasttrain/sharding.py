@@ -123,8 +123,8 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 rgb = _eight_bit_rgb(image).resize(size, pil.Resampling.BICUBIC)
             else:
                 rgb = _eight_bit_rgb(image)
-            if repaired and _is_sixteen_bit(image) and np.asarray(rgb).max() < 16:
-                repaired += "; almost black now, as no value is above 4,095 of 65,535"
+            if repaired:
+                repaired += _lost(image, rgb)
             if policy.store == "raw":
                 header = f"P6\n{rgb.width} {rgb.height}\n255\n".encode()
                 return Image(header + rgb.tobytes(), "ppm", rgb.width, rgb.height, repaired)
@@ -183,6 +183,19 @@ def _eight_bit_rgb(image: "pil.Image") -> "pil.Image":
         if tags[_TIFF_PHOTOMETRIC] == 0:
             pixels = ~pixels
     return pil.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _lost(image: "pil.Image", rgb: "pil.Image") -> str:
+    """What a person should know about an image of which hardly anything is left in 8-bit RGB."""
+    if _is_sixteen_bit(image) and np.asarray(rgb).max() < 16:
+        return "; almost black now, as no value is above 4,095 of 65,535"
+    if image.has_transparency_data and np.ptp(np.asarray(rgb), (0, 1)).max() == 0:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        if np.ptp(alpha):
+            return (
+                "; of one colour now, as its picture is in the transparency: put it on a background"
+            )
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------

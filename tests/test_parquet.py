@@ -197,6 +197,22 @@ def test_a_missing_split(tmp_path: Path) -> None:
     assert [len(listing) for listing in source.splits.values()] == [2, 2]
 
 
+def test_files_of_a_numbered_export(tmp_path: Path) -> None:
+    """An interrupted download, and a second export into the folder of the first."""
+    names = [f"data/train-{number:05}-of-00004.parquet" for number in (0, 2)]
+    root = put(tmp_path / "in", dict.fromkeys(names, table()) | {VAL: table()})
+    assert fault(root) == (
+        f"{root / 'data'}: 2 of the 4 files like train-00000-of-00004.parquet are missing, the "
+        "first is number 1; load them too, or go on with --allow-partial"
+    )
+    assert len(scanned(root, allow_partial=True)[0].splits["train"]) == 8
+    for other in (TRAIN, "data/train-00002-of-00004-0af31c.parquet"):
+        put(tmp_path / "in", {other: table()})
+        with pytest.raises(ShardError, match="are of two exports of the same data: move"):
+            scanned(root, allow_partial=True)
+        (root / other).unlink()
+
+
 def struct(path: str | None, data: bytes | None) -> dict[str, Any]:
     return {"bytes": data, "path": path}
 
@@ -209,6 +225,10 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "an image is null": (
         lambda: table(image=[struct("1.jpg", image(0)), None, None, struct("2.jpg", image(1))]),
         "column image has no bytes in 2 rows",
+    ),
+    "lists of images": (
+        lambda: table(image=[[struct("1.jpg", image(1))]] * 4),
+        "expected the bytes of image files (binary, or a struct of bytes and path)",
     ),
     "paths": (
         lambda: table(image=["a.jpg", "b.jpg", "c.jpg", "d.jpg"]),

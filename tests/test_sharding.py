@@ -171,6 +171,20 @@ def test_twelve_bits_in_sixteen_are_said_to_be_dark() -> None:
     assert dark.repaired and "almost black now, as no value is above 4,095" in dark.repaired
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_picture_that_is_in_the_transparency_is_said_to_be_lost(mode: str) -> None:
+    """Black drawings on a transparent ground: RGB of them is black."""
+    icon = Image.new("RGBA", (32, 32))
+    icon.paste((0, 0, 0, 255), (8, 8, 24, 24))
+    data = saved(icon.convert(mode), "PNG")
+    for policy in (Policy(), Policy(short_side=16)):
+        found = sharding.prepare_image(data, "train", policy).repaired
+        assert found and "of one colour now, as its picture is in the transparency" in found
+    icon.paste((200, 0, 0, 255), (8, 8, 24, 24))
+    whole = sharding.prepare_image(saved(icon.convert(mode), "PNG"), "train", Policy()).repaired
+    assert whole == f"PNG {mode}" or mode == "LA"
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
