@@ -1,6 +1,7 @@
 """Names of classes, and the order that gives their labels."""
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -165,16 +166,28 @@ def _replace_numbers(scan: Scan, listed: tuple[str, ...]) -> None:
             images[position] = item._replace(label=listed[int(item.label)])
 
 
+def _same(one: str, other: str) -> bool:
+    """Whether names differ in case, blanks, or in how Unicode spells them (as Macs do) alone."""
+    forms = (unicodedata.normalize("NFKC", name).casefold().split() for name in (one, other))
+    return next(forms) == next(forms)
+
+
 def _check(root: Path, scan: Scan, classes: set[str], lack: str) -> None:
     for split, images in scan.splits.items():
         unknown = sorted({item.label for item in images} - classes)
         if unknown:
             (first, *_) = (item for item in images if item.label == unknown[0])
             more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+            alike = next((name for name in sorted(classes) if _same(name, unknown[0])), None)
             numbers = all(name.isdecimal() for name in unknown)
             raise ShardError(
                 f"{root}: {split} holds images of {unknown[0]}{more}, a class that {lack}, the "
                 f"first: {first.name} in {first.place}"
+                + (
+                    f"\nis it {alike!a}? This is {unknown[0]!a}: rename one of them"
+                    if alike
+                    else ""
+                )
                 + (
                     "\nfolders that are numbers: --classes-by-number takes folder 7 as the class "
                     "number 7 of the list, from 0"

@@ -41,18 +41,18 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
     """The folders in `root` that are splits by their names, by split.
 
     Names are whole words such as `train`, in any case. Where no folder has such a name, names that
-    hold one such word are taken too (`training_set`), if all folders have them and train is there.
+    hold one such word are taken too (`training_set`), if train is there and no class beside it.
     """
     folders = children(root) if root.is_dir() else []
     exact = {path: path.name.lower() for path in folders if path.name.lower() in SPLIT_OF}
     if exact and len(exact) < len(folders) and all(map(_is_class, exact)):
         return {}  # bus/, car/ and train/ are three classes
     if not exact:
-        inside = {path: words(path.name) for path in folders}
-        if all(len(found) == 1 for found in inside.values()):
-            exact = {path: min(found) for path, found in inside.items()}
-        if not {"train"} < {SPLIT_OF[word] for word in exact.values()}:
-            exact = {}
+        inside = {path: min(word) for path in folders if len(word := words(path.name)) == 1}
+        others = [path for path in folders if path not in inside]
+        has_both = {"train"} < {SPLIT_OF[word] for word in inside.values()}
+        if has_both and not any(map(_is_class, others)) and not all(map(_is_class, inside)):
+            exact = inside
     found: dict[str, list[Path]] = {}
     for path, word in exact.items():
         found.setdefault(SPLIT_OF[word], []).append(path)
@@ -122,12 +122,10 @@ def scan_imagefolder(root: Path, scan: Scan, label_roots: Iterable[Path] = ()) -
 def _places(root: Path, scan: Scan) -> dict[str, Path]:
     """The folder or archive of every split that is wanted."""
     found = split_folders(root)
-    for path in root.iterdir():
-        if path.name.lower() in SPLIT_OF and path.is_symlink() and not path.exists():
-            scan.dangle(path)
-    scan.check_links()
+    _note_dangling(root, found, scan)
     for split, name in (("train", imagenet.TRAIN_TAR), ("val", imagenet.VAL_TAR)):
-        if split not in found and (root / name).exists():
+        is_empty = all(not any(path.iterdir()) for path in found.get(split, []))
+        if is_empty and (root / name).exists():
             found[split] = [root / name]
     for split, paths in found.items():
         if len(paths) > 1:
@@ -147,6 +145,16 @@ def _places(root: Path, scan: Scan) -> dict[str, Path]:
     if missing:
         raise ShardError(_what_is_missing(root, missing[0], bool(found)))
     return {split: places[split] for split in scan.wanted}
+
+
+def _note_dangling(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
+    """Notes links in place of split folders that lead nowhere, of test only if it is needed."""
+    for path in root.iterdir():
+        split = SPLIT_OF.get(path.name.lower())
+        is_needed = split in scan.wanted or (split == "test" and "val" not in found)
+        if is_needed and path.is_symlink() and not path.exists():
+            scan.dangle(path)
+    scan.check_links()
 
 
 def _what_is_missing(root: Path, split: str, has_splits: bool) -> str:
@@ -208,7 +216,12 @@ def _scan_class(split: str, folder: Path, scan: Scan) -> list[Found]:
     if not images and split == scan.wanted[0]:
         scan.check_links()
         if len(scan.dangling) == before:
-            raise ShardError(f"{folder} holds no images; remove the class or fill it")
+            tar = next(folder.glob("*.tar"), None)
+            raise ShardError(
+                f"{tar} lies too deep: tars must lie in {folder.parent} itself"
+                if tar
+                else f"{folder} holds no images; remove the class or fill it"
+            )
         scan.say(f"the class {folder.name} is left out: all its links lead nowhere")
     return images
 

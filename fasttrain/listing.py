@@ -138,12 +138,16 @@ class Scan:
         """Raises ShardError if links lead nowhere, unless a partial source is allowed."""
         if not self.dangling or self.options.allow_partial:
             return
-        number, first = len(self.dangling), min(self.dangling)
         raise ShardError(
-            f"{number:,} link{'s lead' if number > 1 else ' leads'} nowhere, the first: {first} -> "
-            f"{first.readlink()}\nbring back what they point to (git-annex: git annex get .), or "
+            f"{self.about_links()}\nbring back what they point to (git-annex: git annex get .), or "
             "leave them out with --allow-partial"
         )
+
+    def about_links(self) -> str:
+        """How many links lead nowhere, and which is the first."""
+        number, first = len(self.dangling), min(self.dangling)
+        links = f"{number:,} links lead" if number > 1 else "1 link leads"
+        return f"{links} nowhere, the first: {first} -> {first.readlink()}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -87,6 +87,16 @@ class Image(NamedTuple):
     repaired: str | None  # what it was, where not every decoder would have taken it
 
 
+_POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get ."}
+
+
+def _what_it_is(data: bytes) -> str:
+    for head, command in _POINTERS.items():
+        if data.startswith(head):
+            return f"a pointer to an image that was not loaded: {command}"
+    return "not an image, or of a kind that PIL does not read"
+
+
 def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
     """Looks into an image, and re-encodes it where the policy or the decoders want that.
 
@@ -135,7 +145,7 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 rgb.save(encoded, "JPEG", quality=REPAIR_QUALITY, subsampling=0)
             return Image(encoded.getvalue(), "jpg", rgb.width, rgb.height, repaired)
     except UnidentifiedImageError:
-        raise ValueError("not an image, or of a kind that PIL does not read") from None
+        raise ValueError(_what_it_is(data)) from None
     except (OSError, SyntaxError, EOFError, pil.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
 

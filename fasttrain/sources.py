@@ -183,6 +183,8 @@ def scan(
     found = Scan(spool, run, say, options)
     FORMS[form].scan(root, found)
     found.check_links()
+    if found.dangling:
+        say(f"WARNING: {found.about_links()}; what they point to is left out")
     for split in found.wanted:
         if not found.splits[split]:
             raise ShardError(f"{root}: no images of {split} were found")

@@ -125,7 +125,8 @@ def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) ->
 
 def _where_labels_are(path: Path, sample: list[Member]) -> str:
     with path.open("rb") as file:
-        for member in sample:
+        # The .txt beside a .json is a caption more often than a label.
+        for member in sorted(sample, key=lambda member: not _ends_with(member, "json")):
             data = _bytes_of(file, member)
             if _ends_with(member, "json"):
                 keys = _json_keys(data)

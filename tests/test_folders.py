@@ -123,7 +123,8 @@ def test_links_that_lead_nowhere(tmp_path: Path, break_one: Callable[[Path], Non
     assert source.skipped == {"links that lead nowhere": 1} and source.classes == ("cat",)
     assert names(source) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
     left_out = "the class gone is left out: all its links lead nowhere"
-    assert said == ([left_out] if break_one is dangling_all_of_a_class else [])
+    assert said[:-1] == ([left_out] if break_one is dangling_all_of_a_class else [])
+    assert said[-1].startswith("WARNING: 1 link leads nowhere, the first: ")
 
 
 def test_a_split_that_is_a_dangling_link(tmp_path: Path) -> None:
@@ -131,6 +132,12 @@ def test_a_split_that_is_a_dangling_link(tmp_path: Path) -> None:
     (tmp_path / "val").symlink_to("/nowhere/val")
     with pytest.raises(ShardError, match=r"1 link leads nowhere, .*/val -> /nowhere/val"):
         scan(tmp_path)
+
+
+def test_a_dangling_test_that_is_not_needed(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/a.png", "val/cat/b.png")
+    (tmp_path / "test").symlink_to("/nowhere")
+    assert not scan(tmp_path)[0].skipped
 
 
 def test_links_that_lead_somewhere_are_followed(tmp_path: Path) -> None:
@@ -181,6 +188,31 @@ def test_two_folders_for_one_split(tmp_path: Path) -> None:
 def test_val_has_a_class_that_train_lacks(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png", "val/dog/c.png")
     with pytest.raises(ShardError, match="val holds images of dog, a class that train does not"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Cat", "cat ", "Ko\u0308ter"])
+def test_classes_that_look_the_same(tmp_path: Path, name: str) -> None:
+    plain = {"Ko\u0308ter": "K\u00f6ter"}.get(name, "cat")
+    put(tmp_path, f"train/{plain}/a.png", f"val/{name}/b.png")
+    with pytest.raises(ShardError, match=r"is it '.*'\? This is '.*': rename one of them"):
+        scan(tmp_path)
+
+
+def test_folders_beside_named_splits(tmp_path: Path) -> None:
+    put(tmp_path, "seg_train/cat/a.png", "seg_test/cat/b.png", "seg_pred/deep/c.png")
+    assert names(scan(tmp_path)[0]) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
+
+
+def test_classes_that_are_named_like_splits(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{c}/{n}.png" for c in ("test tube", "train station") for n in range(2)))
+    assert scan(tmp_path, val_fraction=0.5)[0].classes == ("test tube", "train station")
+
+
+def test_tars_that_lie_too_deep(tmp_path: Path) -> None:
+    tar(tmp_path / "train/part1/0.tar", "a.png")
+    put(tmp_path, "val/cat/a.png")
+    with pytest.raises(ShardError, match=r"part1/0.tar lies too deep: tars must lie in .*train"):
         scan(tmp_path)
 
 
@@ -323,6 +355,9 @@ def test_the_archive_of_val_beside_an_unpacked_train(tmp_path: Path) -> None:
     (tmp_path / "LOC_val_solution.csv").write_text(rows)
     source, _ = scan(tmp_path)
     assert names(source)["val"] == [f"{CAT}/ILSVRC2012_val_00000001.JPEG"]
+    (tmp_path / "val").mkdir()  # and its archive is still packed
+    assert names(scan(tmp_path)[0]) == names(source)
+    (tmp_path / "val").rmdir()
     (tmp_path / "train").rename(tmp_path / "away")
     (tmp_path / "away").rename(tmp_path.parent / f"{tmp_path.name}-away")
     assert names(scan(tmp_path, val_only=True)[0]).keys() == {"val"}

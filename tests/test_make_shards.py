@@ -152,6 +152,15 @@ def test_what_was_left_out_is_said_by_kind(root: Path, tmp_path: Path, make: Mak
     assert shards.read_manifest(tmp_path / "out")["ignored_files"] == 4
 
 
+def test_pointers_in_place_of_images(root: Path, tmp_path: Path, make: Make) -> None:
+    (root / "train/cat/0.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256")
+    (root / "train/cat/1.png").write_text("/annex/objects/SHA256E-s9--0.png\n")
+    said = make(root, tmp_path / "out")[1]
+    for number, command in enumerate(("git lfs pull", "git annex get .")):
+        pointer = "a pointer to an image that was not loaded"
+        assert f"rejected train/cat/{number}.png: {pointer}: {command}\n" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
