@@ -48,7 +48,7 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
     if exact and len(exact) < len(folders) and all(map(_is_class, exact)):
         return {}  # bus/, car/ and train/ are three classes
     if not exact:
-        inside = {path: min(word) for path in folders if len(word := words(path.name)) == 1}
+        inside = {path: min(named) for path in folders if len(named := words(path.name)) == 1}
         others = [path for path in folders if path not in inside]
         has_both = {"train"} < {SPLIT_OF[word] for word in inside.values()}
         if has_both and not any(map(_is_class, others)) and not all(map(_is_class, inside)):
