@@ -152,6 +152,11 @@ class TrainDisplay:
         if self.enabled:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def quiet(self) -> None:
+        """Ends the live view, as the prompt may be the user's again; lines can still be said."""
+        if self.live:
+            self.live.stop()
+
     def _epoch(self, num_done: int) -> str:
         epoch, num_epochs = (
             self.plan.epoch_of(max(steps, 1) - 1) + 1 for steps in (num_done, self.plan.total_steps)

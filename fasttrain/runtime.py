@@ -1,4 +1,4 @@
-"""The process: threads, seeds, limits, requests to stop, and a record of the environment."""
+"""The process: threads, seeds, limits, and a record of the environment."""
 
 import contextlib
 import ctypes
@@ -6,18 +6,15 @@ import faulthandler
 import hashlib
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,14 +25,10 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
-from torch import distributed
 
 import fasttrain
-from fasttrain import config, forecast, reading, rng
+from fasttrain import config, forecast, reading, rng, stopping
 from fasttrain.launch import TRUE, LaunchError
-
-STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
-ORPHAN_S = 45  # that a process has to save and end once its launcher is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +40,7 @@ class Process:
     device: torch.device
     data_threads: int  # of DALI on the CPU
     cpu_threads: int  # of torch on the CPU
+    follower: stopping.Follower | None = None  # ends it with its launcher
 
 
 def accelerator_for(
@@ -98,7 +92,7 @@ def start(
             f"{accelerator.num_processes}: each would train alone. Without a GPU, launch as "
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
-    _follow_launcher(environ)
+    follower = stopping.Follower(environ)
     faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
     reading.raise_file_limit()
     keep_compiled()
@@ -121,6 +115,7 @@ def start(
         device=device,
         data_threads=decoding_threads,
         cpu_threads=cpu_threads,
+        follower=follower,
     )
 
 
@@ -243,24 +238,6 @@ def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
 
 
-def _follow_launcher(environ: Mapping[str, str]) -> None:
-    """Ends with `accelerate launch`, which does not pass signals on: by the kernel's SIGTERM, and
-    where that is not heard, say in an exchange that never ends, a little later for good."""
-    if "ACCELERATE_MIXED_PRECISION" not in environ:
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    parent = os.getppid()
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(ORPHAN_S)
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def keep_memory() -> None:
     """Keeps freed memory for the next step, where the C library would return it to the kernel.
 
@@ -284,64 +261,6 @@ def keep_compiled() -> None:
     temporary = os.path.join(tempfile.gettempdir(), "torchinductor_")
     if os.environ.get(name, temporary).startswith(temporary):
         os.environ[name] = str(forecast.cache_dir() / "inductor")
-
-
-class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1 or a file: all processes agree at the next step. Before the first,
-    where there is nothing to save, a signal ends the process; as does a second Ctrl-C."""
-
-    def __init__(
-        self, world_size: int, file: Path | None, timeout: timedelta = timedelta(hours=1)
-    ) -> None:
-        self.file = file  # that asks to stop; one process looks for it
-        self.file_seen_at = 0.0  # when it was last looked for
-        self.received = 0  # the exit status that this process was asked for
-        self.decision = 0  # and that all agreed on
-        self.training = False
-        self.on_step: Callable[[], Any] = lambda: None
-        self.group: Any = None
-        if world_size > 1:
-            self.group = distributed.new_group(backend="gloo", timeout=timeout)
-        self.pending: tuple[torch.Tensor, Any] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        status = 128 + number
-        if not self.training or (number == signal.SIGINT and self.received == status):
-            sys.stderr.write(f"stopped by {signal.Signals(number).name}, without saving\n")
-            sys.stderr.flush()
-            os._exit(status)
-        self.received = status
-
-    def agreed(self) -> int:
-        """The exit status that all processes agreed to stop with, or 0; call it once a step.
-
-        Over several processes it is known one step later: the exchange runs on the CPU beside the
-        step, and nothing waits for the device.
-        """
-        if self.training:
-            self.on_step()
-        self.training = True
-        now = time.monotonic()
-        if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
-            self.file_seen_at = now
-            if self.file.exists():
-                self.received = self.received or STOP_FILE_STATUS
-        if self.group is None:
-            self.decision = self.received
-            return self.decision
-        previous = self.pending
-        flag = torch.tensor([self.received])
-        work = distributed.all_reduce(
-            flag, distributed.ReduceOp.MAX, group=self.group, async_op=True
-        )
-        self.pending = (flag, work)
-        if previous is None:
-            return 0
-        previous[1].wait()
-        self.decision = int(previous[0])
-        return self.decision
 
 
 CLOCK_S = 60.0  # by which the clocks of two machines may differ

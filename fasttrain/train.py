@@ -91,7 +91,17 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     import torch
     from accelerate.utils import broadcast_object_list, gather_object
 
-    from fasttrain import checkpoint, data, decoding, display, heartbeat, loop, modes, runtime
+    from fasttrain import (
+        checkpoint,
+        data,
+        decoding,
+        display,
+        heartbeat,
+        loop,
+        modes,
+        runtime,
+        stopping,
+    )  # fmt: skip
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
 
@@ -123,10 +133,13 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         input_settings = input_settings.model_copy(update={"decode": decode})
     folder = run_folder.run_dir(recipe)
     stop_file = folder / run_folder.STOP
-    stop = runtime.StopRequest(
+    stop = stopping.StopRequest(
         process.world_size, stop_file if accelerator.is_main_process else None, timeout
     )
     view = display.TrainDisplay(plan, accelerator.is_main_process)
+    stop.quiet, stop.say = view.quiet, view.say
+    if process.follower:
+        process.follower.patience_s = stop.patience_s
     copy = None
     if recipe.data.stage:
         if accelerator.is_local_main_process:
@@ -135,7 +148,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         train_set, val_set = (staging.open_copy(each, recipe.data) for each in (train_set, val_set))
     signs = heartbeat.Heartbeat(
         process.rank, process.world_size, recipe.train.hang_timeout_s,
-        partial(heartbeat.launcher_store, os.environ),
+        partial(heartbeat.launcher_store, os.environ), partial(stopping.leave, heartbeat.STATUS),
     )  # fmt: skip
     stop.on_step = signs.step
     root = folder / run_folder.CHECKPOINTS
@@ -198,6 +211,8 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         view.say(f"going on from {newest}")
     state = learner.state
     signs.where = lambda: f"update {learner.state.step}"
+    first_step = state.step
+    stop.unsaved = lambda: learner.state.step > first_step
     if accelerator.is_main_process:
         run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     accelerator.wait_for_everyone()

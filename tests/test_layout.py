@@ -19,7 +19,7 @@ ROWS = (
     {"guard", "weights"},
     {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime"},
     {"gather", "pipeline", "resize_gpu"},
-    {"flat", "heartbeat", "lane", "model", "reading", "resize"},
+    {"flat", "heartbeat", "lane", "model", "reading", "resize", "stopping"},
     {"augment", "digits", "depthwise", "run_folder", "staging"},
     {"forecast"},
     {"sampling"},

@@ -20,7 +20,7 @@ import torch
 from conftest import CHECKOUT, REPO, TIMEOUT_S, environment, lines, run
 from safetensors.torch import load_file
 
-from fasttrain import checkpoint, config, run_folder, runtime, sampling, shards, train
+from fasttrain import checkpoint, config, run_folder, sampling, shards, stopping, train
 from fasttrain.schedule import make_plan
 
 ALL = {
@@ -49,6 +49,9 @@ class StopAfter:
     def __init__(self, world_size: int, file: Path, timeout: timedelta) -> None:
         self.left, self.decision = self.asked, 0
 
+    def patience_s(self) -> float:
+        return 60.0
+
     def agreed(self) -> int:
         self.left -= 1
         self.decision = 0 if self.left else 143
@@ -57,7 +60,7 @@ class StopAfter:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StopAfter]]:
-    monkeypatch.setattr(runtime, "StopRequest", StopAfter)
+    monkeypatch.setattr(stopping, "StopRequest", StopAfter)
     yield StopAfter
     StopAfter.asked = sys.maxsize
 
@@ -127,11 +130,11 @@ def test_killed_at_any_moment_it_ends_bit_for_bit_equal(
 
     for updates in (3, 6, 3, 10):  # checkpoints are at 4, 8, 12: each time some work is lost
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "StopRequest", Dies)
+            patch.setattr(stopping, "StopRequest", Dies)
             patch.setattr(Dies, "asked", updates)
             with pytest.raises(KeyboardInterrupt):
                 train.main([recipe, "--set", f"log.run_dir={killed}"])
-    monkeypatch.setattr(runtime, "StopRequest", StopAfter)
+    monkeypatch.setattr(stopping, "StopRequest", StopAfter)
     train.main([recipe, "--set", f"log.run_dir={killed}"])
     assert_same_result(straight, killed)
 
@@ -380,9 +383,11 @@ def test_before_the_first_update_a_signal_ends_it_at_once(tmp_path: Path) -> Non
     program = """
 import os, signal, sys, time
 from pathlib import Path
-from fasttrain import runtime
-stop = runtime.StopRequest(1, Path("stop"))
+from fasttrain import stopping
+stop = stopping.StopRequest(1, Path("stop"))
+stop.say = lambda text: None
 if "training" in sys.argv:
+    stop.unsaved = lambda: True
     assert stop.agreed() == 0
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.agreed() == 143
@@ -468,10 +473,10 @@ def test_a_process_that_hears_nothing_ends_after_its_launcher(tmp_path: Path) ->
     """As one that waits in an exchange that will never end."""
     deaf = (
         "import os, signal, time\n"
-        "from fasttrain import runtime\n"
-        "runtime.ORPHAN_S = 1\n"
+        "from fasttrain import stopping\n"
+        "stopping.ORPHAN_S = 1\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "runtime._follow_launcher({'ACCELERATE_MIXED_PRECISION': 'no'})\n"
+        "stopping.Follower({'ACCELERATE_MIXED_PRECISION': 'no'})\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(600)\n"
     )

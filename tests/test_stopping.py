@@ -1,0 +1,104 @@
+"""Requests to stop, and how long a process works on without its launcher."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from fasttrain import stopping
+from fasttrain.stopping import StopRequest
+
+
+class Left(Exception):
+    """Stands in for the end of the process."""
+
+
+@pytest.fixture
+def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopRequest]:
+    """A request of a process alone, whose words are kept in `said`."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def leave(status: int, text: str = "") -> NoReturn:
+        raise Left(status, text)
+
+    monkeypatch.setattr(stopping, "leave", leave)
+    yield StopRequest(1, tmp_path / "stop")
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def receive(stop: StopRequest, number: signal.Signals) -> None:
+    stop._receive(number, None)
+
+
+def test_until_an_update_is_done_nothing_is_saved(stop: StopRequest) -> None:
+    stop.agreed()  # training begins
+    with pytest.raises(Left) as left:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert left.value.args == (130, "stopped by SIGINT, without saving\n")
+
+
+def test_a_request_is_told_at_once_and_a_second_ctrl_c_leaves(
+    stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    stop.unsaved, stop.say, stop.quiet = lambda: True, said.append, lambda: said.append("quiet")
+    monkeypatch.setattr(stopping.threading.Thread, "start", stopping.threading.Thread.run)
+    stop.slowest_s = 61.0
+    receive(stop, signal.SIGINT)
+    assert said[0] == "quiet" and said[1].startswith(
+        "SIGINT: stopping when this update has ended, which took up to 61 s so far, then saving; "
+        f"process {os.getpid()} works until then"
+    )
+    receive(stop, signal.SIGTERM)  # of the launcher's end
+    assert stop.agreed() == 130 and len(said) == 2
+    with pytest.raises(Left):
+        receive(stop, signal.SIGINT)
+
+
+def test_slow_updates_are_waited_for(stop: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    stop.agreed()
+    assert stop.patience_s() == stopping.ORPHAN_S
+    for seconds in (70, 50):
+        now += seconds
+        stop.agreed()
+    assert stop.slowest_s == 70 and stop.patience_s() > 3 * 70
+
+
+def test_a_launcher_that_would_kill_a_slow_run_is_told(
+    stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    stop.say, now = said.append, 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for seconds in (0, 10, 20, 20):
+        now += seconds
+        stop.agreed()
+    (warning,) = said
+    assert "updates take up to 20 s, and the launcher kills processes 30 s after" in warning
+    assert f"touch {stop.file}" in warning and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=200" in warning
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "200")
+    stop.warned = False
+    stop.agreed()
+    assert len(said) == 1
+
+
+def test_leaving_shows_the_cursor_again() -> None:
+    """On a terminal, where the live view has hidden it."""
+    ours, theirs = os.openpty()
+    process = os.fork()
+    if process == 0:
+        os.dup2(theirs, 1)
+        os.dup2(theirs, 2)
+        stopping.leave(7, "stopped\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+    assert os.read(ours, 100) == b"\r\n\x1b[?25hstopped\r\n"
+    for file in (ours, theirs):
+        os.close(file)
