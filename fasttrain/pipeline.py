@@ -1,5 +1,8 @@
 """The DALI graph that turns bytes of images into batches. Needs DALI; `data` imports it late."""
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +61,7 @@ def graph_of(
 ) -> Any:
     """The pipeline of `build` before it is built: its graph alone, for which no GPU is needed."""
     gpu = place.device.type == "cuda"
-    return _graph(
+    graph = _graph(
         source=source,
         form=form,
         settings=settings,
@@ -82,6 +85,19 @@ def graph_of(
         prefetch_queue_depth=settings.queue_depth,
         enable_conditionals=form.kind == "train" and settings.augment != "none",
     )
+    _remove_generated()
+    return graph
+
+
+def _remove_generated() -> None:
+    """Removes the files of Python that DALI writes of a graph with conditions, once imported.
+
+    DALI itself removes them when Python ends, but not where a process is stopped or killed.
+    """
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            with contextlib.suppress(OSError):
+                os.remove(module.__file__)
 
 
 # A list of DALI's own goes into the pipeline as it is. Of a Python list, DALI looks at each image

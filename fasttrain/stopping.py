@@ -4,12 +4,12 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import distributed
 
 STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
 ORPHAN_S = 45.0  # that a process has to save and end once its launcher is gone, and some updates
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, of a terminal that closes
 KILLED_S = 30  # after which torch's launcher kills what it has asked to stop, if nobody says more
 
 
@@ -29,8 +30,17 @@ def leave(status: int, text: str = "") -> NoReturn:
     os._exit(status)
 
 
+def _lose_terminal() -> None:
+    """Points output to nowhere where it went to a terminal that is closed: writing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in (1, 2):
+        if stat.S_ISCHR(os.fstat(file).st_mode):
+            os.dup2(nowhere, file)
+    os.close(nowhere)
+
+
 class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1 or a file: all processes agree at the next update.
+    """SIGTERM, SIGINT, SIGUSR1, SIGHUP or a file: all processes agree at the next update.
 
     Where no update is done yet, so that there is nothing to save, a signal ends the process; as
     does a second Ctrl-C.
@@ -56,26 +66,40 @@ class StopRequest:
         if world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=timeout)
         self.pending: tuple[torch.Tensor, Any] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        # Python would call a handler only when a call of torch's returns: after a whole backward
+        # pass, for one. The number of a signal goes to a thread at once.
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, lambda *_: None)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        status, name = 128 + number, signal.Signals(number).name
+    def _listen(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 16):
+            for number in numbers:
+                if number in (*SIGNALS, signal.SIGHUP):
+                    self.receive(signal.Signals(number))
+
+    def receive(self, number: signal.Signals) -> None:
+        """Notes that a signal asks to stop, and says so; or leaves at once."""
+        status = 128 + number
+        if number == signal.SIGHUP:
+            _lose_terminal()
         if not self.unsaved() or (number == signal.SIGINT and self.interrupted):
-            leave(status, f"stopped by {name}, without saving\n")
+            leave(status, f"stopped by {number.name}, without saving\n")
         known = self.received
         if number == signal.SIGINT or not self.interrupted:  # whose launcher ends of it, too
             self.received = status
         self.interrupted |= number == signal.SIGINT
         if self.file and not known:
-            text = f"{name}: stopping when this update has ended{self._usual()}, then saving"
-            text += f"; process {os.getpid()} works until then, a second Ctrl-C ends it at once"
-            # Another thread can wait for the terminal, where this one may be writing just now.
-            threading.Thread(target=self._announce, args=(text,), daemon=True).start()
-
-    def _announce(self, text: str) -> None:
-        self.quiet()
-        self.say(text)
+            self.quiet()
+            self.say(
+                f"{number.name}: stopping when this update has ended{self._usual()}, then saving; "
+                f"process {os.getpid()} works until then, a second Ctrl-C ends it at once"
+            )
 
     def _usual(self) -> str:
         return f", which took up to {self.slowest_s:.0f} s so far" if self.slowest_s >= 2 else ""

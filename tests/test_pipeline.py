@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -55,6 +57,17 @@ class Node:
         self.inputs = [(spec.InputName(i), spec.InputDevice(i)) for i in range(spec.NumInput())]
         self.outputs = [spec.OutputName(i) for i in range(spec.NumOutput())]
         self.schema = backend.GetSchema(self.name)
+
+
+def test_no_generated_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph with conditions is Python that DALI writes and imports."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = {name for name in sys.modules if "autograph_generated" in name}
+    nodes_of(Form("train", "cpu", (99, 99)), CPU, augment="rand", color_jitter=(0.1, 0.1, 0.1, 0))
+    nodes_of(Form("train", "raw", (99, 99)), CPU, augment="trivial")
+    assert not [*tmp_path.iterdir()]
+    made = {name for name in sys.modules if "autograph_generated" in name}
+    assert made > before or before  # converted functions are kept by DALI
 
 
 def nodes_of(form: Form, place: Placement, **settings: Any) -> list[Node]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +21,7 @@ class Left(Exception):
 @pytest.fixture
 def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopRequest]:
     """A request of a process alone, whose words are kept in `said`."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (*stopping.SIGNALS, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
     def leave(status: int, text: str = "") -> NoReturn:
@@ -27,37 +29,41 @@ def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopReques
 
     monkeypatch.setattr(stopping, "leave", leave)
     yield StopRequest(1, tmp_path / "stop")
+    signal.set_wakeup_fd(-1)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
-
-
-def receive(stop: StopRequest, number: signal.Signals) -> None:
-    stop._receive(number, None)
 
 
 def test_until_an_update_is_done_nothing_is_saved(stop: StopRequest) -> None:
     stop.agreed()  # training begins
     with pytest.raises(Left) as left:
-        os.kill(os.getpid(), signal.SIGINT)
+        stop.receive(signal.SIGINT)
     assert left.value.args == (130, "stopped by SIGINT, without saving\n")
 
 
 def test_a_request_is_told_at_once_and_a_second_ctrl_c_leaves(
-    stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+    stop: StopRequest,
 ) -> None:
     said: list[str] = []
     stop.unsaved, stop.say, stop.quiet = lambda: True, said.append, lambda: said.append("quiet")
-    monkeypatch.setattr(stopping.threading.Thread, "start", stopping.threading.Thread.run)
     stop.slowest_s = 61.0
-    receive(stop, signal.SIGINT)
+    stop.receive(signal.SIGINT)
     assert said[0] == "quiet" and said[1].startswith(
         "SIGINT: stopping when this update has ended, which took up to 61 s so far, then saving; "
         f"process {os.getpid()} works until then"
     )
-    receive(stop, signal.SIGTERM)  # of the launcher's end
+    stop.receive(signal.SIGTERM)  # of the launcher's end
     assert stop.agreed() == 130 and len(said) == 2
     with pytest.raises(Left):
-        receive(stop, signal.SIGINT)
+        stop.receive(signal.SIGINT)
+
+
+def test_signals_are_heard_while_torch_computes(stop: StopRequest) -> None:
+    """Here a call that holds up Python's own handlers, as a backward pass does."""
+    stop.unsaved, heard = lambda: True, threading.Event()
+    stop.say = lambda text: heard.set()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert heard.wait(20) and stop.agreed() == 128 + signal.SIGUSR1
 
 
 def test_slow_updates_are_waited_for(stop: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +108,42 @@ def test_leaving_shows_the_cursor_again() -> None:
     assert os.read(ours, 100) == b"\r\n\x1b[?25hstopped\r\n"
     for file in (ours, theirs):
         os.close(file)
+
+
+def test_a_terminal_that_closes_lets_the_run_save() -> None:
+    """As when an SSH connection breaks."""
+    ours, theirs = os.openpty()
+    read, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.close(ours)
+            os.dup2(theirs, 1)
+            os.dup2(theirs, 2)
+            stop = StopRequest(1, None)
+            stop.unsaved = lambda: True
+            os.kill(os.getpid(), signal.SIGHUP)
+            while not stop.received:
+                time.sleep(0.01)
+            os.write(1, b"goes nowhere")
+            os.write(write, str(stop.agreed()).encode())
+        finally:
+            os._exit(0)
+    os.close(ours)
+    os.waitpid(process, 0)
+    os.close(write)
+    assert os.read(read, 10) == b"129"
+    for file in (theirs, read):
+        os.close(file)
+
+
+def test_under_nohup_the_end_of_the_terminal_is_not_heard() -> None:
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    heard = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        StopRequest(1, None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, heard)
+        for number, handler in zip(stopping.SIGNALS, before, strict=True):
+            signal.signal(number, handler)
