@@ -14,6 +14,7 @@ import numpy as np
 
 import fasttrain
 from fasttrain import config
+from fasttrain.caches import cache_dir
 from fasttrain.shards import Split, write_atomically
 
 STALLED = 0.03  # share of time waited for data from which on the input is called the limit
@@ -196,12 +197,6 @@ def available_bytes() -> int:
 # --------------------------------------------------------------------------------------------------
 # What earlier runs measured
 # --------------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Where measurements are kept: `$XDG_CACHE_HOME/fasttrain`, else `~/.cache/fasttrain`."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "fasttrain"
 
 
 def key_of(*parts: Any) -> str:

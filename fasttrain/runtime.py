@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from accelerate.utils import (
 )
 
 import fasttrain
-from fasttrain import config, forecast, reading, rng, stopping
+from fasttrain import caches, config, reading, rng, stopping
 from fasttrain.launch import TRUE, LaunchError
 
 
@@ -95,7 +94,7 @@ def start(
     follower = stopping.Follower(environ)
     faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
     reading.raise_file_limit()
-    keep_compiled()
+    caches.keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
     cpu_threads = train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
@@ -249,18 +248,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-def keep_compiled() -> None:
-    """Keeps what torch.compile makes for later runs, where nobody has said where.
-
-    The compiler, once imported, settles on a temporary folder and says so in the environment:
-    `accelerate launch` hands one down, and the first optimizer that is built imports it here.
-    """
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    temporary = os.path.join(tempfile.gettempdir(), "torchinductor_")
-    if os.environ.get(name, temporary).startswith(temporary):
-        os.environ[name] = str(forecast.cache_dir() / "inductor")
 
 
 CLOCK_S = 60.0  # by which the clocks of two machines may differ

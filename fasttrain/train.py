@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fasttrain import (
+    caches,
     config,
     forecast,
     launch,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 folder = run_folder.run_dir(recipe)
                 sys.stdout.write(f"{folder} is done, nothing to do\n{json.dumps(done)}\n")
             return
-        _say(*remarks)
+        _say(*remarks, *caches.remarks())
         train_set, val_set = open_data(recipe.data)
         plan = schedule.make_plan(recipe.train, recipe.optim, train_set.num_samples, world_size)
         launch.check_processes(os.environ)

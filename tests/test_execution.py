@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fasttrain import config, execution, graphs, runtime
+from fasttrain import caches, config, execution, graphs, runtime
 from fasttrain.config import Data, Optim, Recipe, Train
 from fasttrain.execution import Graphed
 from fasttrain.model import mobilenetv3_large, mobilenetv3_small
@@ -294,14 +294,14 @@ def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name, kept = "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "fasttrain" / "inductor")
     monkeypatch.delenv(name, raising=False)
-    runtime.keep_compiled()
+    caches.keep_compiled()
     assert os.environ[name] == kept
     monkeypatch.setenv(name, os.path.join(tempfile.gettempdir(), "torchinductor_me"))
-    runtime.keep_compiled()  # which the launcher's torch chose
+    caches.keep_compiled()  # which the launcher's torch chose
     assert os.environ[name] == kept
-    monkeypatch.setenv(name, "/data/compiled")
-    runtime.keep_compiled()  # which the user chose
-    assert os.environ[name] == "/data/compiled"
+    monkeypatch.setenv(name, str(tmp_path / "chosen"))
+    caches.keep_compiled()  # which the user chose
+    assert os.environ[name] == str(tmp_path / "chosen")
 
 
 def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

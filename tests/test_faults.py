@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, run, shard
 
-from fasttrain import config, loop, shards, train
+from fasttrain import caches, config, loop, shards, train
 from fasttrain.sharding import Policy
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -650,13 +650,20 @@ def test_run_folders(
 
 @pytest.mark.parametrize("cache", ["", "file"])
 def test_a_cache_that_is_none_costs_nothing(
-    cache: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: str,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", cache and str(tmp_path / cache))
+    monkeypatch.setattr(caches, "_temporary", lambda: tmp_path / "elsewhere")
     train.main([str(tiny(train={"max_steps": 1}))])
     assert (tmp_path / "run" / "DONE").exists()
+    warning = f"WARNING: {tmp_path}/file/fasttrain cannot be written (Not a directory); measurem"
+    assert capsys.readouterr().out.count(warning) == bool(cache)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -95,9 +95,10 @@ def test_what_was_measured_is_kept_and_a_place_that_is_not_writable_is_no_error(
     assert forecast.recall(key) is None
     forecast.remember(key, [1, "x"])
     assert forecast.recall(key) == [1, "x"]
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    forecast.remember(key, 2)
-    assert forecast.recall(key) is None
+    with monkeypatch.context() as lost:
+        lost.setattr(forecast, "cache_dir", lambda: Path("/proc/nowhere"))
+        forecast.remember(key, 2)
+        assert forecast.recall(key) is None
 
 
 def test_advice_fits_the_shards(dataset: Path) -> None:

@@ -31,13 +31,13 @@ ROWS = (
     {"archives"},
     {"listing"},
     {"shards", "schedule", "launch", "matching"},
-    {"config", "rng"},
+    {"caches", "config", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
-TORCH_FREE |= {"forecast", "decoding", "staging", "launch"}
+TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -138,9 +138,9 @@ def warm(
 
 def _forget_choices(since: float) -> None:
     """Removes what the compiler chose by time while others used the device: it chooses again."""
-    from fasttrain import runtime
+    from fasttrain import caches
 
-    runtime.keep_compiled()
+    caches.keep_compiled()
     for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
         with contextlib.suppress(OSError):
             if path.stat().st_mtime >= since:

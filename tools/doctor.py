@@ -33,6 +33,7 @@ import probes
 from probes import Facts
 
 from fasttrain import (
+    caches,
     config,
     decoding,
     forecast,
@@ -490,6 +491,7 @@ class Doctor:
             "steps_per_epoch": plan.steps_per_epoch if plan and self.splits else "unknown",
             "total_steps": plan.total_steps if plan and self.splits else "unknown",
             "run_folder": f"{folder}{', where the run is done' if done else ''}",
+            "caches": caches.remarks() or str(caches.cache_dir()),
             "run_folder_free_gb": shutil.disk_usage(probes.existing(folder)).free / 1e9,
         }
 

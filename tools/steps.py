@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain import config, execution, loop, runtime
+from fasttrain import caches, config, execution, loop, runtime
 from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.model import build_model
@@ -100,7 +100,7 @@ def measure(job: StepJob) -> dict[str, Any]:
 
 def start(job: StepJob) -> None:
     """Settles threads, kernels and seeds of this process."""
-    runtime.keep_compiled()
+    caches.keep_compiled()
     torch.set_num_threads(job.threads)
     if job.name.startswith("fasttrain") and not job.gpu:
         runtime.keep_memory()
