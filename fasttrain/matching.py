@@ -52,6 +52,11 @@ def to_evaluate(known: Known, data: Sequence[str], by_number: bool = False) -> M
     Raises:
         ClassError: some class of the data cannot be found in the network.
     """
+    if not known.number:
+        raise ClassError(
+            "the weights have no last layer, so they tell no classes; train one, starting from "
+            "these weights (recipes/finetune.toml)"
+        )
     names = _names_of(known, data)
     if by_number:
         return _by_number(known.number, names, data)
@@ -75,6 +80,8 @@ def to_start_from(known: Known, data: Sequence[str]) -> Match:
     Where the network's names are not known, all rows are taken if the numbers of classes agree.
     """
     names = _names_of(known, data)
+    if not known.number:
+        return Match([None] * len(data), "the last layer is new: the weights have none")
     if names is None:
         if known.number == len(data):
             return Match(

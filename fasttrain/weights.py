@@ -51,10 +51,10 @@ class Weights:
     has_average: bool = False  # beside these
 
     @property
-    def known(self) -> Known | None:
-        """The classes of the network; None where it has no last layer of ours."""
+    def known(self) -> Known:
+        """The classes of the network: none of them where its last layer was left out."""
         last = self.tensors.get(f"{LAST_LAYER}.weight")
-        return None if last is None or last.ndim != 2 else Known(len(last), self.names)
+        return Known(0 if last is None else len(last), self.names)
 
     def digest(self) -> str:
         """Twelve digits that are alike only for equal tensors and class names."""
@@ -104,7 +104,7 @@ def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
     Raises:
         WeightsError: the network has another number of classes.
     """
-    if weights.known and weights.known.number != len(names):
+    if weights.known.number != len(names):
         raise WeightsError(
             f"{weights.path}: the network has {weights.known.number:,} classes, the list names "
             f"{len(names):,}; name each class once"
@@ -170,11 +170,14 @@ def _unsafe(path: Path, error: Exception) -> str:
 
 @cache
 def _harmless() -> list[Any]:
-    """Kinds of object that hold values alone: a script's arguments, paths, NumPy's numbers."""
+    """Kinds of object that hold values alone: a script's arguments, paths, NumPy's values."""
     numbers = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
-    scalar: Any = np.float64(0).__reduce__()[0]
-    old = (scalar, "numpy.core.multiarray.scalar")  # as NumPy 1 called it
-    return [argparse.Namespace, PosixPath, scalar, old, np.dtype, *numbers]
+    makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
+    # Under the names of NumPy 1 and 2, whichever is here.
+    numpys = [
+        (f, f"numpy.{c}.multiarray.{n}") for n, f in makers.items() for c in ("core", "_core")
+    ]
+    return [argparse.Namespace, PosixPath, np.dtype, np.ndarray, *numbers, *numpys]
 
 
 def _harmless_names() -> set[str]:
@@ -264,10 +267,9 @@ def load(weights: Weights, module: nn.Module, rule: matching.Rule | None = None)
     tensors = _with_counts(weights.tensors, own)
     said = ""
     if rule:
-        assert weights.known
         rows, said = rule(weights.known)
         for name in _last_layer(own):
-            tensors[name] = _take_rows(tensors[name], own[name], rows)
+            tensors[name] = _take_rows(tensors.get(name), own[name], rows)
     module.load_state_dict(tensors)
     return said
 
@@ -276,7 +278,7 @@ def check(weights: Weights, module: nn.Module, any_classes: bool) -> None:
     """Compares names and shapes; `module` may lie on the device "meta".
 
     Args:
-        any_classes: the numbers of classes may differ.
+        any_classes: the numbers of classes may differ, and the last layer may be left out.
     Raises:
         WeightsError: they are of another network.
     """
@@ -299,11 +301,11 @@ def _last_layer(own: Mapping[str, Tensor]) -> set[str]:
     return {name for name in own if name.rpartition(".")[0] == LAST_LAYER}
 
 
-def _take_rows(source: Tensor, own: Tensor, rows: Sequence[int | None]) -> Tensor:
+def _take_rows(source: Tensor | None, own: Tensor, rows: Sequence[int | None]) -> Tensor:
     """The rows `(C, ...)` of the network's own tensor, replaced where `source` has one for them."""
     taken = own.detach().clone()
     pairs = [(place, row) for place, row in enumerate(rows) if row is not None]
-    if pairs:
+    if source is not None and pairs:
         places, found = (
             torch.tensor(column, device=own.device) for column in zip(*pairs, strict=True)
         )
@@ -315,7 +317,7 @@ def _faults(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], last: set[str]
 ) -> Iterator[str]:
     """What keeps tensors from being loaded: counts, and the first names."""
-    missing = [name for name in own if name not in tensors]
+    missing = [name for name in own if name not in tensors and name not in last]
     if missing:
         yield f"{len(missing)} of its {len(own)} tensors are missing ({_some(missing)})"
     foreign = [name for name in tensors if name not in own]

@@ -36,6 +36,13 @@ def test_numbers_as_folder_names_are_refused_until_they_are_said_to_be_numbers()
     assert said == ("classes by number: 0 is n00000001, 1 is n00000002, 10 is n00000011, ...")
 
 
+def test_some_of_the_numbers_are_names_too() -> None:
+    """A test set of 3 of the 4 angles that a network knows: their order is another one."""
+    known = Known(4, ("0", "180", "270", "90"))
+    assert matching.to_evaluate(known, ["0", "270", "90"]).rows == [0, 2, 3]
+    assert matching.to_evaluate(known, ["0", "270", "90"], by_number=True).rows == [0, 2, 3]
+
+
 def test_numbers_of_the_network_and_names_in_the_data() -> None:
     """Trained on tars whose labels are numbers, evaluated on folders of names."""
     known = Known(12, tuple(f"{number:06d}" for number in range(12)))
@@ -114,6 +121,12 @@ def test_starting_from_weights_without_names() -> None:
         rows == [0, 1] and said == "the last layer is kept: the weights have 2 classes too, unnamed"
     )
     assert matching.to_start_from(Known(3), ["elm", "oak"]).rows == [None, None]
+    assert matching.to_start_from(Known(0), ["elm", "oak"]) == (
+        [None, None],
+        "the last layer is new: the weights have none",
+    )
+    with pytest.raises(ClassError, match="the weights have no last layer"):
+        matching.to_evaluate(Known(0), ["elm", "oak"])
     assert matching.to_start_from(Known(1000), ["n01443537", "oak"]).rows == [None, None]
 
 

@@ -66,7 +66,7 @@ WRAPPERS: dict[str, Any] = {
     "DataParallel": partial(prefixed, "module."),
     "imagenet.py": lambda state: {
         "epoch": 150, "arch": "x", "state_dict": prefixed("module.", state),
-        "best_acc1": np.float64(67.2), "optimizer": {},
+        "best_acc1": np.float64(67.2), "optimizer": {}, "random": np.random.get_state(),
     },
     "torchvision": script_of_torchvision,
     "compiled": lambda state: {"model": prefixed("module._orig_mod.", state)},
@@ -215,6 +215,19 @@ def test_rows_are_mapped_by_class_and_the_others_keep_their_start(
         config.Fault, match="1 of the data's 3 classes are unknown to the network: cow"
     ):
         weights.load(found, module, partial(matching.to_evaluate, data=["cow", "dog", "ant"]))
+
+
+def test_weights_without_their_last_layer_are_a_start(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    backbone = {name: t for name, t in state.items() if not name.startswith("classifier.3")}
+    found, module = weights.read(saved(backbone, tmp_path)), network(seed=1)
+    last = module.state_dict()[LAST].clone()
+    said = weights.load(found, module, partial(matching.to_start_from, data=NAMES))
+    assert said == "the last layer is new: the weights have none"
+    assert torch.equal(module.state_dict()[LAST], last)
+    with pytest.raises(WeightsError, match=r"2 of its 244 tensors are missing \(classifier.3"):
+        weights.load(found, network())
 
 
 def test_digests_tell_files_apart(state: dict[str, Tensor], tmp_path: Path) -> None:
