@@ -158,6 +158,16 @@ def test_may_change_names_real_settings() -> None:
     assert known >= config.MAY_CHANGE
 
 
+def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ((), "Trains the network of a recipe"),
+        ((config.PRINTS,), "Prints a recip"),
+    ):
+        with pytest.raises(SystemExit):
+            config.load_or_exit(["--help"], *words)
+        assert said in capsys.readouterr().out
+
+
 def test_command_line_prints_the_recipe_in_full() -> None:
     done = run(["python", "-m", "fasttrain.config", "recipes/small.toml", "--set", "train.seed=5"])
     assert "[optim]" in done.stdout and "seed = 5" in done.stdout
