@@ -476,7 +476,7 @@ def test_a_raw_index_with_more_pixels_than_bytes(folder: Path, tmp_path: Path) -
         ("train-000002.tar", "remove", "train-000002.tar: No such file or directory, but"),
         ("train-000002.tar", "folder", "train-000002.tar is no file: copy it anew"),
         ("manifest.json", "folder", "manifest.json: cannot be read (Is a directory)"),
-        ("manifest.json", "remove", "make one with\n    python tools/make_shards.py"),
+        ("manifest.json", "remove", "manifest.json is missing; copy that too"),
     ],
 )
 def test_files_of_a_data_set(
