@@ -17,6 +17,8 @@ SHOWN = 3  # names in a message
 class ClassError(config.Fault, ValueError):
     """A network and a data set have other classes; says which, and what to do."""
 
+    of_all = True
+
 
 class Known(NamedTuple):
     """The classes of a network: their number, and their names where these are known."""

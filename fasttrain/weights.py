@@ -40,6 +40,8 @@ WIDTHS = (1.0, 0.75, 0.5, 0.35, 1.25, 1.5, 2.0)  # that a message can name
 class WeightsError(config.Fault, ValueError):
     """A file of weights cannot be used; says why, and what to do."""
 
+    of_all = True
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

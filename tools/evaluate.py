@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fasttrain import config, display, launch, shards
 
@@ -64,23 +64,34 @@ def main() -> None:
         "--batch-size", type=config.positive, default=128, help="(default: %(default)s)"
     )
     arguments = parser.parse_args()
+    joined = False
     try:
         launch.settle(os.environ, "no")  # the precision is the checkpoint's
         launch.check_processes(os.environ)
         split = shards.open_split(arguments.data, "val")
-        evaluate(arguments, split)
+        network = open_network(arguments, split)
+        joined = True
+        evaluate(arguments, split, network)
     except config.Fault as fault:
-        config.stop(str(fault), everywhere=True)
+        # Up to there all processes say the same.
+        config.stop(str(fault), everywhere=joined and not fault.of_all)
 
 
-def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
-    # Seconds of imports, so only once the arguments are known to be right.
+class Network(NamedTuple):
+    """A network with its weights and the logits of the data's classes."""
+
+    model: "MobileNetV3"
+    recipe: config.Recipe
+    told: str  # what a person should know of it
+
+
+def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Network) -> None:
     import torch
 
     from fasttrain import data, decoding, loop, runtime
     from fasttrain.execution import Evaluator
 
-    model, recipe, told = open_network(arguments, split)
+    model, recipe, told = network
     gpu = runtime.has_gpu(os.environ)
     precision = arguments.precision or recipe.train.precision
     if precision == "fp16" and not gpu:
@@ -113,14 +124,13 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split) -> None:
     accelerator.end_training()
 
 
-def open_network(
-    arguments: argparse.Namespace, split: shards.Split
-) -> tuple["MobileNetV3", config.Recipe, str]:
-    """The network with its weights and the logits of the data's classes, its recipe, what is told.
+def open_network(arguments: argparse.Namespace, split: shards.Split) -> Network:
+    """Reads the weights, and maps the data's classes to the network's.
 
     Raises:
         Fault: there are no usable weights, or they have other classes than the data.
     """
+    # Seconds of imports, so only once the arguments are known to be right.
     from fasttrain import classes, matching, weights
     from fasttrain.model import build_model
 
@@ -133,7 +143,7 @@ def open_network(
     told = f"evaluating {found.path} on {split.num_samples:,} images of {split.root}"
     if found.has_average:
         told += "\nthe file holds a moving average of the weights as well: --ema evaluates that"
-    return model, recipe, f"{told}\n{said}" if said else told
+    return Network(model, recipe, f"{told}\n{said}" if said else told)
 
 
 def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights", config.Recipe]:
