@@ -202,7 +202,7 @@ def split(dataset: Path) -> shards.Split:
     return shards.open_split(dataset, "train")
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(plans(), st.booleans(), st.integers(1, 4))
 def test_any_split_of_the_work_sees_the_same(
     split: shards.Split,
