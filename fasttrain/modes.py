@@ -26,6 +26,8 @@ from fasttrain.schedule import Plan
 AGREES = 0.01  # relative difference of the mean loss from eager's
 COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
 GAIN = 0.1  # of the time, about, by compiling on a CPU: -8 to 20 % measured
+TOO_SLOW = 2 / 3  # of float32's speed, at which bfloat16 on a CPU is a mistake
+LOOK_PX, LOOK_RATIO = 128, 0.5  # of a first look at bfloat16, which ends there if it is slower
 CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
 
 
@@ -96,16 +98,20 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
         before: the mode that the run had before it was stopped, if any, on this kind of device.
         say: is told what takes long.
     Raises:
-        ExecutionError: not even eager works.
+        ExecutionError: not even eager works, or bfloat16 is far slower than float32 on this CPU.
     """
     train, plan = setup.recipe.train, setup.plan
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
     ratio = math.inf
     if train.precision == "bf16" and setup.on_cpu:
+        say("measuring bfloat16 beside float32 on this CPU")
         ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
     # All decide alike: those that go on exchange results, and must not wait for one that does not.
-    if (ratio := min(gather_object([ratio]))) < 1:
+    ratio = min(gather_object([ratio]))
+    if ratio < TOO_SLOW:
+        raise ExecutionError(slow_bf16(ratio))
+    if ratio < 1:
         return "eager", (
             f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
             "--set train.precision=no\nexecution: eager"
@@ -172,26 +178,45 @@ def _key(setup: Setup) -> str:
     )  # fmt: skip
 
 
+def slow_bf16(ratio: float) -> str:
+    """What is said where bfloat16 has too small a part of float32's speed."""
+    return (
+        f"[train] precision = bf16: takes {1 / ratio:.1f} times as long as float32 on this CPU: "
+        "use --set train.precision=no\n(--set train.execution=eager takes bf16 all the same; a run "
+        "that was begun in bf16 goes on in float32 with --set checkpoint.resume=force)"
+    )
+
+
 def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
-    """Speed of forward, and backward, in bfloat16 over that in float32, on this CPU."""
+    """Speed of forward, and backward, in bfloat16 over that in float32, on this CPU.
+
+    A look at two small images comes first: where oneDNN has no kernels for bfloat16, a pass of 8
+    images of 224 px takes 9 times as long as in float32, and a minute on a CPU that others use as
+    well (Large, AVX2, torch 2.14.1).
+    """
     network = copy.deepcopy(module)
-    images = torch.randn(8, 3, px, px).contiguous(memory_format=torch.channels_last)
 
-    def seconds(bf16: bool) -> float:
-        found = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            with (
-                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-                torch.set_grad_enabled(backward),
-            ):
-                loss = network(images).float().square().mean()
-            if backward:
-                loss.backward()
-            found.append(time.perf_counter() - begun)
-        return min(found[1:])
+    def ratio(number: int, side: int, passes: int) -> float:
+        images = torch.randn(number, 3, side, side).contiguous(memory_format=torch.channels_last)
 
-    return seconds(bf16=False) / seconds(bf16=True)
+        def seconds(bf16: bool) -> float:
+            found = []
+            for _ in range(passes):
+                begun = time.perf_counter()
+                with (
+                    torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+                    torch.set_grad_enabled(backward),
+                ):
+                    loss = network(images).float().square().mean()
+                if backward:
+                    loss.backward()
+                found.append(time.perf_counter() - begun)
+            return min(found[1:])
+
+        return seconds(bf16=False) / seconds(bf16=True)
+
+    look = ratio(2, min(px, LOOK_PX), 2)
+    return look if look < LOOK_RATIO else ratio(8, px, 4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
         )
     if resume != "auto":
         return None
-    if (folder / RECIPE).exists():
+    # A start that saved nothing, as it was refused say, leaves nothing to mix up.
+    if (folder / RECIPE).exists() and any((folder / CHECKPOINTS).glob("step_*")):
         changed = config.differences(config.load(folder / RECIPE), recipe)
         if changed:
             raise config.ConfigError(

@@ -17,7 +17,7 @@ import doctor
 import probes
 import steps
 
-from fasttrain import config, schedule
+from fasttrain import config, modes, schedule
 
 SECTIONS = {
     "launch", "versions", "gpus", "network", "cpus", "memory", "data", "input", "storage", "run",
@@ -144,6 +144,18 @@ def test_a_launch_that_is_not_followed(examined: Examined, tiny: Callable[..., P
     environ = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     (remark,) = doctor.Doctor(config.Recipe(), environ).launch()["remarks"]
     assert "STEPS = 4 is not used" in remark and environ == {"USE_TORCH_XLA": "0"}
+
+
+def test_bf16_on_a_cpu_that_is_slow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    examiner = doctor.Doctor(config.Recipe(model=config.Model(arch="small", width=0.35)), {})
+    for ratio, faults in ((0.1, 1), (0.9, 0)):
+        monkeypatch.setattr(modes, "bf16_ratio", lambda *_, ratio=ratio: ratio)
+        examiner.faults.clear()
+        assert examiner.precision() == {"bf16": f"{ratio} times as fast as float32 on this CPU"}
+        assert len(examiner.faults) == faults
+    monkeypatch.setattr(modes, "bf16_ratio", lambda *_: 1 / 12)
+    examiner.precision()
+    assert "takes 12.0 times as long as float32" in examiner.faults[0]
 
 
 def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, run, shard
 
-from fasttrain import caches, config, loop, shards, train
+from fasttrain import caches, config, loop, run_folder, shards, train
 from fasttrain.sharding import Policy
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -646,6 +646,21 @@ def test_run_folders(
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").write_text("")
     refused(train.main, going_on, f'run_dir = "{folder}": cannot be written (File exists)')
+
+
+def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As after a start that was refused, and whose remedy is another setting."""
+    recipe = config.load(tiny())
+    other = config.load(tiny(), ["model.width=0.5"])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    run_folder.write_text(tmp_path / "run" / "recipe.toml", config.dumps(recipe))
+    assert run_folder.check(other) is None
+    (checkpoints / STEP).mkdir()
+    with pytest.raises(config.ConfigError, match="holds a run of another recipe"):
+        run_folder.check(other)
 
 
 @pytest.mark.parametrize("cache", ["", "file"])

@@ -152,12 +152,35 @@ def test_bf16_that_is_slow_is_warned_of(chosen: Chosen, monkeypatch: pytest.Monk
     assert 0.001 < modes.bf16_ratio(network(), 32) < 10
     trials = {"eager": Trial("eager", 1e9, 1.0)}
     for ratio, said in (
-        (0.25, "WARNING: bfloat16 takes 4.0 times as long as float32 on this CPU: use --set "),
+        (0.8, "WARNING: bfloat16 takes 1.2 times as long as float32 on this CPU: use --set "),
         (1.5, "execution: eager, as compiling would take longer than it could save"),
     ):
         monkeypatch.setattr(modes, "bf16_ratio", lambda module, px, ratio=ratio: ratio)
         mode, why, _ = chosen(trials, "cpu")
         assert mode == "eager" and why.startswith(said)
+
+
+def test_bf16_that_is_far_slower_is_refused(
+    chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modes, "bf16_ratio", lambda module, px: 1 / 12)
+    with pytest.raises(modes.ExecutionError, match=r"bf16: takes 12.0 times as long as float32 "):
+        chosen({"eager": Trial("eager", 1e9, 1.0)}, "cpu")
+
+
+def test_a_look_at_bf16_is_short_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    block = network()
+    block.register_forward_pre_hook(lambda module, images: passes.append(len(images[0])))
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 60.0 if len(passes) > 2 else 1.0
+        return now
+
+    monkeypatch.setattr(modes.time, "perf_counter", clock)
+    assert modes.bf16_ratio(block, 96) < 0.25 and passes == [2] * 4
 
 
 def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:

@@ -142,6 +142,8 @@ class Doctor:
         self.choose_decoder()
         if self.plan and self.num_gpus:
             self.step = self.try_step(self.plan)  # apart, before this process touches the GPU
+        if not self.num_gpus and self.recipe.train.precision == "bf16":
+            self.look(self.precision)
         self.join()
         self.look(self.input)
         if self.splits and self.environ.get("LOCAL_RANK", "0") == "0":
@@ -362,6 +364,22 @@ class Doctor:
                 job = decoding.Job(gpu, self.threads, micro, half)
                 self.chosen, self.why_decode = decoding.choose(split, settings, job, self.environ)
                 self.decode = self.chosen.decode
+
+    def precision(self) -> Facts:
+        """Whether a CPU takes longer with bfloat16, by some passes."""
+        import torch
+
+        from fasttrain import modes
+        from fasttrain.model import build_model
+
+        torch.set_num_threads(self.threads)
+        network = build_model(**self.recipe.model.network(), num_classes=1000)
+        network.to(memory_format=torch.channels_last)
+        px = schedule.largest_crop_px(self.recipe.data.crop_px)
+        ratio = modes.bf16_ratio(network, px)
+        if ratio < modes.TOO_SLOW:
+            self.fault(modes.slow_bf16(ratio))
+        return {"bf16": f"{ratio:.2g} times as fast as float32 on this CPU"}
 
     def try_step(self, plan: Plan) -> Facts:
         """Some updates on random pixels, by a process apart: one that lacks memory may crash."""
