@@ -658,7 +658,7 @@ def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
     checkpoints.mkdir(parents=True)
     run_folder.write_text(tmp_path / "run" / "recipe.toml", config.dumps(recipe))
     assert run_folder.check(other) is None
-    (checkpoints / STEP).mkdir()
+    (tmp_path / "run" / STEP).mkdir()
     with pytest.raises(config.ConfigError, match="holds a run of another recipe"):
         run_folder.check(other)
 
