@@ -390,7 +390,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this recipe ({error.strerror})") from None
+        there = _recipes_near(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: cannot read this recipe ({error.strerror}){there}") from None
     except _NO_TOML as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     faults = [fault for text in overrides if (fault := _override(raw, text))]
@@ -402,6 +403,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         log = recipe.log.model_copy(update={"run_dir": Path("runs") / path.stem})
         recipe = recipe.model_copy(update={"log": log})
     return recipe
+
+
+def _recipes_near(path: Path) -> str:
+    """The recipes beside one that is not there, or else the project's own."""
+    for folder in (path.parent, Path(__file__).parent.parent / "recipes", Path("recipes")):
+        if found := sorted(other.name for other in folder.glob("*.toml") if other.is_file()):
+            shown = [*found[:12], *(["..."] if len(found) > 12 else [])]
+            close = difflib.get_close_matches(path.name, found, n=1, cutoff=0.8)
+            meant = f"; did you mean {folder / close[0]}?" if close else ""
+            return f"{meant}\nin {folder} there are {', '.join(shown)}"
+    return ""
 
 
 def _override(raw: dict[str, Any], text: str) -> str | None:
@@ -474,6 +486,9 @@ def _unfit(value: object) -> str:
     return ""
 
 
+_EXAMPLES = {"int": "8", "float": "0.5", "bool": "true", "string": '"text"', "path": '"folder"'}
+
+
 def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
     """One pydantic error in the words of a user: `[section] key = value: what is expected`."""
     if not detail["loc"]:  # a check of ours over several keys, already in full
@@ -485,6 +500,9 @@ def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
     if detail["type"].endswith(("_type", "_parsing")) or detail["type"] == "int_from_float":
         expected = detail["type"].split("_")[0]
         message = f"expected {expected}, got {type(value).__name__}"
+        default = kind.model_fields[key].default
+        example = _EXAMPLES.get(expected) if default is None else _shown(default)
+        message += f"; for example {key} = {example}" if example else ""
     elif detail["type"] == "missing":
         message = "expected one more value"
     elif message.startswith("Input should be"):

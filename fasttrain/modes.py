@@ -128,8 +128,7 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
         "trying ways to carry out updates, which can take minutes; the fastest is remembered for "
         "later runs, and --set train.execution=MODE tries none"
     )
-    if not setup.on_cpu:
-        say(notice)
+    say("timing a few updates" if setup.on_cpu else notice)
     eager = try_mode("eager", setup)
     if eager.fault:
         raise ExecutionError(f"no update could be carried out: {eager}")

@@ -89,6 +89,7 @@ def open_data(data: config.Data) -> tuple[Split, Split]:
 def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     """Builds everything, restores the newest checkpoint, trains, and marks the run as done."""
     # Seconds of imports, so only once the recipe is known to be right.
+    _say("loading torch and DALI")
     import torch
     from accelerate.utils import broadcast_object_list, gather_object
 
@@ -334,6 +335,7 @@ def _forecast(
     }  # fmt: skip
     rate = forecast.recall_rate(keys["input"])  # of all processes
     if not all(gather_object([rate is not None])):
+        say("measuring the input")
         found, steady = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
         rates = gather_object([(found, steady)])
         rate = forecast.Rate(sum(each for each, _ in rates))

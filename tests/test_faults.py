@@ -91,6 +91,7 @@ def test_recipes(content: bytes, message: str, tmp_path: Path, refused: Refused)
 
 def test_recipes_that_are_no_files(tmp_path: Path, refused: Refused) -> None:
     refused(train.main, [tmp_path], f"{tmp_path}: cannot read this recipe (Is a directory)")
+    refused(train.main, ["recipes/larg.toml"], "did you mean recipes/large.toml?\n", "demo.toml, ")
     refused(train.main, ["/nowhere.toml"], "/nowhere.toml: cannot read this recipe (No such file")
     refused(train.main, ["/proc/self/mem"], "/proc/self/mem: cannot read this recipe (Input/output")
 
@@ -102,7 +103,11 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("log.run_dir=x${NOT_SET}", ["${NOT_SET} is not set in the environment; set it or write"]),
     ("log.run_dir=\udcff", ["must be plain text"]),
     ("train.seed=9223372036854775808", ["[train] seed = 9223372036854775808: must be less: 64"]),
-    ("train.epochs=" + "[" * 5000, ['[train] epochs = "[[', "expected int, got str"]),
+    (
+        "train.epochs=" + "[" * 5000,
+        ['[train] epochs = "[[', "expected int, got str; for example epochs = 150"],
+    ),
+    ("train.micro_batch_size=x", ["expected int, got str; for example micro_batch_size = 8"]),
     ("data.root={file}", ["no data set at {file}", "python tools/make_shards.py"]),
     ("data.root=/nowhere", ["no data set at /nowhere", "--set data.root=/path/to/shards"]),
     ("data.short_side=256", ["asks for images of short side 256, those at", "--short-side 256"]),
