@@ -1,6 +1,7 @@
 """Where measurements and compiled code are kept for later runs. Needs no torch."""
 
 import contextlib
+import getpass
 import os
 import stat
 import tempfile
@@ -40,6 +41,10 @@ def keep_compiled() -> None:
     The compiler, once imported, settles on a temporary folder and says so in the environment:
     `accelerate launch` hands one down, and the first optimizer that is built imports it here.
     """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name, which torch before 2.13 does not survive
+        os.environ["USER"] = f"uid{os.getuid()}"
     chosen = _chosen()
     if not chosen or fault_of(chosen):
         os.environ[COMPILED] = str(cache_dir() / "inductor")

@@ -1,7 +1,9 @@
 """Caches of a home that cannot be written go elsewhere, and it is said once."""
 
 import errno
+import getpass
 import os
+import pwd
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,15 @@ def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert caches.cache_dir().parent == tmp_path / "tmp"
     assert "it is no absolute path; HOME may not be set" in caches.remarks()[0]
     assert not Path("~").exists()
+
+
+def test_a_user_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    caches.keep_compiled()
+    assert getpass.getuser() == f"uid{os.getuid()}"
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(
