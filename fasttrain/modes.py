@@ -214,7 +214,7 @@ def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
 
         return seconds(bf16=False) / seconds(bf16=True)
 
-    look = ratio(2, min(px, LOOK_PX), 2)
+    look = ratio(2, min(px, LOOK_PX), 3)
     return look if look < LOOK_RATIO else ratio(8, px, 4)
 
 

@@ -176,11 +176,11 @@ def test_a_look_at_bf16_is_short_where_it_is_slow(monkeypatch: pytest.MonkeyPatc
 
     def clock() -> float:
         nonlocal now
-        now += 60.0 if len(passes) > 2 else 1.0
+        now += 60.0 if len(passes) > 3 else 1.0
         return now
 
     monkeypatch.setattr(modes.time, "perf_counter", clock)
-    assert modes.bf16_ratio(block, 96) < 0.25 and passes == [2] * 4
+    assert modes.bf16_ratio(block, 96) < 0.25 and passes == [2] * 6
 
 
 def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
