@@ -87,7 +87,7 @@ def test_the_live_view_takes_no_time_of_an_update() -> None:
         begun = time.process_time()
         for number in range(10_000):
             view.step(number)
-        assert time.process_time() - begun < 0.5  # 50 us an update; it takes 1
+        assert time.process_time() - begun < 0.5  # 50 us an update; 0.3 measured
 
 
 def test_the_closing_line() -> None:
