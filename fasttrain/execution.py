@@ -199,7 +199,7 @@ class Graphed:
         self.accumulation = plan.accumulation
         device = accelerator.device
         on_gpu = device.type == "cuda"
-        self.guard = Guard(learner, plan, train.max_skipped_steps, bool(options) and on_gpu)
+        self.guard = Guard(learner, plan, train.max_skipped_steps, compile_it=on_gpu)
         self.lrs: dict[float, Tensor] = {}  # of the groups, by their factor
         self.ema_weight = torch.zeros((), device=device)
         # Gradients are added up over processes and micro-batches, where DDP takes their mean.

@@ -15,6 +15,12 @@ class Flat(NamedTuple):
     statistics: Tensor  # float32 (S + 1,): running means and variances, and one spare value
     counts: Tensor  # int64 (L,): `num_batches_tracked` of each BatchNorm layer
 
+    @property
+    def averaged(self) -> Tensor:
+        """Weights and statistics in one tensor: they lie one after the other. A view."""
+        end = self.statistics.storage_offset() + self.statistics.numel() - 1
+        return self.weights.as_strided((end,), (1,))
+
 
 @torch.no_grad()
 def flatten(module: nn.Module) -> Flat:
@@ -24,15 +30,20 @@ def flatten(module: nn.Module) -> Flat:
     parameters themselves, which stay the same objects.
     """
     parameters = list(module.parameters())
-    device = parameters[0].device
-    weights = torch.empty(sum(p.numel() for p in parameters), device=device)
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    num_weights = sum(p.numel() for p in parameters)
+    # The compiler copies an input whose address is no multiple of 16 bytes.
+    begin = -(-num_weights // 4) * 4
+    num_statistics = 2 * sum(layer.num_features for layer in layers) + 1
+    whole = torch.zeros(begin + num_statistics, device=parameters[0].device)
+    weights, statistics = whole[:num_weights], whole[begin:]
     for parameter, view in zip(parameters, views_of(weights, parameters), strict=True):
         view.copy_(parameter)
         parameter.data = view
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    statistics = _flat_buffers(layers, ("running_mean", "running_var"), torch.zeros(1), device)
-    none = torch.zeros(0, dtype=torch.int64)
-    return Flat(weights, statistics, _flat_buffers(layers, ("num_batches_tracked",), none, device))
+    _move_buffers(layers, ("running_mean", "running_var"), statistics)
+    counts = torch.zeros(len(layers), dtype=torch.int64, device=whole.device)
+    _move_buffers(layers, ("num_batches_tracked",), counts)
+    return Flat(weights, statistics, counts)
 
 
 def views_of(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
@@ -66,13 +77,10 @@ def _order(tensor: Tensor) -> list[int]:
     return [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
-def _flat_buffers(
-    layers: list[_BatchNorm], names: tuple[str, ...], spare: Tensor, device: torch.device
-) -> Tensor:
-    """One tensor of the buffers of those names, which become views of it, and of `spare`."""
-    places = [(layer, name) for layer in layers for name in names]
-    buffers: list[Tensor] = [getattr(layer, name) for layer, name in places]
-    flat = torch.cat([*(buffer.flatten() for buffer in buffers), spare.to(device)])
-    for (layer, name), view in zip(places, views_of(flat, buffers), strict=True):
+def _move_buffers(layers: list[_BatchNorm], names: tuple[str, ...], flat: Tensor) -> None:
+    """Makes the buffers of those names views of `flat`, in the order of the layers."""
+    placed = [(layer, name) for layer in layers for name in names]
+    buffers: list[Tensor] = [getattr(layer, name) for layer, name in placed]
+    for (layer, name), buffer, view in zip(placed, buffers, views_of(flat, buffers), strict=True):
+        view.copy_(buffer)
         setattr(layer, name, view)
-    return flat

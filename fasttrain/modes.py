@@ -311,7 +311,7 @@ def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
         updater.close()
     del updater
     setup.accelerator.free_memory()
-    if "compile" in mode:  # which imports the compiler
+    if mode != "eager":  # the others compile the network, or the guard
         torch.compiler.reset()
     gc.collect()
     if not setup.on_cpu:

@@ -69,8 +69,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, flat: Flat, weight: Tensor) -> None:
         """Takes in the weights and statistics of the network by their part `weight`, 0-d there."""
-        self.flat.weights.lerp_(flat.weights, weight)
-        self.flat.statistics[:-1].lerp_(flat.statistics[:-1], weight)
+        self.flat.averaged.lerp_(flat.averaged, weight)
 
 
 @dataclass(slots=True)

@@ -184,3 +184,46 @@ def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch)
     assert guard.read()
     for name, found in model.state_dict().items():
         assert torch.equal(found, alone.state_dict()[name])
+
+
+def settled_by(compile_it: bool) -> tuple[list[Tensor], list[str]]:
+    """What a guard holds after 4 updates, the second and third of which are bad."""
+    torch.manual_seed(0)
+    learner = learner_of(mobilenetv3_small(0.35, num_classes=4).train())
+    guard = Guard(learner, plan_of(4), max_skipped=9, compile_it=compile_it)
+    read = []
+    for loss, gradient in ((1.0, 2.0), (math.inf, 2.0), (1.0, math.nan), (3.0, 2.0)):
+        learner.module(torch.randn(4, 3, 32, 32))
+        guard.add(torch.tensor(loss), 4)
+        guard.decide(torch.tensor(gradient))
+        read.append(str(guard.read()))
+    return [*learner.flat, *guard.tensors()], read
+
+
+def test_a_compiled_guard_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_compile, compiled = torch.compile, []
+
+    def fast_compile(function: Callable[..., object], dynamic: bool) -> Callable[..., object]:
+        compiled.append(function)
+        return torch_compile(function, dynamic=dynamic, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", fast_compile)
+    plain, found = settled_by(compile_it=False), settled_by(compile_it=True)
+    assert len(compiled) == 1 and plain[1] == found[1]
+    for expected, value in zip(plain[0], found[0], strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_guard_that_cannot_be_compiled_works_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_nothing(function: Callable[..., object], dynamic: bool) -> Callable[..., object]:
+        def run(*args: object) -> None:
+            function(*args)  # may have changed something before it failed
+            raise RuntimeError("Failed to find C compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    plain, found = settled_by(compile_it=False), settled_by(compile_it=True)
+    assert plain[1] == found[1]
+    for expected, value in zip(plain[0], found[0], strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)

@@ -22,8 +22,9 @@ COMPILING = ["compile", "compile_graph", "compile_graph_fuse"]  # two minutes ea
 MODES = ["eager", "graph", *(pytest.param(mode, marks=pytest.mark.slow) for mode in COMPILING)]
 # Kernels, copies and fills of an update outside forward and backward, with the launch of
 # the graph itself and with the 2 fills by which PyTorch hands a graph its seed.
-MOST_LAUNCHES = {"eager": 45, "graph": 50, "compile": 45}
-MOST_LAUNCHES |= {"compile_graph": 28, "compile_graph_fuse": 28}
+MOST_LAUNCHES = {"eager": 40, "graph": 25, "compile": 40}
+MOST_LAUNCHES |= {"compile_graph": 25, "compile_graph_fuse": 25}
+OLD_TORCH = 8  # launches more: before 2.12 its kernels on lists take fewer tensors each
 
 
 def headers() -> list[Path]:
@@ -96,7 +97,8 @@ def test_a_mode_over_the_stand_in(library: Path, mode: str, tmp_path: Path) -> N
 
     # Launches outside forward and backward are few, and all tensors stay channels-last.
     update = told["one_update"]
-    assert len(update["launches"]) <= MOST_LAUNCHES[mode], "\n".join(update["launches"])
+    most = MOST_LAUNCHES[mode] + (OLD_TORCH if torch.__version__ < "2.12" else 0)
+    assert len(update["launches"]) <= most, "\n".join(update["launches"])
     lost = update["lost"]
     if "compile" in mode and torch.__version__ >= "2.12":
         # Inductor gives the backward of depthwise convolutions gradients in another layout (seen
