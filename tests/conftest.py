@@ -35,7 +35,13 @@ TINY = {
     "data": {"crop_px": 32, "eval_resize_px": 36, "eval_crop_px": 32, "threads": 1},
     "model": {"arch": "small", "width": 0.35},
     "optim": {"lr": 0.05, "warmup_lr": 0.01, "warmup_epochs": 1},
-    "train": {"epochs": 3, "global_batch_size": 8, "precision": "no", "cpu_threads": 1},
+    "train": {
+        "epochs": 3,
+        "global_batch_size": 8,
+        "precision": "no",
+        "cpu_threads": 1,
+        "execution": "eager",  # `auto` times updates first
+    },
     "checkpoint": {"every_steps": 4},
     "log": {"every_steps": 3},
 }

@@ -128,9 +128,6 @@ def test_a_fresh_interpreter_tries(split: Split) -> None:
     settings = config.Data(root=split.root, crop_px=32)
     trial = decoding.try_in_a_process(split, settings, "gpu_full", ON_CPU, dict(os.environ))
     assert not trial.fault and trial.images_per_s > 0 and trial.difference < 0.5
-    if not torch.cuda.is_available():
-        trial = decoding.try_in_a_process(split, settings, "gpu_full", JOB, dict(os.environ))
-        assert trial.fault.startswith("failed: ")
 
 
 def test_a_crash_is_a_finding(

@@ -202,6 +202,7 @@ def one_of_three(rank: int, world: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_three_processes_that_go_on_end_bit_for_bit_equal(tmp_path: Path) -> None:
     """Of three and more, the order in which gradients are added up can differ."""
     spawn(one_of_three, 3, tmp_path)
@@ -263,6 +264,7 @@ class Block(nn.Module):
         return self.classifier(self.features(images).mean((2, 3)).repeat(1, 2)[:, :16])
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_over_20_updates() -> None:
     recipe = recipe_for()
     plan = plan_for(recipe)

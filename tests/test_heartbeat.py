@@ -113,7 +113,7 @@ def test_a_frozen_process_ends_the_run(tiny: Callable[..., Path], tmp_path: Path
         checkpoint={"every_steps": 1000},
         log={"every_steps": 1},
     )
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "3"]
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
     launched = subprocess.Popen(
         [*command, "--main_process_port", "0", "fasttrain/train.py", str(recipe)],
         cwd=CHECKOUT,

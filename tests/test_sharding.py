@@ -311,7 +311,7 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
 
 
 def test_killed_while_unpacking(tmp_path: Path) -> None:
-    """The same for a source that is unpacked first, at every seventh call."""
+    """The same for a source that is unpacked first, at every 20th call."""
     forms.write("hf-tar", tmp_path / "in", forms.photographs())
 
     def build(out: Path) -> None:
@@ -325,7 +325,7 @@ def test_killed_while_unpacking(tmp_path: Path) -> None:
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
             build(out)
         assert files_of(out) == files_of(tmp_path / "expected"), f"died at call {number}"
-        number += 7
+        number += 20
     assert number > 60
 
 
@@ -364,6 +364,7 @@ sharding.write_dataset(
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = ["python", "-c", BUILD, larger, out]

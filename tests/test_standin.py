@@ -18,8 +18,8 @@ from conftest import REPO, environment
 
 STANDIN = REPO / "tests" / "standin"
 LIMIT_S = 900  # of the modes that compile, on a busy machine
-COMPILING = ["compile", "compile_graph", "compile_graph_fuse"]  # two minutes each
-MODES = ["eager", "graph", *(pytest.param(mode, marks=pytest.mark.slow) for mode in COMPILING)]
+OTHERS = ["eager", "compile", "compile_graph", "compile_graph_fuse"]  # compiling takes minutes
+MODES = ["graph", *(pytest.param(mode, marks=pytest.mark.slow) for mode in OTHERS)]
 # Kernels, copies and fills of an update outside forward and backward, with the launch of
 # the graph itself and with the 2 fills by which PyTorch hands a graph its seed.
 MOST_LAUNCHES = {"eager": 40, "graph": 25, "compile": 40}
