@@ -267,16 +267,19 @@ def read_state(folder: Path) -> Saved:
     """
     try:
         text = (folder / "state.json").read_bytes()
-        version = dict(json.loads(text)).get("version", FORMAT_VERSION)
+        state = dict(json.loads(text))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint of fasttrain: {error}") from None
+    version = state.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version}, this fasttrain reads {FORMAT_VERSION}; "
             "install the fasttrain that wrote it"
         )
+    if isinstance(state.get("recipe"), dict):  # an earlier version wrote every key that it had
+        state["recipe"] = config.without_former_keys(state["recipe"])
     try:
-        return Saved.model_validate_json(text)
+        return Saved.model_validate_json(json.dumps(state))
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])

@@ -71,8 +71,6 @@ class Data(Section):
 
     root: ExpandedPath = Path("data/imagenet")
     """Folder of the shards, as `tools/make_shards.py` writes it."""
-    prepare: Literal["none", "digits"] = "none"
-    """`digits` makes the demo's shards in `root` when they are missing."""
     short_side: Positive | None = None
     """Refuse shards whose images were not shrunk to this shorter side; unset: take any."""
     crop_px: Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_crop_px)] = 224
@@ -328,7 +326,6 @@ class Recipe(Section):
 MAY_CHANGE = frozenset(
     {
         "data.root",
-        "data.prepare",
         "data.stage",
         "data.stage_part",
         "data.stage_keep",
@@ -360,6 +357,14 @@ MAY_CHANGE = frozenset(
     }
 )
 
+# Keys that earlier versions had, and what a recipe file that holds one is told. The run folders and
+# checkpoints of those versions hold every key, and still open.
+FORMER_KEYS = {
+    ("data", "prepare"): (
+        "delete this line; the demo's data set is now made by `python tools/make_digits.py`"
+    )
+}
+
 
 class Fault(Exception):
     """Something a user can mend: the message says what is wrong, where, and what to do."""
@@ -381,9 +386,12 @@ _NO_TOML = (ValueError, RecursionError)
 _TOO_MUCH = "..."  # is shown in their place
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False) -> Recipe:
     """The recipe at `path` with `section.key=value` overrides on top.
 
+    Args:
+        written_by_run: the file is the `recipe.toml` of a run folder, perhaps of an earlier
+            version: FORMER_KEYS are ignored there, and refused in all other files.
     Raises:
         ConfigError: naming every fault at once.
     """
@@ -394,6 +402,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: cannot read this recipe ({error.strerror}){there}") from None
     except _NO_TOML as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    if written_by_run:
+        raw = without_former_keys(raw)
     faults = [fault for text in overrides if (fault := _override(raw, text))]
     recipe, faults = _validate(raw, faults)
     if recipe is None:
@@ -403,6 +413,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         log = recipe.log.model_copy(update={"run_dir": Path("runs") / path.stem})
         recipe = recipe.model_copy(update={"log": log})
     return recipe
+
+
+def without_former_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's tables (by section, then key) without the keys of FORMER_KEYS."""
+    return {
+        section: {key: value for key, value in table.items() if (section, key) not in FORMER_KEYS}
+        if isinstance(table, dict)
+        else table
+        for section, table in tables.items()
+    }
 
 
 def _recipes_near(path: Path) -> str:
@@ -494,6 +514,8 @@ def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
     if not detail["loc"]:  # a check of ours over several keys, already in full
         return f"[{section}] {detail['msg'].removeprefix('Value error, ')}"
     key = str(detail["loc"][0])
+    if remedy := FORMER_KEYS.get((section, key)):
+        return f"[{section}] {key}: fasttrain no longer has this key; {remedy}"
     if detail["type"] == "extra_forbidden":
         return f"[{section}] {key}: unknown key{_did_you_mean(key, kind.model_fields)}"
     value, message = detail["input"], detail["msg"].removeprefix("Value error, ")

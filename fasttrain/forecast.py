@@ -237,5 +237,5 @@ def remember_rate(key: str, images_per_s: float) -> None:
 
 def input_key(split: Split, data: config.Data, *more: Any) -> str:
     """Of the input's speed: shards, settings, machine."""
-    settings = data.model_dump(mode="json", exclude={"root", "prepare"})
+    settings = data.model_dump(mode="json", exclude={"root"})
     return key_of("input", split.digest, settings, os.uname().nodename, *more)

@@ -75,7 +75,7 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
         return None
     # A start that saved nothing, as it was refused say, leaves nothing to mix up.
     if (folder / RECIPE).exists() and any((folder / CHECKPOINTS).glob("step_*")):
-        changed = config.differences(config.load(folder / RECIPE), recipe)
+        changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
         if changed:
             raise config.ConfigError(
                 "\n  ".join([f"{folder} holds a run of another recipe:", *changed])

@@ -43,6 +43,7 @@ UNFINISHED = "UNFINISHED"  # the options of the data set, until its last file is
 MANIFEST_DIGEST = "manifest.sha256"
 TEMPORARY = ".fasttrain.tmp"  # how unfinished files end: a user's own .tmp files are not ours
 SPLITS = ("train", "val")
+DIGITS = Path("data/digits")  # the demo's data set, which has a command of its own
 _INDEX_MAGIC = b"fasttrain index 1\n"
 PPM_HEADER = 32  # bytes, at most, before the pixels of a raw image
 _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
@@ -210,8 +211,8 @@ def _missing(root: Path) -> str:
     """Why there is no manifest at `root`, and what to do; perhaps photographs lie there."""
     if (root / UNFINISHED).exists():
         return (
-            f"the data set at {root} is not finished: start the make_shards.py command again that "
-            "began it"
+            f"the data set at {root} is not finished: run the command that began it once more "
+            f"({'make_digits.py' if root == DIGITS else 'make_shards.py'})"
         )
     try:
         held = sorted(path for path in root.iterdir() if not path.name.startswith("."))
@@ -233,6 +234,11 @@ def _missing(root: Path) -> str:
             f"{root} holds no shards of fasttrain but {names}{more}; if those are photographs, "
             f"make shards of them in another folder with\n{command} {root} data/NAME\n"
             "and give that folder instead (of train.py: --set data.root=data/NAME)"
+        )
+    if root == DIGITS:
+        return (
+            f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make the demo's "
+            "with\n    python tools/make_digits.py"
         )
     return (
         f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make one with\n"

@@ -6,7 +6,6 @@ What is wrong with the recipe, the data or the run folder is found before torch 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -69,16 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_data(data: config.Data) -> tuple[Split, Split]:
-    """Opens the training and validation splits, and makes the demo's first if they are missing."""
-    if data.prepare == "digits" and not (data.root / shards.MANIFEST).exists():
-        from fasttrain import digits
-
-        data.root.parent.mkdir(parents=True, exist_ok=True)
-        with data.root.with_name(f"{data.root.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, the first makes them
-            if not (data.root / shards.MANIFEST).exists():
-                sys.stdout.write(f"making shards of handwritten digits in {data.root}\n")
-                digits.prepare(data.root)
+    """Opens the training and validation splits."""
     look = os.environ.get("LOCAL_RANK", "0") == "0"
     train_set = shards.open_split(data.root, "train", data.short_side, look)
     val_set = shards.open_split(data.root, "val", look_at_tars=look)

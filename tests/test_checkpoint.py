@@ -293,3 +293,13 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         checkpoint.restore(folder, learner(), ABOUT, quiet)
     with pytest.raises(CheckpointError, match="is not a checkpoint of fasttrain"):
         checkpoint.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["none", "digits"])
+def test_a_key_that_went_since_it_was_saved(value: str, tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
+    now = checkpoint.read_state(folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["recipe"]["data"]["prepare"] = value
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoint.read_state(folder) == now

@@ -44,6 +44,16 @@ def test_the_published_recipe(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("value", ["none", "digits"])
+def test_a_run_folder_of_an_earlier_version_opens(value: str, tmp_path: Path) -> None:
+    recipe = config.load(REPO / "recipes/demo.toml")
+    path = tmp_path / "recipe.toml"
+    path.write_text(config.dumps(recipe).replace("[data]", f'[data]\nprepare = "{value}"'))
+    assert config.load(path, written_by_run=True) == recipe
+    with pytest.raises(config.ConfigError, match=r"python tools/make_digits\.py"):
+        config.load(path)
+
+
 def test_overrides() -> None:
     recipe = config.load(
         REPO / "recipes/large.toml",
@@ -99,6 +109,11 @@ def test_overrides() -> None:
         ),
         ("optim.momentum=1", "[optim] momentum = 1: must be less than 1"),
         ("checkpoint.keep=1", "[checkpoint] keep = 1: must be greater than or equal to 2"),
+        (
+            "data.prepare=digits",
+            "[data] prepare: fasttrain no longer has this key; delete this line; the demo's data "
+            "set is now made by `python tools/make_digits.py`",
+        ),
         ("trian.epochs=1", "[trian]: unknown section; did you mean train?"),
         ("train=3", "--set train=3: expected section.key=value, for example train.epochs=90"),
         ("train.epochs", "--set train.epochs: expected section.key=value"),

@@ -263,13 +263,9 @@ def test_a_message_is_left_for_the_launcher(
     assert said(ACCELERATE_MIXED_PRECISION="no", RANK="0") == (f"no data\n{follows}", "")
 
 
-def test_demo_without_its_library(
-    tiny: Callable[..., Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    recipe = tiny(data={"prepare": "digits", "root": str(tmp_path / "digits")})
-    refused(train.main, [recipe], "pip install -e '.[demo]'")
+def test_demo_without_its_data(refused: Refused) -> None:
+    command = "make the demo's with\n    python tools/make_digits.py"
+    refused(train.main, ["recipes/demo.toml"], "no data set at data/digits", command)
 
 
 def test_nothing_is_written_and_torch_not_loaded_where_something_is_wrong(tmp_path: Path) -> None:

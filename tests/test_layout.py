@@ -20,7 +20,7 @@ ROWS = (
     {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime"},
     {"gather", "pipeline", "resize_gpu"},
     {"flat", "heartbeat", "lane", "model", "reading", "resize", "stopping"},
-    {"augment", "digits", "depthwise", "run_folder", "staging"},
+    {"augment", "depthwise", "run_folder", "staging"},
     {"forecast"},
     {"sampling"},
     {"sharding"},
@@ -34,7 +34,7 @@ ROWS = (
     {"caches", "config", "rng"},
     {"__init__"},
 )
-TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder", "digits"}
+TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches"}

@@ -34,7 +34,8 @@ def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_are_those_we_know() -> None:
     assert COMMANDS == [
-        "pip install -e '.[demo]' && accelerate launch fasttrain/train.py recipes/demo.toml",
+        "pip install -e '.[demo]' && python tools/make_digits.py && accelerate launch "
+        "fasttrain/train.py recipes/demo.toml",
         "pip install -e '.[test]' && python -m pytest",
         "python tools/make_shards.py SOURCE data/imagenet",
         "python fasttrain/train.py recipes/large.toml",
@@ -69,7 +70,7 @@ def test_the_commands_are_those_we_know() -> None:
 )
 def test_demo(clone: Path, epochs: int | None, top1: float) -> None:
     """In full it is a slow test."""
-    install, command = COMMANDS[0].split(" && ")
+    install, command = COMMANDS[0].split(" && ", 1)
     assert install == "pip install -e '.[demo]'"
     shutil.rmtree(clone / "runs", ignore_errors=True)
     shutil.rmtree(clone / "data", ignore_errors=True)
@@ -78,7 +79,7 @@ def test_demo(clone: Path, epochs: int | None, top1: float) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["top1"] >= top1 and result["seen"] == 360
     assert result["seconds"] < 180
-    assert "making shards of handwritten digits in data/digits" in done.stdout
+    assert "writing photographs of handwritten digits to data/digits-images" in done.stdout
     assert "run folder: runs/demo" in done.stdout
     assert len(list((clone / "data/digits-images").rglob("*.jpg"))) == 1797
     assert (clone / "runs/demo/DONE").exists()
