@@ -23,15 +23,18 @@ os.environ |= {
     for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
 }
 
-from fasttrain import config, sharding, sources
+from fasttrain import config, sharding, shards, sources, train
+
+Refused = Callable[..., None]  # what the fixture `refused` gives
 
 REPO = Path(__file__).parent.parent
 SCRATCH = Path(os.environ["FASTTRAIN_TESTS"])
 CHECKOUT = SCRATCH / "fasttrain"  # where commands run: what they leave there goes with the tests
+STEP = Path("checkpoints", "step_00000002")  # the checkpoint of the fixture `trained`
 TIMEOUT_S = 240  # of a command that takes seconds: the machines of a test run can be very busy
 
-# A recipe of seconds on a CPU; tests add what they are about.
-TINY = {
+# A recipe that trains in seconds on a CPU. Each test changes what it is about.
+TINY: dict[str, dict[str, Any]] = {
     "data": {"crop_px": 32, "eval_resize_px": 36, "eval_crop_px": 32, "threads": 1},
     "model": {"arch": "small", "width": 0.35},
     "optim": {"lr": 0.05, "warmup_lr": 0.01, "warmup_epochs": 1},
@@ -95,6 +98,26 @@ def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def split(dataset: Path) -> shards.Split:
+    """The training split of `dataset`: 45 JPEGs."""
+    return shards.open_split(dataset, "train")
+
+
+@pytest.fixture(scope="session")
+def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `folder` as shards of raw pixels, five of them for training."""
+    root = tmp_path_factory.mktemp("raw") / "shards"
+    shard(folder, root, sharding.Policy(store="raw"), shard_size=11)
+    return root
+
+
+@pytest.fixture
+def copied(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of `dataset` for one test to damage."""
+    return Path(shutil.copytree(dataset, tmp_path / "shards"))
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a user clones, without data and runs."""
@@ -116,21 +139,53 @@ def shard(root: Path, out: Path, *options: Any, **more: Any) -> dict[str, Any] |
     return sharding.write_dataset(listed(root, out), out, *options, **more)
 
 
+def write_recipe(path: Path, dataset: Path, run_dir: Path, **changes: dict[str, Any]) -> Path:
+    """Writes TINY for a data set and a run folder, changed by `section={key: value}`."""
+    sections = {name: dict(table) for name, table in TINY.items()}
+    sections["data"]["root"] = str(dataset)
+    sections["log"]["run_dir"] = str(run_dir)
+    for section, table in changes.items():
+        sections.setdefault(section, {}).update(table)
+    path.write_text(config.dumps(config.Recipe.model_validate_json(json.dumps(sections))))
+    return path
+
+
 @pytest.fixture
 def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny recipe, changed by `section={key: value}`; its run folder is in tmp_path."""
 
     def write(name: str = "tiny", **changes: dict[str, Any]) -> Path:
-        sections = {key: dict(table) for key, table in TINY.items()}
-        sections["data"]["root"] = str(dataset)
-        sections["log"]["run_dir"] = str(tmp_path / "run")
-        for section, table in changes.items():
-            sections.setdefault(section, {}).update(table)
-        path = tmp_path / f"{name}.toml"
-        path.write_text(config.dumps(config.Recipe.model_validate_json(json.dumps(sections))))
-        return path
+        return write_recipe(tmp_path / f"{name}.toml", dataset, tmp_path / "run", **changes)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 2 updates, with one checkpoint; tests must not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder / "tiny.toml", dataset, folder / "run", train={"max_steps": 2})
+    train.main([str(recipe)])
+    return folder / "run"
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Runs an entry point that must end with exit code 2 and these words on standard error."""
+
+    def check(main: Callable[..., object], words: Sequence[object], *said: str) -> None:
+        given = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", ["tool", *given])
+        with pytest.raises(SystemExit) as status:
+            # A tool's main() reads sys.argv; the trainer's main(words) takes them.
+            main(*[given][: main.__code__.co_argcount])
+        output = capsys.readouterr().err
+        assert status.value.code == 2, output
+        for text in said:
+            assert text in output
+        assert "Traceback" not in output
+
+    return check
 
 
 @pytest.fixture

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
-from conftest import REPO, shard
-
-sys.path.insert(0, str(REPO / "tools"))
 import benchmark
+import pytest
 import rivals
 import scaling
 import steps
 import summary
+from conftest import shard
 
 from fasttrain import shards
 

@@ -24,7 +24,6 @@ from fasttrain import config, data, pipeline, resize, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.data import Batch, DataError, Placement
 from fasttrain.schedule import Plan, make_plan
-from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=2)
@@ -254,11 +253,6 @@ def damage(split: Split, *samples: int, whole: bool = True) -> None:
         path.write_bytes(tar)
 
 
-@pytest.fixture
-def copied(dataset: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(dataset, tmp_path / "copied"))
-
-
 def batches_of(
     split: Split,
     world: int = 1,
@@ -341,13 +335,6 @@ def test_replacing_has_a_limit_and_ends_at_evaluations(copied: Path) -> None:
         list(data.eval_loader(split, settings, 4, 0, 1, CPU))
     with pytest.raises(ValueError, match="max_bad_samples = 7: none is replaced"):
         config.Data(max_bad_samples=7)
-
-
-@pytest.fixture(scope="module")
-def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("raw") / "shards"
-    shard(folder, root, Policy(store="raw"), shard_size=11)
-    return root
 
 
 LIES: dict[str, tuple[str, Callable[[Split], int]]] = {  # what an index may claim of sample 5

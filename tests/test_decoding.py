@@ -11,18 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import config, data, decoding, shards
+from fasttrain import config, data, decoding
 from fasttrain.decoding import DecodeError, Job, Trial
 from fasttrain.shards import Split
 
 JOB = Job(gpu=True, threads=1, batch_size=12, half=True)
 ON_CPU = JOB._replace(gpu=False, half=False)
 CPU = data.Placement(torch.device("cpu"), half=False, threads=1)
-
-
-@pytest.fixture(scope="module")
-def split(dataset: Path) -> Split:
-    return shards.open_split(dataset, "train")
 
 
 def choose(

@@ -8,14 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-from conftest import REPO, run, shard
-
-sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import doctor
 import probes
+import pytest
 import steps
+from conftest import REPO, run, shard
 
 from fasttrain import config, modes, schedule
 

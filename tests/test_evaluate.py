@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPO
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttrain import checkpoint, config, modes, train
-
-sys.path.insert(0, str(REPO / "tools"))
-import evaluate
 
 Evaluate = Callable[..., tuple[dict[str, Any], str]]
 

@@ -7,24 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shard
 
 from fasttrain import config, gather, sampling, shards
 from fasttrain.config import Optim, Train
 from fasttrain.gather import Packer
 from fasttrain.reading import BadSamples, DataError, Feed, places_of
 from fasttrain.schedule import make_plan
-from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 
 HEAD = 24  # bytes an image
-
-
-@pytest.fixture(scope="module")
-def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("raw") / "shards"
-    shard(folder, root, Policy(store="raw"), shard_size=11)
-    return root
 
 
 def feed_for(split: Split, num_batches: int, verify: bool = False, **settings: Any) -> Feed:

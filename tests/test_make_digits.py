@@ -4,13 +4,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import make_digits
 import numpy as np
 import pytest
-from conftest import REPO
 from PIL import Image
-
-sys.path.insert(0, str(REPO / "tools"))
-import make_digits
 
 from fasttrain import shards
 

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import forms
+import make_shards
 import pytest
-from conftest import REPO
 from test_folders import image, put
 from test_shards import files_of
 from test_wds import pair, samples
-
-sys.path.insert(0, str(REPO / "tools"))
-import make_shards
 
 from fasttrain import shards
 

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import backend, types
 
-from fasttrain import config, data, decoding, pipeline, shards
+from fasttrain import config, data, decoding, pipeline
 from fasttrain.data import Batch, Placement
 from fasttrain.pipeline import Form
 from fasttrain.schedule import make_plan
@@ -138,11 +137,6 @@ def test_pixels_by_a_capsule_are_the_same() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def photos(dataset: Path) -> Iterator[Split]:
-    yield shards.open_split(dataset, "train")
-
-
 def batches(split: Split, place: Placement, training: bool = True, **settings: Any) -> list[Batch]:
     chosen = config.Data(
         root=split.root, crop_px=64, eval_resize_px=72, eval_crop_px=64, **settings
@@ -176,12 +170,12 @@ def compare(found: list[Batch], expected: list[Batch], place: Placement) -> list
 )
 @pytest.mark.parametrize("decode", DECODES[1:])
 def test_on_a_gpu_each_decoder_gives_the_cpus_pixels(
-    photos: Split, decode: str, fancy: bool, training: bool, half: bool
+    split: Split, decode: str, fancy: bool, training: bool, half: bool
 ) -> None:
     place = GPU._replace(half=half)
     settings = {"jpeg_fancy_upsampling": fancy, "decode": decode}
-    found = batches(photos, place, training, **settings)
-    far = compare(found, batches(photos, CPU, training, decode="cpu"), place)
+    found = batches(split, place, training, **settings)
+    far = compare(found, batches(split, CPU, training, decode="cpu"), place)
     print(json.dumps({**settings, "mean": np.mean(far), "worst": max(far)}, default=float))
     assert decoding.verdict(far) == ""
     if decode == "cpu":  # only the resizing is another
@@ -192,10 +186,10 @@ def test_on_a_gpu_each_decoder_gives_the_cpus_pixels(
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_on_a_gpu_augmented_images_are_the_cpus(photos: Split, change: str, half: bool) -> None:
+def test_on_a_gpu_augmented_images_are_the_cpus(split: Split, change: str, half: bool) -> None:
     place, settings = GPU._replace(half=half), CHANGES[change] | {"decode": "cpu"}
-    found = batches(photos, place, **settings)
-    expected = batches(photos, CPU, **settings)
+    found = batches(split, place, **settings)
+    expected = batches(split, CPU, **settings)
     far = compare(found, expected, place)
     print(json.dumps({"change": change, "mean": np.mean(far), "worst": max(far)}, default=float))
     # A step more or less is much after a histogram is equalised, or where an image is solarised.
@@ -209,12 +203,12 @@ def test_on_a_gpu_augmented_images_are_the_cpus(photos: Split, change: str, half
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_kept_batches_stay_as_they_are(photos: Split) -> None:
+def test_on_a_gpu_kept_batches_stay_as_they_are(split: Split) -> None:
     # No stream waits for DALI's, and its memory is used again.
     place = GPU._replace(half=True)
-    kept = batches(photos, place, decode="cpu")
+    kept = batches(split, place, decode="cpu")
     copies = [batch.images.clone() for batch in kept]
-    for batch in batches(photos, place, decode="cpu"):
+    for batch in batches(split, place, decode="cpu"):
         batch.images.mul_(2)
     for batch, copy in zip(kept, copies, strict=True):
         assert torch.equal(batch.images, copy)
@@ -222,12 +216,12 @@ def test_on_a_gpu_kept_batches_stay_as_they_are(photos: Split) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_a_decoder_is_chosen(photos: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_a_decoder_is_chosen(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     monkeypatch.setattr(decoding, "MEASURED_S", 0.3)
     job = decoding.Job(gpu=True, threads=4, batch_size=16, half=True)
     environ = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-    chosen, why = decoding.choose(photos, config.Data(root=photos.root, crop_px=64), job, environ)
+    chosen, why = decoding.choose(split, config.Data(root=split.root, crop_px=64), job, environ)
     print(why)
     assert chosen.decode in decoding.STRATEGIES

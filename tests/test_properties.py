@@ -197,11 +197,6 @@ def test_the_arithmetic_of_any_run(given: tuple[Train, Optim, int, list[tuple[in
     assert list(rising) == sorted(rising) and list(falling) == sorted(falling, reverse=True)
 
 
-@pytest.fixture(scope="module")
-def split(dataset: Path) -> shards.Split:
-    return shards.open_split(dataset, "train")
-
-
 @settings(max_examples=12)
 @given(plans(), st.booleans(), st.integers(1, 4))
 def test_any_split_of_the_work_sees_the_same(

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import shard
 from PIL import Image
 
 from fasttrain import config, data, reading, sampling, shards
@@ -22,11 +21,6 @@ from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=1)
-
-
-@pytest.fixture(scope="module")
-def split(dataset: Path) -> Split:
-    return shards.open_split(dataset, "train")
 
 
 def feed_for(split: Split, num_batches: int, **settings: object) -> Feed:
@@ -179,39 +173,35 @@ def test_a_kernel_without_populate_reads_ahead(split: Split) -> None:
     feed.close()
 
 
-@pytest.fixture(scope="module")
-def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
-    from fasttrain.sharding import Policy
-
-    root = tmp_path_factory.mktemp("raw") / "shards"
-    shard(folder, root, Policy(store="raw"))
-    return shards.open_split(root, "train")
+@pytest.fixture
+def raw_split(raw: Path) -> Split:
+    return shards.open_split(raw, "train")
 
 
-def test_of_raw_images_only_the_rows_of_the_windows_are_read(raw: Split) -> None:
-    plan = make_plan(Train(global_batch_size=8), Optim(), raw.num_samples, 1)
-    draw = sampling.train_draw(raw, config.Data(), plan, 0, 0, 0)
-    tars = [path.read_bytes() for path in raw.shard_paths]
-    whole, rows = (places_of(raw, draw, windows_only) for windows_only in (False, True))
+def test_of_raw_images_only_the_rows_of_the_windows_are_read(raw_split: Split) -> None:
+    plan = make_plan(Train(global_batch_size=8), Optim(), raw_split.num_samples, 1)
+    draw = sampling.train_draw(raw_split, config.Data(), plan, 0, 0, 0)
+    tars = [path.read_bytes() for path in raw_split.shard_paths]
+    whole, rows = (places_of(raw_split, draw, windows_only) for windows_only in (False, True))
     for number, sample in enumerate(draw.ids):
         _, y, _, h = draw.windows[number].tolist()
-        width = int(raw.width[sample])
-        pixels = 3 * width * int(raw.height[sample])
+        width = int(raw_split.width[sample])
+        pixels = 3 * width * int(raw_split.height[sample])
         assert whole.sizes[number] == pixels
         assert rows.sizes[number] == 3 * width * h
         assert rows.offsets[number] == whole.offsets[number] + 3 * width * y
         end = whole.offsets[number] + pixels
-        assert end == int(raw.offset[sample]) + int(raw.size[sample])
-        assert end <= len(tars[raw.shard[sample]])
+        assert end == int(raw_split.offset[sample]) + int(raw_split.size[sample])
+        assert end <= len(tars[raw_split.shard[sample]])
 
 
-def test_raw_and_jpeg_shards_give_the_same_training_images(raw: Split, split: Split) -> None:
-    plan = make_plan(Train(global_batch_size=9, epochs=6), Optim(), raw.num_samples, 1)
+def test_raw_and_jpeg_shards_give_the_same_training_images(raw_split: Split, split: Split) -> None:
+    plan = make_plan(Train(global_batch_size=9, epochs=6), Optim(), raw_split.num_samples, 1)
     settings = config.Data(crop_px=48)
     for read in ("mmap", "pread"):
         chosen = settings.model_copy(update={"read": read})
         pairs = zip(
-            data.train_batches(raw, chosen, plan, 0, CPU, 0),
+            data.train_batches(raw_split, chosen, plan, 0, CPU, 0),
             data.train_batches(split, settings, plan, 0, CPU, 0),
             strict=True,
         )
@@ -220,11 +210,11 @@ def test_raw_and_jpeg_shards_give_the_same_training_images(raw: Split, split: Sp
             assert torch.equal(ours.labels, theirs.labels)
 
 
-def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Split, dataset: Path) -> None:
+def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Path, dataset: Path) -> None:
     settings = config.Data(eval_resize_px=40, eval_crop_px=32)
     found = [
         torch.cat([b.images for b in data.eval_loader(s, settings, 4, 0, 1, CPU)])
-        for s in (shards.open_split(raw.root, "val"), shards.open_split(dataset, "val"))
+        for s in (shards.open_split(raw, "val"), shards.open_split(dataset, "val"))
     ]
     assert torch.equal(*found)
 

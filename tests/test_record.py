@@ -5,12 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import REPO
-
-sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import kernels
+import pytest
 import record
 import steps
 import tables

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import photograph, shard
+from conftest import photograph
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -25,7 +25,6 @@ from fasttrain.data import Batch, DataError, Placement
 from fasttrain.resize import MEAN, STD, Resizer
 from fasttrain.sampling import Augment, Draw
 from fasttrain.schedule import make_plan
-from fasttrain.sharding import Policy
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=2)
@@ -171,13 +170,6 @@ def test_a_kernel_that_fails_says_why(
 # --------------------------------------------------------------------------------------------------
 # The loaders
 # --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def raw(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("raw") / "shards"
-    shard(folder, root, Policy(store="raw"), shard_size=11)
-    return root
 
 
 def trained(split: Split, place: Placement, **settings: Any) -> Iterator[Batch]:

@@ -18,11 +18,6 @@ GOLDEN_IDS = [22, 25, 34, 38]
 GOLDEN_WINDOWS = [[149, 158, 233, 217], [212, 48, 152, 180], [0, 130, 41, 50], [0, 1, 33, 39]]
 
 
-@pytest.fixture(scope="module")
-def split(dataset: Path) -> Split:
-    return shards.open_split(dataset, "train")
-
-
 def plan_for(split: Split, world: int, micro: int, batch: int = 12) -> Plan:
     train = Train(epochs=6, global_batch_size=batch, micro_batch_size=micro)
     return make_plan(train, Optim(), split.num_samples, world)

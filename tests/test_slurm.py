@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKOUT, REPO, environment, lines, run
+from conftest import CHECKOUT, REPO, TIMEOUT_S, environment, lines, run
+from runs import num_updates
 from safetensors.torch import load_file
 from test_readme import COMMANDS
 
@@ -27,7 +28,6 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(not shutil.which("sbatch"), reason="SLURM is not installed"),
 ]
-TIMEOUT_S = 240
 TWO_BY_TWO = {"FT_PROCS_PER_NODE": "2"}
 # A container with its own process numbers, as pyxis and Apptainer may have them.
 CONTAINER = "bwrap --dev-bind / / --unshare-pid --proc /proc --die-with-parent"
@@ -85,11 +85,6 @@ def cluster() -> Iterator[Cluster]:
     yield made
     made.call("stop")
     shutil.rmtree(folder)
-
-
-def num_updates(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return len(lines(path, "train")) if path.exists() else 0
 
 
 def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:

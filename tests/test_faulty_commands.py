@@ -1,0 +1,99 @@
+"""What the tools say of wrong words on their command lines."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import evaluate
+import make_shards
+import pytest
+import verify_shards
+from conftest import STEP, Refused
+
+TOOLS: list[tuple[Any, str, list[str]]] = [
+    (evaluate, "{run}", ["the following arguments are required: --data"]),
+    (evaluate, "{run} --data /nowhere", ["no data set at /nowhere", "tools/make_shards.py"]),
+    (evaluate, "{run} --data {data} --ema", ["has no moving average: [optim] ema_decay was 0"]),
+    (
+        evaluate,
+        "{run} --data {data} --batch-size x",
+        ["--batch-size: 'x' is no whole number from 1"],
+    ),
+    (evaluate, "{run} --data {data} --batch-size 0", ["--batch-size: '0' is no whole number"]),
+    (evaluate, "{data} --data {data}", ["{data} is not a checkpoint of fasttrain", "state.json"]),
+    (evaluate, "/nowhere --data {data}", ["/nowhere is not a checkpoint of fasttrain"]),
+    (evaluate, "{empty} --data {data}", ["{empty} holds no checkpoint yet"]),
+    (evaluate, "{weights} --data {data} --recipe /no", ["/no: cannot read this recipe"]),
+    (evaluate, "{recipe} --data {data} --recipe {recipe}", ["{recipe}: is damaged or no file"]),
+    (make_shards, "", ["the following arguments are required: SOURCE"]),
+    (make_shards, "{folder}", ["name the folder OUT"]),
+    (make_shards, "{folder} {new} --in-place", ["--in-place: without OUT"]),
+    (make_shards, "{folder} --in-place", ["{folder} holds imagefolder, not WebDataset tars"]),
+    (make_shards, "{folder} --in-place --short-side 9", ["name an OUT to re-encode them"]),
+    (make_shards, "/nowhere {new}", ["/nowhere is not a folder", "train/<class>/"]),
+    (make_shards, "{empty} {new}", ["{empty} holds none of the forms", "imagefolder: an Image"]),
+    (make_shards, "{folder} {data} --seed 1", ["{data} already holds a finished data set, but"]),
+    (make_shards, "{folder} {folder}", ["holds files of other origin (", "choose another"]),
+    (make_shards, "{folder} {recipe}/new", ["cannot go on: [Errno 20] Not a directory"]),
+    (make_shards, "{folder} {new} --part 9/8", ["--part: 9/8: expected I/N with I from 1 to N"]),
+    (make_shards, "{folder} {new} --part x", ["--part: x: expected I/N", "such as 3/8"]),
+    (make_shards, "{folder} {new} --quality 0", ["--quality: invalid choice: 0 (choose from 50"]),
+    (make_shards, "{folder} {new} --seed -1", ["--seed -1: must not be negative"]),
+    (make_shards, "{folder} {new} --workers 0", ["--workers: '0' is no whole number from 1"]),
+    (make_shards, "{folder} {new} --store raw", ["--store raw: needs --short-side, such as 256"]),
+    (make_shards, "{folder} {new} --form x", ["--form: invalid choice: 'x' (choose from"]),
+    (verify_shards, "", ["the following arguments are required: OUT"]),
+    (verify_shards, "{data} --workers 0", ["--workers: '0' is no whole number from 1"]),
+    (verify_shards, "{data} --workers x", ["--workers: 'x' is no whole number from 1"]),
+    (verify_shards, "{data} --fast", ["unrecognized arguments: --fast"]),
+    (benchmark, "", ["the following arguments are required: PART"]),
+    (benchmark, "data", ["PART: invalid choice: 'data' (choose from"]),
+    (benchmark, "input /nowhere", ["no data set at /nowhere", "tools/make_shards.py"]),
+    (benchmark, "input {data} --batch 99", ["--batch 99: more than the 45 training images; lower"]),
+    (benchmark, "input {data} --threads 0", ["--threads: '0' is no whole number from 1"]),
+    (benchmark, "input {data} --batch 4 --images 8 --folder /no", ["--folder /no: no images in"]),
+    (benchmark, "step --batch none", ["--batch: 'none' is no whole number from 1"]),
+    (benchmark, "step --modes fast", ["--modes: fast: not among eager, compile, "]),
+    (benchmark, "step --modes graph", ["--modes: a CUDA graph needs a GPU; use eager,compile"]),
+    (benchmark, "step --device gpu", ["--device gpu: torch finds no GPU here; leave it out"]),
+    (benchmark, "step --width 0", ["--width: '0' is no number above 0"]),
+    (benchmark, "step --seconds -1", ["--seconds: '-1' is no number above 0"]),
+    (benchmark, "shards /nowhere", ["/nowhere is no folder; name an ImageFolder"]),
+    (benchmark, "shards {folder} --repeats 0", ["--repeats: '0' is no whole number from 1"]),
+    (benchmark, "scaling --step-ms x", ["argument --step-ms: invalid"]),
+    (benchmark, "scaling --per-node 0", ["--per-node: '0' is no whole number from 1"]),
+    (benchmark, "scaling --epochs 0", ["--epochs: '0' is no whole number from 1"]),
+    (benchmark, "scaling --images 0", ["--images: '0' is no whole number from 1"]),
+    (benchmark, "scaling --between 0", ["--between: '0' is no number above 0"]),
+    (benchmark, "scaling --input-rate nan", ["--input-rate: 'nan' is no number above 0"]),
+    (benchmark, "scaling --plot /no/x.svg", ["--plot /no/x.svg: there is no such folder; make"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "said"), TOOLS, ids=[f"{tool.__name__} {words}" for tool, words, _ in TOOLS]
+)
+def test_tools(
+    tool: Any,
+    words: str,
+    said: list[str],
+    trained: Path,
+    folder: Path,
+    dataset: Path,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    places = {
+        "run": trained,
+        "recipe": trained.with_name("tiny.toml"),
+        "weights": trained / STEP / "model.safetensors",
+        "data": dataset,
+        "folder": folder,
+        "empty": tmp_path / "empty",
+        "new": tmp_path / "new",
+    }
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    filled = words.format(**places).split()
+    refused(tool.main, filled, *(text.format(**places) for text in said))
+    assert not (tmp_path / "new").exists() and os.listdir(tmp_path) == ["empty"]

@@ -1,0 +1,229 @@
+"""Runs on several processes: the same batches as one process, and no process left behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHECKOUT, REPO, TIMEOUT_S, environment, lines, run
+from runs import (
+    ALL,
+    assert_same_result,
+    children_of,
+    is_alive,
+    launch,
+    newest_step,
+    num_updates,
+    result_of,
+    start,
+    wait_until,
+)
+
+from fasttrain import config, sampling, shards, train
+from fasttrain.schedule import make_plan
+
+
+def test_two_processes_see_the_global_batches_of_one(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    # 2 updates: enough to see that gradients are exchanged, too few for rounding to grow
+    batch = {"global_batch_size": 16, "micro_batch_size": 4, "max_steps": 2}
+    recipe = tiny(**ALL | {"train": batch})
+    folders = {world: tmp_path / str(world) for world in (1, 2)}
+    train.main([str(recipe), "--set", f"log.run_dir={folders[1]}"])
+    words = [*launch(2), "fasttrain/train.py", recipe, "--set", f"log.run_dir={folders[2]}"]
+    ended = run(words, ACCELERATE_USE_CPU="1")
+    assert json.loads(ended.stdout.splitlines()[-1])["seen"] == 13
+    assert "Warning" not in ended.stderr
+    alone = lines(folders[1] / "samples-rank0.jsonl")
+    ranks = [lines(folders[2] / f"samples-rank{rank}.jsonl") for rank in range(2)]
+    for one, *both in zip(alone, *ranks, strict=True):
+        assert len(one["ids"]) == 16 and {record["step"] for record in both} == {one["step"]}
+        for key in ("ids", "windows", "flips"):
+            # micro-batches of 4, dealt to the processes in turn
+            dealt = [both[g % 2][key][4 * (g // 2) : 4 * (g // 2) + 4] for g in range(4)]
+            assert one[key] == [value for group in dealt for value in group]
+    a, b = (result_of(folder)[0] for folder in folders.values())
+    for name, tensor in a.items():
+        if "running" not in name and "num_batches" not in name:  # averaged, not accumulated
+            torch.testing.assert_close(tensor, b[name], rtol=2e-3, atol=2e-4, msg=name)
+    losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in folders.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_global_batches_are_the_same_on_any_number_of_processes(
+    tiny: Callable[..., Path], tmp_path: Path, world: int
+) -> None:
+    """In real runs, for every accumulation that fits, as each process has logged.
+
+    From two images on: BatchNorm has nothing to average over one pixel of one image.
+    """
+    batch = 24
+    per_process = batch // world
+    for micro in (n for n in range(2, per_process + 1) if per_process % n == 0):
+        train_table = {"global_batch_size": batch, "micro_batch_size": micro, "max_steps": 2}
+        folder = tmp_path / f"{micro}"
+        recipe = tiny(
+            train=train_table, log={"samples": True, "run_dir": str(folder)}, optim={"lr": 0.01}
+        )
+        run([*launch(world), "fasttrain/train.py", recipe], ACCELERATE_USE_CPU="1")
+        given = config.load(recipe)
+        split = shards.open_split(given.data.root, "train")
+        plan = make_plan(given.train, given.optim, split.num_samples, 1)
+        ranks = [lines(folder / f"samples-rank{rank}.jsonl") for rank in range(world)]
+        for step in range(2):
+            whole = (
+                plan if micro == batch else replace(plan, micro_batch_size=batch, accumulation=1)
+            )
+            expected = sampling.train_draw(split, given.data, whole, step, 0, 0)
+            for name, values in zip(("ids", "windows", "flips"), expected[:3], strict=True):
+                found: list[Any] = []
+                for group in range(batch // micro):  # micro-batches, dealt in turn
+                    first = group // world * micro
+                    found += ranks[group % world][step][name][first : first + micro]
+                assert found == values.tolist()
+
+
+@pytest.mark.slow
+def test_begun_on_four_processes_and_continued_on_two_and_three(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the middle of an epoch, asked to stop by a file; each image is seen exactly once."""
+    folder = tmp_path / "run"
+    recipe = tiny(
+        train={"global_batch_size": 12, "epochs": 40, "eval_every_epochs": 7},
+        log={"samples": True, "every_steps": 1},
+    )
+    for world in (4, 2, 3):
+        launched = subprocess.Popen(
+            [*launch(world), "fasttrain/train.py", recipe],
+            cwd=CHECKOUT,
+            env=environment(ACCELERATE_USE_CPU="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if world != 3:
+            some = num_updates(folder) + 4
+            wait_until(lambda some=some: num_updates(folder) >= some, f"update {some}")
+            (folder / "stop").touch()
+        output = launched.communicate(timeout=TIMEOUT_S)[0]
+        assert (launched.returncode == 0) == (world == 3), output
+        assert world == 4 or "going on from" in output
+    records = [r for path in folder.glob("samples-*.jsonl") for r in lines(path)]
+    assert len({r["step"] for r in records}) == 120
+    for epoch in range(40):
+        ids = [i for r in records if r["step"] // 3 == epoch for i in r["ids"]]
+        assert len(ids) == 36 and len(set(ids)) == 36
+
+
+def test_a_run_on_two_processes_goes_on_on_one(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny(log={"samples": True}, train={"max_steps": 7})
+    command = [*launch(2), "fasttrain/train.py", recipe]
+    run(command, ACCELERATE_USE_CPU="1")
+    rest = [str(recipe), "--set", "train.max_steps=15"]
+    train.main(rest)
+    output = capsys.readouterr().out
+    assert "going on from" in output and "step_00000007" in output
+    records = [r for p in (tmp_path / "run").glob("samples-*.jsonl") for r in lines(p)]
+    for epoch in range(3):
+        ids = [i for r in records if r["step"] // 5 == epoch for i in r["ids"]]
+        assert len(ids) == 40 and len(set(ids)) == 40
+    train.main(rest)
+    again = capsys.readouterr().out.splitlines()
+    assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 14
+
+
+def test_a_process_that_dies_takes_the_others_along(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Within a minute, and its own traceback is the message."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "from fasttrain import loop, train\n"
+        "real = loop._update\n"
+        "def update(accelerator, learner, *rest):\n"
+        "    if learner.state.step == 3 and os.environ['RANK'] == '1':\n"
+        "        raise ZeroDivisionError('of rank 1')\n"
+        "    return real(accelerator, learner, *rest)\n"
+        "loop._update = update\n"
+        "train.main()\n"
+    )
+    launched = subprocess.Popen(
+        [*launch(2), program, tiny()],
+        cwd=CHECKOUT,
+        env=environment(ACCELERATE_USE_CPU="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(children_of(launched.pid)) == 2, "both processes")
+    workers = children_of(launched.pid)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and lines(metrics, "train"), "update 3")
+    begun = time.monotonic()
+    errors = launched.communicate(timeout=TIMEOUT_S)[1]
+    assert launched.returncode and time.monotonic() - begun < 60
+    assert "ZeroDivisionError: of rank 1" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.slow
+def test_a_process_of_three_killed_at_random_moments(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Or their launcher, 12 times in all: the others end by themselves."""
+    changes: dict[str, Any] = ALL | {"checkpoint": {"every_steps": 3}}
+    batches = {"global_batch_size": 12, "micro_batch_size": 2, "epochs": 80}
+    changes["train"] = ALL["train"] | batches | {"eval_every_epochs": 10}
+    changes["optim"] = ALL["optim"] | {"lr": 0.01}
+    recipe, straight, killed = tiny(**changes), tmp_path / "straight", tmp_path / "killed"
+    assert start(recipe, f"log.run_dir={straight}", world=3).communicate() and newest_step(straight)
+    moments = random.Random(0)
+    for number in range(12):
+        launched = start(recipe, f"log.run_dir={killed}", world=3)
+        done = 18 * number
+        wait_until(lambda done=done: newest_step(killed) > done, f"update {done}")
+        time.sleep(moments.uniform(0, 0.5))
+        victims = [launched.pid, *children_of(launched.pid)]
+        os.kill(moments.choice(victims), signal.SIGKILL)
+        begun = time.monotonic()
+        wait_until(lambda v=victims[1:]: not any(map(is_alive, v)), "the end of the others")
+        print(f"kill {number + 1}: the others ended after {time.monotonic() - begun:.0f} s")
+        launched.communicate()
+    ended = start(recipe, f"log.run_dir={killed}", world=3)
+    ended.communicate()
+    assert ended.returncode == 0
+    assert_same_result(straight, killed)
+
+
+def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
+    failed = subprocess.run(
+        [*launch(2), "fasttrain/train.py", tiny()],
+        cwd=CHECKOUT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert failed.returncode != 0
+    # Once, and at the end of the launcher's report.
+    assert failed.stderr.count("2 processes were launched, but Accelerate joined 1") == 1
+    assert "<NO_OTHER_FAILURES>" in failed.stderr
+    report = failed.stderr.rpartition("Root Cause")[2]
+    assert "traceback : 2 processes were launched" in report and len(report.splitlines()) < 12
+    assert "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2" in failed.stderr
