@@ -26,7 +26,7 @@ from fasttrain.shards import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fasttrain import data as loaders
+    from fasttrain.batch import Placement
 
 STRATEGIES = ("gpu_window", "gpu_full", "cpu")
 TIMEOUT_S = 180  # of one strategy
@@ -243,21 +243,22 @@ def fastest(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[
     return load, rate
 
 
-def try_here(split: Split, settings: config.Data, job: Job, place: "loaders.Placement") -> Trial:
+def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") -> Trial:
     """Tries the strategy `settings.decode` in this process, which it may crash."""
     import torch
 
-    from fasttrain import data, schedule
+    from fasttrain import loaders, schedule
+    from fasttrain.batch import Placement
 
     batch_size = min(job.batch_size, split.num_samples)
     train = config.Train(global_batch_size=batch_size, epochs=1000)
     plan = schedule.make_plan(train, config.Optim(), split.num_samples, 1)
-    on_cpu = data.Placement(torch.device("cpu"), half=False, threads=job.threads)
+    on_cpu = Placement(torch.device("cpu"), half=False, threads=job.threads)
     plain = settings.model_copy(update={"decode": "cpu"})
     # Augmented images would differ by more: their operations round otherwise on a GPU, too.
     unchanged: dict[str, Any] = {"augment": "none", "color_jitter": (0, 0, 0, 0), "erase": 0.0}
     pair = [
-        data.train_batches(split, each.model_copy(update=unchanged), plan, 0, where, 0)
+        loaders.train_batches(split, each.model_copy(update=unchanged), plan, 0, where, 0)
         for each, where in ((settings, place), (plain, on_cpu))
     ]
     differences: list[float] = []
@@ -272,7 +273,7 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "loaders.Plac
 
     def rate_of(load: float) -> float:
         loaded = settings.model_copy(update={"hw_decoder_load": load})
-        return data.measure(split, loaded, plan, 0, place, seconds=MEASURED_S)[0]
+        return loaders.measure(split, loaded, plan, 0, place, seconds=MEASURED_S)[0]
 
     on_gpu = settings.decode.startswith("gpu") and place.device.type == "cuda"
     loads = loads_to_try(settings, job.threads) if on_gpu else [0.0]
@@ -285,13 +286,14 @@ def _main(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of gigabytes
     import torch
 
-    from fasttrain import data, shards
+    from fasttrain import shards
+    from fasttrain.batch import Placement
 
     reading.raise_file_limit()
     text, name, job_text = argv
     settings, job = config.Data.model_validate_json(text), Job(*json.loads(job_text))
     device = torch.device("cuda", 0) if job.gpu else torch.device("cpu")
-    place = data.Placement(device, job.half, job.threads)
+    place = Placement(device, job.half, job.threads)
     trial = try_here(shards.open_split(settings.root, name), settings, job, place)
     sys.stdout.write(json.dumps(asdict(trial)) + "\n")
 

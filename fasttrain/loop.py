@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from fasttrain import checkpoint, config, runtime, sampling, schedule
-from fasttrain.data import Batch
+from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator, Updater
 from fasttrain.forecast import Forecast

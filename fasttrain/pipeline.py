@@ -25,7 +25,7 @@ class Form(NamedTuple):
 
 
 class Place(Protocol):
-    """Where it runs; `data.Placement` is one."""
+    """Where it runs; `Placement` is one."""
 
     @property
     def device(self) -> torch.device: ...

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,7 +258,7 @@ class ShardReader:
         self.started: dict[int, _Started] = {}
         self.waited_s = 0.0  # in `take`: for storage
         self.faults = 0  # of this process, so far, that had to ask storage
-        self.last_miss = 0  # the batch before which that number last rose
+        self.last_miss: int | None = None  # the batch before which that number last rose
         self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -287,7 +287,7 @@ class ShardReader:
     def _resting(self, number: int) -> bool:
         """Whether all seems to be in memory, so that nothing need be paged in for this batch."""
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        if faults > self.faults:
+        if faults > self.faults or self.last_miss is None:
             self.faults, self.last_miss = faults, number
         return not self.ahead or number - self.last_miss > SUSPICION
 
@@ -421,66 +421,3 @@ class ShardReader:
     def _changed(self, shard: int) -> DataError:
         path = self.split.shard_paths[shard]
         return DataError(f"{path} changed its size while in use{remedy(self.split)}")
-
-
-class Feed:
-    """Draws and bytes of a loader's batches, `read_ahead` of them on their way at a time."""
-
-    def __init__(
-        self,
-        split: Split,
-        data: config.Data,
-        draw_of: Callable[[int], Draw],
-        num_batches: int,
-        windows_only: bool = False,
-        pieces_of: Callable[[int], Sequence[Piece]] | None = None,
-        verify: Callable[[int], bool] = lambda number: False,
-        first: int = 0,
-        read: Callable[[Split, config.Data, int], ShardReader] = ShardReader,
-    ) -> None:
-        """From batch `first` on, which is number 0 to the caller of this feed.
-
-        `read` makes the reader; it is told how many batches may be in flight.
-        """
-        num_batches -= first
-        self.split = split
-        self.first = first
-        self.verify = verify
-        self.draw_of = draw_of
-        self.num_batches = num_batches
-        self.windows_only = windows_only
-        self.pieces_of = pieces_of
-        self.ahead = data.read_ahead
-        # In flight: those read ahead, those inside DALI, the one taken out, the one going in.
-        self.reader = read(split, data, data.read_ahead + data.queue_depth + 2)
-        self.draws: dict[int, Draw] = {}
-        self.next = 0
-
-    def __call__(self, number: int) -> tuple[Draw, Any]:
-        """The draw of batch `number` and the bytes of its images, as the reader's `take` gives
-        them; in the order of the numbers."""
-        begun = self.next
-        while self.next <= min(number + self.ahead, self.num_batches - 1):
-            asked = self.first + self.next
-            self.draws[self.next] = draw = self.draw_of(asked)
-            verify = self.verify(asked)
-            places = places_of(self.split, draw, self.windows_only, whole=verify)
-            self.reader.start(self.next, places, draw.ids.tolist() if verify else ())
-            self.next += 1
-        if self.pieces_of:  # behind the batches themselves, which are needed sooner
-            for started in range(begun, self.next):
-                self.reader.announce(self.pieces_of(self.first + started))
-        draw, views = self.draws[number], self.reader.take(number)
-        if self.split.store == "raw" and self.verify(self.first + number):
-            _, offsets, sizes = places_of(self.split, draw, self.windows_only)
-            starts = offsets - self.split.offset[draw.ids].astype(np.int64)
-            views = self.reader.cut(views, starts, sizes)  # of what was read whole
-        return draw, views
-
-    def done(self, number: int) -> Draw:
-        """Batch `number` is decoded: its bytes may go."""
-        self.reader.give_back(number)
-        return self.draws.pop(number)
-
-    def close(self) -> None:
-        self.reader.close()

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,7 +33,8 @@ from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
 if TYPE_CHECKING:
-    from fasttrain import data, runtime, weights
+    from fasttrain import runtime, weights
+    from fasttrain.batch import Placement
     from fasttrain.model import MobileNetV3
     from fasttrain.optim import Learner
 
@@ -85,17 +86,19 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
 
     from fasttrain import (
         checkpoint,
-        data,
         decoding,
         display,
         heartbeat,
+        loaders,
         loop,
         modes,
         runtime,
         stopping,
     )  # fmt: skip
+    from fasttrain.batch import Batch, Placement
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
+    from fasttrain.order import TrainingOrder
 
     runtime.check_launch(recipe, os.environ)
     _say(*runtime.idle_gpus(os.environ))
@@ -188,12 +191,14 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     about["execution"] = {kind: mode}
 
     # ---- what it is trained on
-    place = data.Placement(process.device, half, process.data_threads)
+    place = Placement(process.device, half, process.data_threads)
     stages = forecast.Stages()
-    train_batches = partial(
-        data.train_batches, train_set, input_settings, plan, process.rank, place, stages=stages
-    )
-    eval_batches = data.eval_loader(
+
+    def train_batches(step: int) -> Iterator[Batch]:
+        order = TrainingOrder(train_set, input_settings, plan, process.rank, step)
+        return iter(loaders.Loader(order, place, stages))
+
+    eval_batches = loaders.eval_loader(
         val_set, input_settings, plan.micro_batch_size, process.rank, process.world_size, place
     )
 
@@ -306,14 +311,14 @@ def _forecast(
     train_set: Split,
     plan: Plan,
     process: "runtime.Process",
-    place: "data.Placement",
+    place: "Placement",
     stages: forecast.Stages,
     say: Callable[[str], None],
 ) -> forecast.Forecast:
     """Measures what the input gives, or remembers it, and says so."""
     from accelerate.utils import gather_object
 
-    from fasttrain import data
+    from fasttrain import loaders, makers
 
     machine = (process.world_size, str(process.device), process.data_threads, process.cpu_threads)
     keys = {
@@ -326,13 +331,13 @@ def _forecast(
     rate = forecast.recall_rate(keys["input"])  # of all processes
     if not all(gather_object([rate is not None])):
         say("measuring the input")
-        found, steady = data.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
+        found, steady = loaders.measure(train_set, settings, plan, process.rank, place, seconds=0.8)
         rates = gather_object([(found, steady)])
         rate = forecast.Rate(sum(each for each, _ in rates))
         if all(steady for _, steady in rates):
             forecast.remember_rate(keys["input"], rate.images_per_s)
     assert rate
-    decode = data.decode_of(train_set, settings, place)
+    decode = makers.decoder_of(train_set, settings, place)
     outlook = forecast.Forecast(
         input=rate,
         step=forecast.recall_rate(keys["step"]),

@@ -15,9 +15,9 @@ from torchvision.transforms.autoaugment import _apply_op
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import fn, pipeline_def, types
 
-from fasttrain import augment, config, data, resize, sampling, shards
+from fasttrain import augment, config, loaders, resize, sampling, shards
+from fasttrain.batch import Batch, Placement
 from fasttrain.config import Optim, Train
-from fasttrain.data import Batch, Placement
 from fasttrain.sampling import Augment
 from fasttrain.schedule import make_plan
 
@@ -237,7 +237,7 @@ def batches(root: Path, micro: int, first_step: int = 0, rank: int = 0, **change
     settings = config.Data(
         root=root, crop_px=40, eval_resize_px=48, eval_crop_px=40, **(ALL | changes)
     )
-    return list(data.train_batches(split, settings, plan, rank, CPU, first_step))
+    return list(loaders.train_batches(split, settings, plan, rank, CPU, first_step))
 
 
 def images_of(batches: list[Batch]) -> torch.Tensor:

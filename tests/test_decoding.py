@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain import config, data, decoding
+from fasttrain import config, decoding, loaders
+from fasttrain.batch import Placement
 from fasttrain.decoding import DecodeError, Job, Trial
 from fasttrain.shards import Split
 
 JOB = Job(gpu=True, threads=1, batch_size=12, half=True)
 ON_CPU = JOB._replace(gpu=False, half=False)
-CPU = data.Placement(torch.device("cpu"), half=False, threads=1)
+CPU = Placement(torch.device("cpu"), half=False, threads=1)
 
 
 def choose(
@@ -105,7 +106,7 @@ def test_a_trial_compares_images_and_measures(
     assert not trial.fault and trial.images_per_s > 0 and trial.difference < 0.5
     assert trial.load is None  # on a CPU, nothing has a load
 
-    made = data.train_batches
+    made = loaders.train_batches
 
     def ruined(split: Split, settings: config.Data, *arguments: Any, **more: Any) -> Any:
         batches = made(split, settings, *arguments, **more)
@@ -114,7 +115,7 @@ def test_a_trial_compares_images_and_measures(
                 batch.images[7] = 9.0
             yield batch
 
-    monkeypatch.setattr(data, "train_batches", ruined)
+    monkeypatch.setattr(loaders, "train_batches", ruined)
     trial = decoding.try_here(split, settings, ON_CPU, CPU)
     assert "more than 12 in" in trial.fault and trial.images_per_s == 0
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttrain import config, gather, sampling, shards
+from fasttrain import config, gather, shards
 from fasttrain.config import Optim, Train
+from fasttrain.feed import Feed
 from fasttrain.gather import Packer
-from fasttrain.reading import BadSamples, DataError, Feed, places_of
+from fasttrain.order import TrainingOrder
+from fasttrain.reading import BadSamples, DataError, places_of
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -19,16 +21,13 @@ HEAD = 24  # bytes an image
 
 
 def feed_for(split: Split, num_batches: int, verify: bool = False, **settings: Any) -> Feed:
-    chosen = config.Data(root=split.root, **settings)
+    chosen = config.Data(root=split.root, verify="always" if verify else "off", **settings)
     plan = make_plan(Train(global_batch_size=40, epochs=99), Optim(), split.num_samples, 1)
     return Feed(
-        split,
-        chosen,
-        lambda number: sampling.train_draw(split, chosen, plan, number, 0, 0),
-        num_batches,
+        TrainingOrder(split, chosen, plan, 0),
+        range(num_batches),
         windows_only=True,
-        verify=lambda number: verify,
-        read=lambda *arguments: Packer(*arguments, head_bytes=HEAD),
+        make_reader=lambda *arguments: Packer(*arguments, head_bytes=HEAD),
     )
 
 

@@ -17,8 +17,10 @@ ROWS = (
     {"loop", "decoding", "modes"},
     {"checkpoint", "execution"},
     {"guard", "weights"},
-    {"data", "display", "graphs", "metrics", "mixing", "optim", "runtime"},
-    {"gather", "pipeline", "resize_gpu"},
+    {"loaders"},
+    {"display", "graphs", "makers", "metrics", "mixing", "optim", "runtime"},
+    {"feed", "gather", "pipeline", "resize_gpu"},
+    {"batch", "order"},
     {"flat", "heartbeat", "lane", "model", "reading", "resize", "stopping"},
     {"augment", "depthwise", "run_folder", "staging"},
     {"forecast"},
@@ -74,10 +76,31 @@ def test_dali_is_imported_for_the_pipeline_only() -> None:
 
 def test_only_what_uses_dali_imports_it() -> None:
     # Raw shards, a batch that stays on the device and benchmarks of the update need none.
-    code = "import sys; from fasttrain import data, loop; sys.exit('nvidia.dali' in sys.modules)"
+    code = "import sys; from fasttrain import loaders; sys.exit('nvidia.dali' in sys.modules)"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(REPO)}
     )
+
+
+def reached_from(path: Path) -> set[str]:
+    """All that a file imports, directly or through our modules, at any place in them."""
+    found, left = set[str](), [path]
+    while left:
+        for name in imports_of(left.pop()) - found:
+            found.add(name)
+            module = name.removeprefix("fasttrain.").split(".")[0]
+            if name.startswith("fasttrain.") and module in MODULES:
+                left.append(MODULES[module])
+            elif (other := REPO / "tools" / f"{name}.py").exists():
+                left.append(other)
+    return found
+
+
+@pytest.mark.parametrize("path", ["fasttrain/loop.py", "tools/steps.py", "tests/test_loop.py"])
+def test_the_loop_reaches_no_dali(path: str) -> None:
+    found = reached_from(REPO / path)
+    assert "fasttrain.batch" in found and "fasttrain.loaders" not in found
+    assert not any("dali" in name for name in found)
 
 
 @pytest.mark.parametrize("name", sorted(TORCH_FREE))

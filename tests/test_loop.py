@@ -13,8 +13,8 @@ from conftest import lines
 from torch import nn
 
 from fasttrain import checkpoint, execution, loop
+from fasttrain.batch import Batch
 from fasttrain.config import Optim, Recipe, Train
-from fasttrain.data import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator
 from fasttrain.loop import Outputs

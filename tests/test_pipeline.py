@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 from nvidia.dali import backend, types
 
-from fasttrain import config, data, decoding, pipeline
-from fasttrain.data import Batch, Placement
+from fasttrain import config, decoding, loaders, pipeline
+from fasttrain.batch import Batch, Placement
 from fasttrain.pipeline import Form
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
@@ -142,10 +142,10 @@ def batches(split: Split, place: Placement, training: bool = True, **settings: A
         root=split.root, crop_px=64, eval_resize_px=72, eval_crop_px=64, **settings
     )
     if not training:
-        return list(data.eval_loader(split, chosen, 8, 0, 1, place))
+        return list(loaders.eval_loader(split, chosen, 8, 0, 1, place))
     train = config.Train(epochs=6, global_batch_size=16)
     plan = make_plan(train, config.Optim(), split.num_samples, 1)
-    found = list(data.train_batches(split, chosen, plan, 0, place, 0))
+    found = list(loaders.train_batches(split, chosen, plan, 0, place, 0))
     assert len(found) > 8
     return found
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain import config, data, reading, sampling, shards
+from fasttrain import config, loaders, reading, sampling, shards
+from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
-from fasttrain.data import Placement
-from fasttrain.reading import DataError, Feed, Ring, ShardReader, places_of, plain_grey
+from fasttrain.feed import Feed
+from fasttrain.order import TrainingOrder
+from fasttrain.reading import DataError, Ring, ShardReader, places_of, plain_grey
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -26,9 +28,8 @@ CPU = Placement(torch.device("cpu"), half=False, threads=1)
 def feed_for(split: Split, num_batches: int, **settings: object) -> Feed:
     chosen = config.Data.model_validate({"root": split.root, **settings})
     plan = make_plan(Train(global_batch_size=8), Optim(), split.num_samples, 1)
-    return Feed(
-        split, chosen, lambda n: sampling.train_draw(split, chosen, plan, n, 0, 0), num_batches
-    )
+    order = TrainingOrder(split, chosen, plan, 0)
+    return Feed(order, range(num_batches), windows_only=False, make_reader=ShardReader)
 
 
 @pytest.mark.parametrize("read", ["mmap", "pread"])
@@ -64,13 +65,13 @@ def test_a_ring_that_is_too_small_is_an_error_and_not_a_corrupted_batch(
     plan = make_plan(Train(global_batch_size=8), Optim(), split.num_samples, 1)
     monkeypatch.setattr(reading, "Ring", lambda size: Ring(too_few))
     with pytest.raises(RuntimeError, match="the ring is too small"):
-        list(data.train_batches(split, settings, plan, 0, CPU, 0))
+        list(loaders.train_batches(split, settings, plan, 0, CPU, 0))
 
 
 def test_mapped_and_copied_bytes_give_the_same_pixels(split: Split) -> None:
     plan = make_plan(Train(global_batch_size=8, epochs=6), Optim(), split.num_samples, 1)
     found = [
-        list(data.train_batches(split, settings, plan, 0, CPU, 0))
+        list(loaders.train_batches(split, settings, plan, 0, CPU, 0))
         for settings in (
             config.Data(root=split.root, read="mmap", crop_px=32),
             config.Data(root=split.root, read="pread", crop_px=32, queue_depth=1, read_ahead=0),
@@ -201,8 +202,8 @@ def test_raw_and_jpeg_shards_give_the_same_training_images(raw_split: Split, spl
     for read in ("mmap", "pread"):
         chosen = settings.model_copy(update={"read": read})
         pairs = zip(
-            data.train_batches(raw_split, chosen, plan, 0, CPU, 0),
-            data.train_batches(split, settings, plan, 0, CPU, 0),
+            loaders.train_batches(raw_split, chosen, plan, 0, CPU, 0),
+            loaders.train_batches(split, settings, plan, 0, CPU, 0),
             strict=True,
         )
         for ours, theirs in pairs:
@@ -213,7 +214,7 @@ def test_raw_and_jpeg_shards_give_the_same_training_images(raw_split: Split, spl
 def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Path, dataset: Path) -> None:
     settings = config.Data(eval_resize_px=40, eval_crop_px=32)
     found = [
-        torch.cat([b.images for b in data.eval_loader(s, settings, 4, 0, 1, CPU)])
+        torch.cat([b.images for b in loaders.eval_loader(s, settings, 4, 0, 1, CPU)])
         for s in (shards.open_split(raw, "val"), shards.open_split(dataset, "val"))
     ]
     assert torch.equal(*found)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 import fasttrain
-from fasttrain import config, data, shards
+from fasttrain import config, loaders, makers, shards
+from fasttrain.batch import Batch, Placement
 from fasttrain.config import Optim, Train
-from fasttrain.data import Batch, DataError, Placement
+from fasttrain.reading import DataError
 from fasttrain.resize import MEAN, STD, Resizer
 from fasttrain.sampling import Augment, Draw
 from fasttrain.schedule import make_plan
@@ -177,14 +178,14 @@ def trained(split: Split, place: Placement, **settings: Any) -> Iterator[Batch]:
         {"root": split.root, "crop_px": 32, "queue_depth": 1, **settings}
     )
     plan = make_plan(Train(epochs=2, global_batch_size=5), Optim(), split.num_samples, 1)
-    return data.train_batches(split, chosen, plan, 0, place, 0)
+    return loaders.train_batches(split, chosen, plan, 0, place, 0)
 
 
-def evaluated(split: Split, place: Placement, **settings: Any) -> data.Loader:
+def evaluated(split: Split, place: Placement, **settings: Any) -> loaders.Loader:
     chosen = config.Data.model_validate(
         {"root": split.root, "eval_resize_px": 40, "eval_crop_px": 32, **settings}
     )
-    return data.eval_loader(split, chosen, 5, 0, 1, place)
+    return loaders.eval_loader(split, chosen, 5, 0, 1, place)
 
 
 def check_evaluated(split: Split, batches: Sequence[Batch], half: bool) -> None:
@@ -219,10 +220,10 @@ def test_batches_are_the_cpu_loaders(
 ) -> None:
     train, val = (shards.open_split(raw, name) for name in shards.SPLITS)
     expected = list(islice(trained(train, CPU), 3))
-    monkeypatch.setattr(data, "by_kernel", lambda *arguments: True)
+    monkeypatch.setattr(makers, "kernel_works", lambda *arguments: True)
     same(list(islice(trained(train, CPU, **settings), 3)), expected)
     loader = evaluated(val, CPU, **settings)
-    assert loader.by_kernel
+    assert isinstance(loader.maker, makers.KernelMaker)
     check_evaluated(val, list(loader), False)
 
 
@@ -239,7 +240,7 @@ def test_a_damaged_sample_is_replaced_or_named(
     path.write_bytes(tar)
     settings = {"verify": "always", "on_bad_sample": "replace"}
     expected = list(islice(trained(split, CPU, **settings), 3))
-    monkeypatch.setattr(data, "by_kernel", lambda *arguments: True)
+    monkeypatch.setattr(makers, "kernel_works", lambda *arguments: True)
     found = list(islice(trained(split, CPU, **settings), 3))
     same(found, expected)
     assert all(batch.draw and bad not in batch.draw.ids for batch in found)
@@ -250,7 +251,7 @@ def test_a_damaged_sample_is_replaced_or_named(
 def test_a_loader_that_nobody_takes_from_ends(
     raw: Path, interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "by_kernel", lambda *arguments: True)
+    monkeypatch.setattr(makers, "kernel_works", lambda *arguments: True)
     batches = trained(shards.open_split(raw, "train"), CPU)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
@@ -290,7 +291,7 @@ def test_batches_of_a_gpu_are_the_cpu_loaders(
     place = gpu_place(half)
     same(list(trained(train, place, **settings, **sizes)), list(trained(train, CPU, **sizes)), half)
     loader = evaluated(val, place, **settings)
-    assert loader.by_kernel
+    assert isinstance(loader.maker, makers.KernelMaker)
     for _ in range(2):
         check_evaluated(val, list(loader), half)
 

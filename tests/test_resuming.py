@@ -143,7 +143,7 @@ def test_killed_at_500_random_moments_it_ends_bit_for_bit_equal(
     import torch._dynamo  # noqa: F401  (seconds, at the first optimizer)
     from torchvision.transforms import v2  # noqa: F401
 
-    from fasttrain import data, decoding, execution, loop  # noqa: F401
+    from fasttrain import decoding, execution, loaders, loop  # noqa: F401
 
     changes: dict[str, Any] = ALL | {"checkpoint": {"every_steps": 1}}
     changes["train"] = ALL["train"] | {"epochs": 6}  # 30 updates

@@ -22,13 +22,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_shards import expected_samples, files_of
 
-from fasttrain import config, data, sharding, shards
+from fasttrain import config, loaders, sharding, shards
+from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.schedule import make_plan
 from fasttrain.sharding import Policy
 from fasttrain.shards import ShardError, ShardWriter
 
-CPU = data.Placement(torch.device("cpu"), half=False, threads=1)
+CPU = Placement(torch.device("cpu"), half=False, threads=1)
 
 
 def pixels_of(data: bytes) -> np.ndarray:
@@ -87,7 +88,7 @@ def test_raw_images_are_pixels_and_can_be_trained_on(folder: Path, tmp_path: Pat
         assert (tail.reshape(height, width, 3) == pixels_of(stored)).all()
     settings = config.Data(root=out, crop_px=32)
     plan = make_plan(Train(epochs=5, global_batch_size=9), Optim(), 45, 1)
-    batch = next(data.train_batches(split, settings, plan, 0, CPU, 0))
+    batch = next(loaders.train_batches(split, settings, plan, 0, CPU, 0))
     assert batch.images.shape == (9, 3, 32, 32) and batch.images.std() > 0.1
     failed = run(
         ["python", "tools/make_shards.py", folder, tmp_path / "x", "--store", "raw"], code=2

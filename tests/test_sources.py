@@ -16,11 +16,12 @@ from forms import FORMS, WNIDS, Photo
 from PIL import Image
 from test_shards import expected_samples, files_of
 
-from fasttrain import config, data, resize, shards, sources
+from fasttrain import config, loaders, resize, shards, sources
+from fasttrain.batch import Placement
 from fasttrain.shards import ShardError
 
 NAMED = [form for form in FORMS if form not in ("parquet-nopath", "webdataset-plain")]
-CPU = data.Placement(torch.device("cpu"), half=False, threads=1)
+CPU = Placement(torch.device("cpu"), half=False, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_odd_images_come_out_as_pil_sees_them(made: dict[str, Path], photos: lis
     root = made["imagefolder"]
     split = shards.open_split(root, "train")
     settings = config.Data(root=root, eval_resize_px=32, eval_crop_px=32)
-    images = torch.cat([b.images for b in data.eval_loader(split, settings, 5, 0, 1, CPU)])
+    images = torch.cat([b.images for b in loaders.eval_loader(split, settings, 5, 0, 1, CPU)])
     mean, std = torch.tensor(resize.MEAN), torch.tensor(resize.STD)
     pixels = (images.permute(0, 2, 3, 1) * std + mean) * 255
     by_bytes = {p.data: p for p in photos}
@@ -153,7 +154,7 @@ def test_in_place_leaves_the_tars_and_indexes_them(photos: list[Photo], tmp_path
         assert len(found) == {"train": 16, "val": 9}[split]
     split = shards.open_split(root, "val")
     assert "imagenet1k-validation-00.tar, key ILSVRC2012_val_0000000" in split.describe(0)
-    batches = data.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU)
+    batches = loaders.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU)
     assert sum(len(batch.labels) for batch in batches) == 9
     assert run(["python", "tools/verify_shards.py", root]).returncode == 0
     other = run(["python", "tools/make_shards.py", tmp_path, "--in-place"], code=2)

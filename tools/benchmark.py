@@ -514,10 +514,11 @@ def raw_by(job: Job) -> str | None:
         return None
     import torch
 
-    from fasttrain import data
+    from fasttrain import makers
+    from fasttrain.batch import Placement
 
-    place = data.Placement(torch.device(job.device), half=job.half, threads=job.threads)
-    return "kernel" if data.by_kernel(rivals.settings(job), place, training=True) else "DALI"
+    place = Placement(torch.device(job.device), half=job.half, threads=job.threads)
+    return "kernel" if makers.kernel_works(rivals.settings(job), place, training=True) else "DALI"
 
 
 def beside_torch(job: Job) -> int:

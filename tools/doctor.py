@@ -469,7 +469,8 @@ class Doctor:
         """Images/s of this process's input, with that of the others at the same time."""
         import torch
 
-        from fasttrain import data
+        from fasttrain import loaders
+        from fasttrain.batch import Placement
 
         if not self.splits:
             raise config.ConfigError("there are no images")
@@ -480,8 +481,8 @@ class Doctor:
         device = self.process.device if self.process else torch.device("cpu")
         half = device.type == "cuda" and self.recipe.train.precision != "no"
         settings = self.chosen.model_copy(update={"decode": self.decode})
-        place = data.Placement(device, half, self.threads)
-        return data.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)[0]
+        place = Placement(device, half, self.threads)
+        return loaders.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)[0]
 
     # ---- the run and the job
 

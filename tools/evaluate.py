@@ -23,7 +23,7 @@ from fasttrain import config, display, launch, shards
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fasttrain.data import Batch
+    from fasttrain.batch import Batch
     from fasttrain.model import MobileNetV3
     from fasttrain.weights import Weights
 
@@ -88,7 +88,8 @@ class Network(NamedTuple):
 def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Network) -> None:
     import torch
 
-    from fasttrain import data, decoding, loop, runtime
+    from fasttrain import decoding, loaders, loop, runtime
+    from fasttrain.batch import Placement
     from fasttrain.execution import Evaluator
 
     model, recipe, told = network
@@ -110,8 +111,8 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     why = ""
     if precision == "bf16" and not gpu and not arguments.precision:
         why = avoid_slow_bf16(accelerator, model, settings.eval_crop_px)
-    place = data.Placement(process.device, half, process.data_threads)
-    batches: Iterable[data.Batch] = data.eval_loader(
+    place = Placement(process.device, half, process.data_threads)
+    batches: Iterable[Batch] = loaders.eval_loader(
         split, settings, arguments.batch_size, process.rank, process.world_size, place
     )
     if accelerator.is_main_process:

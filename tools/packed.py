@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from rivals import Job, endless, settings
 
-from fasttrain import sampling, shards
+from fasttrain import shards
+from fasttrain.feed import Feed
 from fasttrain.gather import Packer
 from fasttrain.lane import pinned
-from fasttrain.reading import Feed
+from fasttrain.order import TrainingOrder
+from fasttrain.sampling import Draw
 
 WARM_UPS = 3
 REPEATS = 20  # of the copy and of the kernel
@@ -32,13 +34,11 @@ def measure(job: Job) -> dict[str, Any]:
     """
     split, data = shards.open_split(job.shards, "train"), settings(job)
     plan = endless(job, split)
-    draw_of = partial(sampling.train_draw, split, data, plan, rank=0, micro=0)
     num_batches = max(job.images // job.batch, 4) + WARM_UPS
     make = pinned if job.gpu else None
-    feed = Feed(
-        split, data, lambda number: draw_of(step=number), num_batches, windows_only=True,
-        read=partial(Packer, head_bytes=HEAD_BYTES, make=make),
-    )  # fmt: skip
+    make_reader = partial(Packer, head_bytes=HEAD_BYTES, make=make)
+    order = TrainingOrder(split, data, plan, rank=0)
+    feed = Feed(order, range(num_batches), windows_only=True, make_reader=make_reader)
     num_bytes, begun = 0, (0.0, 0.0, 0.0)
     for number in range(num_batches):
         if number == WARM_UPS:
@@ -69,7 +69,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def on_device(
-    job: Job, draw: sampling.Draw, buffer: Any, starts: Any, split: shards.Split
+    job: Job, draw: Draw, buffer: Any, starts: Any, split: shards.Split
 ) -> dict[str, float]:
     """The copy and the kernel for one batch, each alone on the device; medians."""
     from fasttrain import resize_gpu

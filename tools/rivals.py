@@ -59,11 +59,12 @@ class Job(BaseModel, frozen=True):
 def fasttrain(job: Job) -> Batches:
     import torch
 
-    from fasttrain import data
+    from fasttrain import loaders
+    from fasttrain.batch import Placement
 
     split = shards.open_split(job.shards, "train")
-    place = data.Placement(torch.device(job.device), half=job.half, threads=job.threads)
-    for batch in data.train_batches(split, settings(job), endless(job, split), 0, place, 0):
+    place = Placement(torch.device(job.device), half=job.half, threads=job.threads)
+    for batch in loaders.train_batches(split, settings(job), endless(job, split), 0, place, 0):
         yield batch.images, batch.labels
 
 
@@ -320,16 +321,14 @@ def read_fasttrain(job: Job, **changes: Any) -> Batches:
     from nvidia.dali import fn, types
 
     from fasttrain import pipeline
-    from fasttrain.reading import Feed
+    from fasttrain.feed import Feed
+    from fasttrain.order import TrainingOrder
+    from fasttrain.reading import ShardReader
 
     split = shards.open_split(job.shards, "train")
     chosen, plan = settings(job).model_copy(update=changes), endless(job, split)
-    feed = Feed(
-        split,
-        chosen,
-        lambda number: sampling.train_draw(split, chosen, plan, number, 0, 0),
-        plan.total_steps,
-    )
+    order = TrainingOrder(split, chosen, plan, 0)
+    feed = Feed(order, order.numbers(1), windows_only=False, make_reader=ShardReader)
 
     def source(number: int) -> tuple[Any, Any]:
         draw, views = feed(number)

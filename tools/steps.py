@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttrain import caches, config, execution, loop, runtime
-from fasttrain.data import Batch
+from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.model import build_model
 from fasttrain.rng import Stream

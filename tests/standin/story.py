@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fasttrain import checkpoint, config, loop, modes, runtime
-from fasttrain.data import Batch
+from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Updater
 from fasttrain.metrics import EvalSums

@@ -20,9 +20,11 @@ from torchvision.transforms import functional as TF
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 import fasttrain
-from fasttrain import config, data, pipeline, resize, sampling, shards
+from fasttrain import config, loaders, pipeline, resize, sampling, shards
+from fasttrain.batch import Batch, Placement
 from fasttrain.config import Optim, Train
-from fasttrain.data import Batch, DataError, Placement
+from fasttrain.order import TrainingOrder
+from fasttrain.reading import DataError
 from fasttrain.schedule import Plan, make_plan
 from fasttrain.shards import Split
 
@@ -73,7 +75,7 @@ def error_of(found: torch.Tensor, expected: Image.Image) -> tuple[float, float]:
 def test_validation_pixels_are_torchvisions(photos: Path) -> None:
     split = shards.open_split(photos, "val")
     settings = config.Data(root=photos)
-    (batch,) = data.eval_loader(split, settings, 8, 0, 1, CPU)
+    (batch,) = loaders.eval_loader(split, settings, 8, 0, 1, CPU)
     for sample, found in enumerate(pixels(batch.images)):
         expected = TF.center_crop(TF.resize(original(split, sample), 256), [224, 224])
         mean, largest = error_of(found, expected)
@@ -84,7 +86,7 @@ def test_training_pixels_are_torchvisions(photos: Path) -> None:
     split = shards.open_split(photos, "train")
     plan = make_plan(Train(epochs=8, global_batch_size=8), Optim(), 8, 1)
     sides = set()
-    for batch in data.train_batches(split, config.Data(root=photos), plan, 0, CPU, 0):
+    for batch in loaders.train_batches(split, config.Data(root=photos), plan, 0, CPU, 0):
         assert batch.draw
         for sample, (x, y, w, h), flip, found in zip(
             *batch.draw[:3], pixels(batch.images), strict=True
@@ -104,7 +106,9 @@ def loader_for(
         Train(epochs=epochs, global_batch_size=batch, micro_batch_size=3), Optim(),
         split.num_samples, world,
     )  # fmt: skip
-    return plan, lambda rank, step: list(data.train_batches(split, settings, plan, rank, CPU, step))
+    return plan, lambda rank, step: list(
+        loaders.train_batches(split, settings, plan, rank, CPU, step)
+    )
 
 
 def test_layout_and_types(dataset: Path) -> None:
@@ -151,7 +155,7 @@ def test_evaluations_share_a_pipeline(dataset: Path, monkeypatch: pytest.MonkeyP
 
     build = pipeline.build
     monkeypatch.setattr(pipeline, "build", counted)
-    loader = data.eval_loader(split, settings, 3, 0, 1, CPU)
+    loader = loaders.eval_loader(split, settings, 3, 0, 1, CPU)
     straight = list(loader)
     next(iter(loader))  # which breaks off, so that the pipeline is not used again
     for _ in range(3):
@@ -170,7 +174,7 @@ def test_without_dali_it_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(fasttrain, "pipeline")
     split = shards.open_split(dataset, "val")
     with pytest.raises(DataError, match=r"DALI, which is not installed here .*nvidia-dali-cuda130"):
-        list(data.eval_loader(split, config.Data(root=dataset), 3, 0, 1, CPU))
+        list(loaders.eval_loader(split, config.Data(root=dataset), 3, 0, 1, CPU))
 
 
 def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +188,8 @@ def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.Monke
             time.sleep(0 if number < 5 else 0.02)  # a queue of 2 and DALI's own were full
             yield Batch(torch.empty(0), torch.empty(8))
 
-    monkeypatch.setattr(data, "train_batches", batches)
-    rate, _ = data.measure(split, config.Data(), plan, 0, CPU, seconds=0.2)
+    monkeypatch.setattr(loaders, "Loader", batches)
+    rate, _ = loaders.measure(split, config.Data(), plan, 0, CPU, seconds=0.2)
     assert 200 < rate <= 400 and len(asked) < 20
 
 
@@ -195,7 +199,7 @@ def test_validation_over_processes(dataset: Path, world: int) -> None:
     settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
     ids: list[int] = []
     for rank in range(world):
-        loader = data.eval_loader(split, settings, 2, rank, world, CPU)
+        loader = loaders.eval_loader(split, settings, 2, rank, world, CPU)
         for _ in range(2 if world == 2 else 1):  # a second pass starts anew
             found = list(loader)
         for batch in found:
@@ -209,7 +213,7 @@ def test_leaving_early_leaves_no_thread(dataset: Path) -> None:
     split = shards.open_split(dataset, "train")
     plan, _ = loader_for(split)
     before = threading.active_count()
-    batches = data.train_batches(split, config.Data(root=dataset), plan, 0, CPU, 0)
+    batches = loaders.train_batches(split, config.Data(root=dataset), plan, 0, CPU, 0)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
@@ -227,7 +231,7 @@ def test_damaged_bytes_are_named(dataset: Path, tmp_path: Path, read: str) -> No
         if read == "train":
             loader_for(split)[1](0, 0)
         else:
-            list(data.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU))
+            list(loaders.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU))
     assert f"{path}, key 000000005 at byte {offset}" in str(error.value)
 
 
@@ -266,7 +270,7 @@ def batches_of(
         Train(epochs=3, global_batch_size=12, micro_batch_size=3), Optim(warmup_epochs=1),
         split.num_samples, world,
     )  # fmt: skip
-    return list(data.train_batches(split, chosen, plan, rank, CPU, step, warn=warn))
+    return list(loaders.Loader(TrainingOrder(split, chosen, plan, rank, step, warn), CPU))
 
 
 @pytest.mark.parametrize("read", ["mmap", "pread"])
@@ -283,7 +287,9 @@ def test_checksums_find_what_the_decoder_does_not(copied: Path, read: str) -> No
     assert len(batches_of(split, read=read, verify="first_epoch", step=3)) == 24  # epoch 1 and on
     split = shards.open_split(copied, "val")
     damage(split, 5, whole=False)
-    loader = data.eval_loader(split, config.Data(root=copied, verify="first_epoch"), 4, 0, 1, CPU)
+    loader = loaders.eval_loader(
+        split, config.Data(root=copied, verify="first_epoch"), 4, 0, 1, CPU
+    )
     with pytest.raises(DataError, match=r"sample 5, (.|\n)*not as it was written"):
         list(loader)
     assert len(list(loader)) == 4  # only the first evaluation
@@ -332,7 +338,7 @@ def test_replacing_has_a_limit_and_ends_at_evaluations(copied: Path) -> None:
     damage(split, 5)
     settings = config.Data(root=copied, on_bad_sample="replace")
     with pytest.raises(DataError, match="sample 5, "):
-        list(data.eval_loader(split, settings, 4, 0, 1, CPU))
+        list(loaders.eval_loader(split, settings, 4, 0, 1, CPU))
     with pytest.raises(ValueError, match="max_bad_samples = 7: none is replaced"):
         config.Data(max_bad_samples=7)
 
@@ -376,7 +382,7 @@ def test_an_index_that_lies_is_an_error(
         if name == "train":
             return len(batches_of(lying, **chosen))
         settings = config.Data.model_validate({"root": split.root, **chosen})
-        return len(list(data.eval_loader(lying, settings, 4, 0, 1, CPU)))
+        return len(list(loaders.eval_loader(lying, settings, 4, 0, 1, CPU)))
 
     for read, verify in product(("mmap", "pread"), ("off", "always")):
         unseen = UNSEEN[store] | (
@@ -408,7 +414,7 @@ def test_pixels_do_not_depend_on_the_batch_they_came_in(dataset: Path) -> None:
     split = shards.open_split(dataset, "val")
     settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
     images = [
-        torch.cat([b.images for b in data.eval_loader(split, settings, size, 0, 1, CPU)])
+        torch.cat([b.images for b in loaders.eval_loader(split, settings, size, 0, 1, CPU)])
         for size in (1, 5, 13)
     ]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])

@@ -1,0 +1,24 @@
+"""A batch of images, and where batches are made."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain.sampling import Draw
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the device."""
+
+    images: Tensor  # (B, 3, S, S), channels_last, normalised; fp16 on a GPU under AMP, else fp32
+    labels: Tensor  # (B,) int64
+    draw: Draw | None = None  # the samples, windows and flips that it was made from
+
+
+class Placement(NamedTuple):
+    """Where batches are made and in which form."""
+
+    device: torch.device
+    half: bool  # images as fp16 rather than fp32
+    threads: int  # that decode on the CPU

@@ -1,0 +1,320 @@
+"""Makers of batches: from draws and bytes to pixels on the device.
+
+DaliMaker      DALI decodes, cuts, resizes, augments, mirrors and normalises
+WindowMaker    on a CPU without augmentations: DALI decodes the windows, `resize` does the rest
+KernelMaker    raw images on a GPU: one copy a batch, and one kernel that does the rest
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fasttrain import config, sampling
+from fasttrain.batch import Batch, Placement
+from fasttrain.feed import Feed, MakeReader
+from fasttrain.gather import Packer
+from fasttrain.lane import Lane, pinned
+from fasttrain.order import Order
+from fasttrain.reading import (
+    BadSamples,
+    DataError,
+    ShardReader,
+    faults_of,
+    plain_grey,
+    remedy,
+)
+from fasttrain.resize import Pending, Resizer
+from fasttrain.sampling import Draw
+from fasttrain.shards import Split
+
+
+def decoder_of(split: Split, data: config.Data, placement: Placement) -> str:
+    """How the images of a split are decoded: `raw`, `cpu`, or a strategy of the GPU."""
+    if split.store == "raw":
+        return "raw"
+    if data.decode == "auto":  # untested; `decoding` tests
+        return "gpu_full" if placement.device.type == "cuda" else "cpu"
+    return data.decode
+
+
+def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | KernelMaker":
+    """The fastest maker for these images, settings and device."""
+    decoder = decoder_of(order.split, order.data, placement)
+    if decoder == "raw" and kernel_works(order.data, placement, order.training):
+        return KernelMaker(order, placement)
+    on_cpu = placement.device.type == "cpu" and decoder in ("cpu", "raw")
+    # Where DALI resizes on a CPU, it takes most of the time: see `resize`.
+    if order.training and on_cpu and not sampling.augmented(order.data):
+        return WindowMaker(order, placement)
+    return DaliMaker(order, placement, "train" if order.training else "val")
+
+
+# --------------------------------------------------------------------------------------------------
+# DALI
+# --------------------------------------------------------------------------------------------------
+
+
+def _dali() -> ModuleType:
+    """`fasttrain.pipeline`, imported where it is needed, as DALI may not be there."""
+    try:
+        from fasttrain import pipeline
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"these images are made by DALI, which is not installed here ({error}): pip install "
+            "nvidia-dali-cuda130, or for CUDA 12 as the README says"
+        ) from None
+    return pipeline
+
+
+def labels_of(split: Split, draw: Draw, device: torch.device) -> Tensor:
+    """Labels int64 `(B,)` of a draw, on the device."""
+    labels = torch.from_numpy(split.label[draw.ids].astype(np.int64))
+    return labels.to(device, non_blocking=True)
+
+
+class DaliMaker:
+    """Runs a DALI graph over the batches of a feed."""
+
+    lane: Lane | None = None
+
+    def __init__(self, order: Order, placement: Placement, kind: str) -> None:
+        """`kind` is that of the graph: see `pipeline.Form`."""
+        self.order, self.split, self.data = order, order.split, order.data
+        self.placement = placement
+        self.kind = kind
+        self.decoder = decoder_of(order.split, order.data, placement)
+        self.raw = self.decoder == "raw"
+        self.windows_only = self.raw and order.training
+        self.make_reader: MakeReader = ShardReader
+        self.given: tuple[Feed, threading.Event] | None = None  # what `_source` gives DALI
+        self.kept: Any = None  # DALI's pipeline, for the next iteration
+
+    def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        """The batches of a feed, until `closed` is set."""
+        pipeline = _dali()
+        for images, draw in self.run(feed, closed):
+            # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
+            pixels = pipeline.tensor_of(images).permute(0, 3, 1, 2)
+            yield Batch(pixels, labels_of(self.split, draw, self.placement.device), draw)
+
+    def run(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
+        """What DALI makes of each batch, in DALI's own lists."""
+        self.given = feed, closed
+        graph, self.kept = self.kept or self._build(), None
+        made = 0
+        try:
+            for number in feed.numbers:
+                try:
+                    (images,) = graph.run()
+                except DataError:  # from `_source`; it is clear already
+                    raise
+                except RuntimeError as error:
+                    raise self._fault(feed, error) from error
+                made += 1
+                yield images, feed.done(number)
+        finally:
+            if made == len(feed.numbers) and not self.order.training:
+                # To build another one for each evaluation takes seconds on a GPU.
+                with contextlib.suppress(StopIteration):
+                    graph.run()  # asks the source, which has nothing left
+                graph.reset()
+                self.kept = graph
+            self.given = None
+
+    def _build(self) -> Any:
+        pipeline = _dali()
+        height, width = self.split.height, self.split.width
+        largest = int(np.multiply(height, width, dtype=np.int64).argmax())
+        form = pipeline.Form(self.kind, self.decoder, (int(height[largest]), int(width[largest])))
+        return pipeline.build(form, self.data, self._source, self.placement, self.order.batch_size)
+
+    def _source(self, index: int) -> tuple[Any, ...]:
+        """What DALI is given for the batch of the feed at `index`, from 0."""
+        assert self.given
+        feed, closed = self.given
+        # An empty batch would kill DALI, so a process without a share never gets here.
+        if index >= len(feed.numbers) or closed.is_set():
+            raise StopIteration
+        draw, views = feed(feed.numbers[index])
+        if self.kind == "val" and not self.raw:
+            # A window that is not within its image would crash the process.
+            if faults := faults_of(self.split, draw.ids.tolist(), views, checksums=False):
+                raise BadSamples(self.split, faults)
+        images, corner, size = self._cut(draw, views)
+        if self.kind == "windows":
+            return images, corner, size
+        out = np.full((len(views), 2), draw.out_px, np.float32)
+        changes = [column for column in draw.augment if column is not None]
+        return images, corner, size, draw.flips.astype(np.int32), out, *changes
+
+    def _cut(self, draw: Draw, views: list[memoryview]) -> tuple[Any, Any, Any]:
+        """Images in DALI's form, and the corner and size of the window in each, `(B, 2)`."""
+        pipeline = _dali()
+        x, y, w, h = draw.windows.T
+        if self.raw:
+            images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
+            y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
+        else:
+            if self.decoder.startswith("gpu"):
+                views = [plain_grey(view) for view in views]
+            images = pipeline.bytes_of(views)
+        return images, np.stack([y, x], 1), np.stack([h, w], 1)
+
+    def _fault(self, feed: Feed, error: RuntimeError) -> DataError:
+        """Finds the sample at fault by checksums and headers, as DALI rarely names it."""
+        faults: dict[int, str] = {}
+        for number in feed.reader.started if not self.raw else ():
+            ids = feed.draws[number].ids.tolist()
+            faults |= faults_of(self.split, ids, feed.reader.take(number))
+        if faults:
+            return BadSamples(self.split, faults)
+        return DataError(
+            f"DALI could not decode a batch, though its bytes are intact: {error}"
+            f"{remedy(self.split)}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The CPU
+# --------------------------------------------------------------------------------------------------
+
+
+class WindowMaker:
+    """On a CPU: while the windows of one batch are resized, those of the next are decoded."""
+
+    lane: Lane | None = None
+
+    def __init__(self, order: Order, placement: Placement) -> None:
+        self.split, self.data, self.placement = order.split, order.data, placement
+        self.dali = DaliMaker(order, placement, "windows")
+        self.windows_only = self.dali.windows_only
+        self.make_reader: MakeReader = ShardReader
+
+    def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        """The batches of a feed, until `closed` is set."""
+        resizer = Resizer(self.placement.threads, self.data.interpolation)
+        try:
+            previous: tuple[Pending, Draw, Any] | None = None
+            for windows, draw, owner in self._windows(feed, closed):
+                now = resizer.start(windows, draw.flips, draw.out_px), draw, owner
+                if previous:
+                    yield self._finished(*previous)
+                previous = now
+            if previous:
+                yield self._finished(*previous)
+        finally:
+            resizer.close()
+
+    def _finished(self, pending: Pending, draw: Draw, owner: Any) -> Batch:
+        """The batch, once its windows are resized. `owner` holds their memory until then."""
+        labels = labels_of(self.split, draw, self.placement.device)
+        return Batch(pending.result(), labels, draw)
+
+    def _windows(
+        self, feed: Feed, closed: threading.Event
+    ) -> Iterator[tuple[list[NDArray[np.uint8]], Draw, Any]]:
+        """Windows uint8 `(h, w, 3)` of each batch, its draw, and what holds their memory."""
+        if not self.dali.raw:
+            for images, draw in self.dali.run(feed, closed):
+                yield [np.asarray(images[row]) for row in range(len(draw.ids))], draw, images
+            return
+        for number in feed.numbers:
+            draw, rows = feed(number)
+            widths, windows = self.split.width[draw.ids].tolist(), draw.windows.tolist()
+            cut = [
+                np.frombuffer(part, np.uint8).reshape(h, width, 3)[:, x : x + w]
+                for part, width, (x, _, w, h) in zip(rows, widths, windows, strict=True)
+            ]
+            yield cut, draw, feed
+            # The resizer is done with the batch before this one.
+            if number > feed.numbers.start:
+                feed.done(number - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# A kernel on the GPU
+# --------------------------------------------------------------------------------------------------
+
+
+def kernel_works(data: config.Data, placement: Placement, training: bool) -> bool:
+    """True if `resize_gpu` can finish raw images; where it should and cannot, says why, once."""
+    changed = training and (data.augment != "none" or any(data.color_jitter))
+    if placement.device.type != "cuda" or changed:
+        return False
+    return not _kernel_fault(placement.device, data.interpolation == "bicubic", placement.half)
+
+
+@lru_cache
+def _kernel_fault(device: torch.device, cubic: bool, half: bool) -> str:
+    try:
+        from fasttrain import resize_gpu
+    except ImportError as error:
+        fault = str(error)
+    else:
+        fault = resize_gpu.fault(device, cubic, half)
+    if fault:
+        sys.stderr.write(
+            f"raw images: the kernel that resizes them does not run on {device} ({fault}), so DALI "
+            "does it, more slowly; Triton and a C compiler would mend it\n"
+        )
+    return fault
+
+
+class KernelMaker:
+    """Raw images: one copy to the device and one kernel there for each batch."""
+
+    def __init__(self, order: Order, placement: Placement) -> None:
+        from fasttrain import resize_gpu
+
+        self.split, self.data, self.placement = order.split, order.data, placement
+        self.windows_only = order.training
+        make = pinned if placement.device.type == "cuda" else None
+        self.make_reader: MakeReader = partial(Packer, head_bytes=resize_gpu.HEAD_BYTES, make=make)
+        self.lane: Lane | None = None  # of the iteration that goes on
+
+    def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
+        """The batches of a feed, until `closed` is set."""
+        from fasttrain import resize_gpu
+
+        assert self.lane
+        lane, split, cubic = self.lane, self.split, self.data.interpolation == "bicubic"
+        # One buffer there for all batches: the next is copied once the kernel has read the last,
+        # as both are given to one stream.
+        there = torch.empty(0, dtype=torch.uint8, device=self.placement.device)
+        copied: Any = None  # happens when the last batch's pinned buffer has been read
+        try:
+            for number in feed.numbers:
+                draw, packed = feed(number)
+                if not lane.begin(closed):
+                    return
+                size, ids = len(draw.ids), draw.ids
+                head = resize_gpu.head_of(packed.buffer, size)
+                image_size = split.width[ids], split.height[ids]
+                resize_gpu.describe(head, draw, packed.starts, image_size, split.label[ids])
+                with lane.work():
+                    here = torch.from_numpy(packed.buffer)
+                    if len(there) < len(here):
+                        there = there.new_empty(len(here) * 5 // 4)
+                    there[: len(here)].copy_(here, non_blocking=True)
+                    copying = lane.event()
+                    half = self.placement.half
+                    images = resize_gpu.resize(there, size, draw.out_px, cubic, half)
+                    labels = resize_gpu.head_of(there, size).labels.clone()
+                if number > feed.numbers.start:
+                    if copied:
+                        copied.synchronize()
+                    feed.done(number - 1)
+                copied = copying
+                lane.finish()
+                yield Batch(images, labels, draw)
+        finally:
+            lane.close()  # so that no pinned buffer is freed while it is read

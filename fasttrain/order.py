@@ -1,0 +1,156 @@
+"""The order of the data: what each batch of a run holds.
+
+Batches are numbered from the start of the run: batch n of a rank is micro-batch n % accumulation of
+update n // accumulation. So a run that resumes asks for the same numbers as one that never stopped.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fasttrain import config, sampling
+from fasttrain.reading import BadSamples
+from fasttrain.sampling import Draw, Piece
+from fasttrain.schedule import Plan
+from fasttrain.shards import Split
+
+
+class Order(Protocol):
+    """What a loader and its feed ask for, by the number of a batch."""
+
+    split: Split
+    data: config.Data
+    batch_size: int  # images of the largest batch
+    training: bool
+
+    def numbers(self, passes: int) -> range:
+        """The batches of iteration number `passes` (the first is 1)."""
+
+    def draw(self, number: int) -> Draw:
+        """Samples, windows and flips of a batch."""
+
+    def pieces(self, number: int) -> Sequence[Piece]:
+        """Parts of tars that are worth reading ahead when this batch is read."""
+
+    def verified(self, number: int) -> bool:
+        """True if the bytes of this batch are compared with their checksums."""
+
+    def replace(self, error: BadSamples) -> None:
+        """Leaves damaged samples out of the draws from now on.
+
+        Raises:
+            BadSamples: this order replaces no samples, or no more.
+        """
+
+
+def to_stderr(text: str) -> None:
+    """Prints a line on standard error."""
+    sys.stderr.write(f"{text}\n")
+
+
+class TrainingOrder:
+    """The training micro-batches of one rank, from an update to the end of the run."""
+
+    training = True
+
+    def __init__(
+        self,
+        split: Split,
+        data: config.Data,
+        plan: Plan,
+        rank: int,
+        first_step: int = 0,
+        warn: Callable[[str], object] = to_stderr,
+    ) -> None:
+        """
+        Args:
+            first_step: the 0-based update to begin with.
+            warn: gets one line for each damaged sample that is replaced. A loader's thread calls
+                it.
+        """
+        self.split, self.data, self.plan, self.rank = split, data, plan, rank
+        self.first_step = first_step
+        self.warn = warn
+        self.batch_size = plan.micro_batch_size
+        self.bad: dict[int, str] = {}  # damaged samples that others stand in for, with the damage
+
+    def numbers(self, passes: int) -> range:
+        accumulation = self.plan.accumulation
+        return range(self.first_step * accumulation, self.plan.total_steps * accumulation)
+
+    def draw(self, number: int) -> Draw:
+        plan = self.plan
+        step, micro = divmod(number, plan.accumulation)
+        if micro == 0 and step % plan.steps_per_epoch == 0:
+            # A thread makes the next epoch's order now, so that no batch waits for it later.
+            block_size = sampling.block_size(self.data)
+            upcoming = (plan.seed, plan.epoch_of(step) + 1, self.split, block_size)
+            threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
+        return sampling.train_draw(
+            self.split, self.data, plan, step, self.rank, micro, self.bad.keys()
+        )
+
+    def pieces(self, number: int) -> Sequence[Piece]:
+        step, micro = divmod(number, self.plan.accumulation)
+        if self.data.shuffle != "blocks" or micro:
+            return ()
+        is_first = step == self.first_step
+        return sampling.pieces_ahead(self.split, self.data, self.plan, step, self.rank, is_first)
+
+    def verified(self, number: int) -> bool:
+        if self.data.verify == "first_epoch":
+            return self.plan.epoch_of(number // self.plan.accumulation) == 0
+        return self.data.verify == "always"
+
+    def replace(self, error: BadSamples) -> None:
+        """
+        Raises:
+            BadSamples: `data.on_bad_sample` is not `replace`, or too many samples are damaged.
+        """
+        if self.data.on_bad_sample != "replace":
+            raise error
+        assert not error.faults.keys() <= self.bad.keys()  # the same fault again would never end
+        self.bad.update(error.faults)
+        if len(self.bad) > min(self.data.max_bad_samples, self.split.num_samples // 2):
+            what = "damaged, and more than may be replaced (data.max_bad_samples, or half of all)"
+            raise BadSamples(self.split, self.bad, what) from error
+        self.warn(f"{error}\n{len(self.bad)} damaged samples so far are replaced by others")
+
+
+class EvaluationOrder:
+    """One rank's share of the validation batches: all ranks together have each image once.
+
+    Every iteration has the same batches. Its numbers go on where those of the last one ended.
+    """
+
+    training = False
+
+    def __init__(
+        self, split: Split, data: config.Data, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self.split, self.data, self.batch_size = split, data, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.num_batches = sampling.num_eval_batches(
+            split.num_samples, batch_size, rank, world_size
+        )
+
+    def numbers(self, passes: int) -> range:
+        return range((passes - 1) * self.num_batches, passes * self.num_batches)
+
+    def draw(self, number: int) -> Draw:
+        return sampling.eval_draw(
+            self.split, self.data, self.batch_size, self.rank, self.world_size,
+            number % self.num_batches,
+        )  # fmt: skip
+
+    def pieces(self, number: int) -> Sequence[Piece]:
+        return ()
+
+    def verified(self, number: int) -> bool:
+        if self.data.verify == "first_epoch":
+            return number < self.num_batches
+        return self.data.verify == "always"
+
+    def replace(self, error: BadSamples) -> None:
+        raise error
