@@ -1,22 +1,132 @@
-"""The README's own commands, the install aside."""
+"""The README pages: a test runs each command, and all that a page names exists.
+
+A command that cannot run here is checked as far as it goes: its options, settings and recipe.
+"""
 
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPO, environment
 
-README = (REPO / "README.md").read_text()
-COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
+from fasttrain import config
+
+FOLDERS = ("", "fasttrain/", "recipes/", "tests/", "tools/")
+PAGES = {f"{folder}README.md": (REPO / folder / "README.md").read_text() for folder in FOLDERS}
+# Their links and names are checked, too; they have no commands in ```bash blocks.
+MORE_PAGES = {
+    name: (REPO / name).read_text()
+    for name in (".github/CONTRIBUTING.md", "CHANGELOG.md", "recipes/RECORDS.md")
+}
+SETTINGS = [".pre-commit-config.yaml", ".github/workflows/tests.yml"]
+SETTINGS += [".github/ISSUE_TEMPLATE/problem.yml"]
+
+# Every command of every page, with the test that runs it, here or in another file.
+HERE = "tests/test_readme.py"
+KNOWN: dict[str, dict[str, str]] = {
+    "README.md": {
+        "pip install -e '.[demo]' && python tools/make_digits.py && accelerate launch "
+        "fasttrain/train.py recipes/demo.toml": f"{HERE}::test_demo",
+        "pip install -e '.[test]' && python -m pytest": ".ci/run",
+        "python tools/make_shards.py SOURCE data/imagenet": (
+            f"{HERE}::test_shard_train_and_evaluate"
+        ),
+        "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_shard_train_and_evaluate",
+        "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml": (
+            "tests/test_processes.py"
+        ),
+        "python tools/evaluate.py runs/large --data data/imagenet": (
+            f"{HERE}::test_shard_train_and_evaluate"
+        ),
+        "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
+        "python tools/make_shards.py my_images data/mine --val-fraction 0.1": (
+            "tests/test_folders.py"
+        ),
+        "accelerate launch fasttrain/train.py recipes/finetune.toml --set "
+        "model.weights=runs/imagenette": "tests/test_finetune.py",
+        "pip install --group cuda12 && pip install --no-deps -e .": "tests/test_layout.py",
+        "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
+    },
+    "fasttrain/README.md": {},
+    "recipes/README.md": {"python -m fasttrain.config recipes/large.toml": "tests/test_config.py"},
+    "tests/README.md": {"pip install -e '.[test]' && python -m pytest": ".ci/run"},
+    "tools/README.md": {
+        "python tools/make_shards.py SOURCE data/imagenet --workers 8": (
+            f"{HERE}::test_shard_train_and_evaluate"
+        ),
+        "python tools/make_digits.py": f"{HERE}::test_demo",
+        "python tools/verify_shards.py data/imagenet": f"{HERE}::test_shard_train_and_evaluate",
+        "python tools/evaluate.py runs/large --data data/imagenet": (
+            f"{HERE}::test_shard_train_and_evaluate"
+        ),
+        "python tools/evaluate.py mobilenetv3-large-1cd25616.pth --recipe recipes/large.toml "
+        "--data data/imagenet": "tests/test_evaluate.py",
+        "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
+        "accelerate launch --multi_gpu --num_processes 8 tools/doctor.py recipes/large.toml": (
+            "tests/test_doctor.py"
+        ),
+        "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER": (
+            "tests/test_benchmark.py"
+        ),
+        "python tools/benchmark.py step --arch large --batch 256,1024": "tests/test_benchmark.py",
+        "python tools/benchmark.py loop": "tests/test_benchmark.py",
+        "python tools/benchmark.py scaling --step-ms 1024:60,128:9 --inside 200 --input-rate "
+        "20000": "tests/test_benchmark.py",
+        "python tools/benchmark.py shards IMAGEFOLDER": "tests/test_benchmark.py",
+        "python tools/benchmark.py record --out DIR --minutes 10 --data data/imagenet": (
+            "tests/test_record.py"
+        ),
+        "python -m venv .venv && source .venv/bin/activate && pip install -e '.[sources]'": (
+            ".ci/run"
+        ),
+        "made=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
+        "data/imagenet)": "tests/test_slurm.py",
+        "good=$(sbatch --parsable --dependency=afterok:$made --cpus-per-task=16 --wrap "
+        '"python tools/verify_shards.py data/imagenet")': "tests/test_slurm.py",
+        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --wrap "
+        '"srun python tools/doctor.py recipes/large.toml"': "tests/test_slurm.py",
+        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 "
+        "--time=24:00:00 tools/train.sbatch recipes/large.toml": "tests/test_slurm.py",
+        "accelerate launch --multi_gpu --rdzv_backend static --num_machines 2 --machine_rank 0 "
+        "--main_process_ip FIRST --main_process_port 29500 --num_processes 16 "
+        "fasttrain/train.py recipes/large.toml": "tests/test_two_machines.py",
+        "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 "
+        "fasttrain/train.py recipes/demo.toml": "tests/test_processes.py",
+    },
+}
+COMMANDS = [command for commands in KNOWN.values() for command in commands]
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands in the ```bash blocks of a page, each on one line."""
+    blocks = re.findall(r"^ *```bash\n(.*?)```", page, re.S | re.M)
+    lines = re.sub(r" \\\n\s*", " ", "\n".join(blocks)).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def mentions(page: str) -> list[str]:
+    """The commands of ours that a page names, in blocks and within sentences."""
+    inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", page)]
+    return [text for text in commands_of(page) + inline if re.search(r"\w+/\w+\.py ", text)]
+
+
+def names_of(page: str) -> set[str]:
+    """The files and folders of the project that a page names."""
+    return set(re.findall(r"(?<![\w/.])(?:fasttrain|tools|tests|recipes|\.ci)/[\w./]*\w", page))
+
+
+def slugs(page: str) -> set[str]:
+    """The anchors that code hosts give to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
@@ -32,44 +142,25 @@ def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_commands_are_those_we_know() -> None:
-    assert COMMANDS == [
-        "pip install -e '.[demo]' && python tools/make_digits.py && accelerate launch "
-        "fasttrain/train.py recipes/demo.toml",
-        "pip install -e '.[test]' && python -m pytest",
-        "python tools/make_shards.py SOURCE data/imagenet",
-        "python fasttrain/train.py recipes/large.toml",
-        "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml",
-        "python tools/evaluate.py runs/large --data data/imagenet",
-        "python -m venv .venv && source .venv/bin/activate && pip install -e '.[sources]'",
-        "made=$(sbatch --parsable --array=1-8 --cpus-per-task=16 tools/make_shards.sbatch SOURCE "
-        "data/imagenet)",
-        "good=$(sbatch --parsable --dependency=afterok:$made --cpus-per-task=16 --wrap "
-        '"python tools/verify_shards.py data/imagenet")',
-        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --wrap "
-        '"srun python tools/doctor.py recipes/large.toml"',
-        "sbatch --dependency=afterok:$good --nodes=2 --gpus-per-node=8 --cpus-per-task=64 "
-        "--time=24:00:00 tools/train.sbatch recipes/large.toml",
-        "accelerate launch --multi_gpu --rdzv_backend static --num_machines 2 --machine_rank 0 "
-        "--main_process_ip FIRST \\",
-        "--main_process_port 29500 --num_processes 16 fasttrain/train.py recipes/large.toml",
-        "python tools/verify_shards.py data/imagenet",
-        "python tools/benchmark.py input data/imagenet --folder IMAGEFOLDER   "
-        "# torchvision, webdataset, DALI",
-        "python tools/benchmark.py step     # the update without input: torchvision's and timm's "
-        "networks",
-        "python tools/benchmark.py loop     # what the loop adds to the bare update",
-        "python tools/benchmark.py scaling  # a run on 1 to 512 devices, predicted, and what "
-        "limits it",
-        "pip install --group cuda12 && pip install --no-deps -e .",
-    ]
+# --------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("epochs", "top1"), [(4, 50), pytest.param(None, 95, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_test_is_known_for_every_command(name: str) -> None:
+    assert commands_of(PAGES[name]) == list(KNOWN[name])
+    for test in KNOWN[name].values():
+        file, _, function = test.partition("::")
+        assert f"def {function}" in (REPO / file).read_text() or not function, test
+
+
+DEMO_CASES = [(4, 50), pytest.param(None, 95, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("epochs", "top1"), DEMO_CASES)
 def test_demo(clone: Path, epochs: int | None, top1: float) -> None:
-    """In full it is a slow test."""
+    """With all its epochs it is a slow test."""
     install, command = COMMANDS[0].split(" && ", 1)
     assert install == "pip install -e '.[demo]'"
     shutil.rmtree(clone / "runs", ignore_errors=True)
@@ -87,7 +178,6 @@ def test_demo(clone: Path, epochs: int | None, top1: float) -> None:
 
 def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
     """The commands for ImageNet, on the tests' images and one process without a GPU."""
-    # Those for a cluster are tested on one, test_slurm.py and test_two_machines.py.
     shard, plain, _, evaluate = COMMANDS[2:6]
     verify = "python tools/verify_shards.py data/imagenet"
     assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0
@@ -102,13 +192,101 @@ def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-def test_links_and_settings_exist() -> None:
-    from fasttrain import config
+TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "doctor", "benchmark"]
 
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (REPO / link).exists(), link
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_tools_have_the_options_that_the_pages_name(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--help` of a tool, or of its part, lists every option of its commands."""
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    asked: dict[str, set[str]] = {}
+    for text in [text for page in PAGES.values() for text in mentions(page)]:
+        for words in re.findall(rf"tools/{tool}\.py ([^;&\")]*)", text):
+            part = words.split()[0] if tool == "benchmark" else ""
+            asked.setdefault(part, set()).update(re.findall(r"--[a-z][\w-]*", words))
+    for part, options in asked.items():
+        script = str(REPO / "tools" / f"{tool}.py")
+        monkeypatch.setattr(sys, "argv", [script, *part.split(), "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script, run_name="__main__")
+        help_text = capsys.readouterr().out
+        assert end.value.code == 0, part
+        assert {option for option in options if option not in help_text} == set(), part
+
+
+def test_accelerate_has_the_options_that_the_pages_name() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    launches = [command for command in COMMANDS if "accelerate launch" in command]
+    for command in launches:
+        words = shlex.split(command.partition("accelerate launch ")[2])
+        found = parser.parse_args(words)
+        assert (REPO / found.training_script).exists(), command
+        assert (REPO / found.training_script_args[0]).exists(), command
+
+
+def test_recipes_take_the_settings_that_the_pages_change() -> None:
+    for name, page in (PAGES | MORE_PAGES).items():
+        text = " ".join(page.split())
+        changes = re.findall(r"--set ([a-z]+\.\w+=[^\s`]+)", text)
+        config.load(REPO / "recipes" / "large.toml", [c for c in changes if not c.endswith("..")])
+        assert changes or name not in ("README.md", "tools/README.md", "recipes/README.md")
+
+
+# --------------------------------------------------------------------------------------------------
+# Links and names
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES | MORE_PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = (PAGES | MORE_PAGES)[name]
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page):
+        target = (REPO / name).parent / link if link else REPO / name
+        assert target.exists(), link
+        assert not anchor or anchor in slugs(target.read_text()), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES | MORE_PAGES if name != "CHANGELOG.md"])
+def test_settings_exist(name: str) -> None:
+    page = (PAGES | MORE_PAGES)[name]
     known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
     sections = "|".join(config.Recipe.model_fields)
-    named = set(re.findall(rf"\b((?:{sections})\.[a-z_]+)\b", README))
-    files = {name for name in named if name.endswith((".py", ".toml", ".safetensors", ".sbatch"))}
-    assert named - known == files
+    named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z_]+)\b", page))
+    files = {text for text in named if text.endswith((".py", ".toml", ".safetensors", ".sbatch"))}
+    calls = {"data.measure"}  # of a module
+    assert named - known <= files | calls
+
+
+@pytest.mark.parametrize("name", [*PAGES, ".github/CONTRIBUTING.md", *SETTINGS])
+def test_files_exist(name: str) -> None:
+    found = names_of((REPO / name).read_text())
+    assert {path for path in found if not (REPO / path).exists()} == set()
+
+
+def test_what_contributors_must_touch_is_there() -> None:
+    """CONTRIBUTING.md says "`NAME` in `file`": the file has that name."""
+    page = MORE_PAGES[".github/CONTRIBUTING.md"]
+    found = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", page)
+    assert len(found) >= 4
+    for name, file in found:
+        assert re.search(rf"\b{name}\b", (REPO / file).read_text()), (name, file)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_code_host_are_yaml(name: str) -> None:
+    assert yaml.safe_load((REPO / name).read_text())
+
+
+def test_the_code_host_and_pre_commit_run_our_checks() -> None:
+    workflow = yaml.safe_load((REPO / SETTINGS[1]).read_text())
+    steps = workflow["jobs"]["tests"]["steps"]
+    assert steps[-1]["run"] == ".ci/run" and os.access(REPO / ".ci/run", os.X_OK)
+    hooks = yaml.safe_load((REPO / SETTINGS[0]).read_text())["repos"][0]["hooks"]
+    checks = (REPO / ".ci/run").read_text()
+    assert [hook["entry"] for hook in hooks] == ["ruff check", "ruff format --check", "mypy"]
+    assert all(hook["entry"] in checks for hook in hooks)
+    assert "python tools/doctor.py RECIPE" in (REPO / SETTINGS[2]).read_text()
