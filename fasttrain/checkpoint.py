@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from fasttrain import config, matching, run_folder, weights
+from fasttrain import config, files, matching, run_folder, weights
 from fasttrain.optim import Learner, TrainState
 from fasttrain.weights import Weights
 
@@ -63,55 +62,31 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
     for leftover in root.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)  # one may be in use, over NFS for example
     if folder.exists() and faults_of(folder):
-        _remove(folder)
+        files.remove_folder(folder)
     if not folder.exists():  # else it is the same step again, and equal
-        _write_folder(folder, contents(learner, about))
+        written = contents(learner, about)
+        sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(written.items()))
+        files.write_folder(folder, written | {SUMS: sums.encode()})
     with contextlib.suppress(OSError):  # it is saved; the next save tries again
         _prune(root, keep, folder)
     return folder
 
 
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    temporary = _temporary(folder)
-    sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(files.items()))
-    try:
-        temporary.mkdir()
-        for name, data in (files | {SUMS: sums.encode()}).items():
-            _write(temporary / name, data)
-        _sync(temporary)
-        temporary.rename(folder)
-        _sync(folder.parent)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-        raise
-
-
 def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint but for `SHA256SUMS`."""
-    # In memory first: then they are written by us, and all that can fail there is an OSError.
-    files = {MODEL: safetensors.torch.save(_on_cpu(learner.module))}
+    # In memory first: writing them can then fail with an OSError alone.
+    found = {MODEL: safetensors.torch.save(_on_cpu(learner.module))}
     if learner.ema:
-        files[EMA] = safetensors.torch.save(_on_cpu(learner.ema.module))
+        found[EMA] = safetensors.torch.save(_on_cpu(learner.ema.module))
     training = {"optimizer": learner.optimizer.state_dict()}
     if learner.scaler:
         training["scaler"] = learner.scaler.state_dict()
     buffer = io.BytesIO()
     torch.save(training, buffer)
-    files["training.pt"] = buffer.getvalue()
+    found["training.pt"] = buffer.getvalue()
     state = {"version": FORMAT_VERSION, "state": asdict(learner.state), **about}
-    files["state.json"] = json.dumps(state, indent=1).encode() + b"\n"
-    return files
-
-
-def _write(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
+    found["state.json"] = json.dumps(state, indent=1).encode() + b"\n"
+    return found
 
 
 def _prune(root: Path, keep: int, written: Path) -> None:
@@ -124,33 +99,12 @@ def _prune(root: Path, keep: int, written: Path) -> None:
         if good < 2:
             good += folder == written or not faults_of(folder)
         elif place >= keep:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """At no moment is there half a checkpoint under its name."""
-    shutil.rmtree(folder.rename(_temporary(folder)), ignore_errors=True)
-
-
-def _temporary(folder: Path) -> Path:
-    """A free name beside a checkpoint, as what bears another may not have been removable."""
-    number = 0
-    while (path := folder.with_name(f"{folder.name}.{number}.tmp")).exists():
-        number += 1
-    return path
+            files.remove_folder(folder)
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
     # Clones: safetensors refuses views of one storage, which averaged statistics are.
     return {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(data: bytes) -> str:

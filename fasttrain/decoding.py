@@ -6,7 +6,6 @@ against the pixels of the CPU. Once a node: the first process tries, the others 
 what it found; later runs remember what worked.
 """
 
-import fcntl
 import json
 import os
 import resource
@@ -20,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasttrain import config, forecast, reading
+from fasttrain import config, files, forecast, reading
 from fasttrain.shards import Split
 
 if TYPE_CHECKING:
@@ -134,8 +133,7 @@ def _once_a_node(
     )  # fmt: skip
     key = forecast.key_of("decode", gpu, versions, split.digest, settings, job)
     lock = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}-{key}.lock"
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.locked(lock):
         known = forecast.recall(key) if gpu else None
         trials = {found["strategy"]: Trial(**found) for found in known or ()}
         tried = [trials.get(strategy) or attempt(strategy) for strategy in STRATEGIES]

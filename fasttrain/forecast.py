@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fasttrain
-from fasttrain import config
+from fasttrain import config, files
 from fasttrain.caches import cache_dir
-from fasttrain.shards import Split, write_atomically
+from fasttrain.shards import Split
 
 STALLED = 0.03  # share of time waited for data from which on the input is called the limit
 HEADROOM = 1.2  # the input should be faster than the updates by this much, as both vary
@@ -217,7 +217,7 @@ def remember(key: str, value: Any) -> None:
     """Keeps a measurement. Where nothing can be written, the next run measures again."""
     with contextlib.suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_atomically(cache_dir() / f"{key}.json", json.dumps(value).encode())
+        files.write_bytes(cache_dir() / f"{key}.json", json.dumps(value).encode())
 
 
 def recall_rate(key: str) -> Rate | None:

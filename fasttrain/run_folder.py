@@ -16,18 +16,15 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fasttrain import config
+from fasttrain import config, files
 from fasttrain.config import Recipe
 
 RECIPE = "recipe.toml"
@@ -129,47 +126,51 @@ def locked(recipe: Recipe) -> Iterator[None]:
             f'[log] run_dir = "{folder}": cannot be written ({error.strerror}); choose another '
             "with --set log.run_dir=..."
         ) from None
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            holder = os.pread(file, 200, 0).decode(errors="replace").strip()
-            raise config.ConfigError(
-                f"{folder} is in use by {holder or 'another process'}; wait for it, stop it, or "
-                "choose another folder with --set log.run_dir=..."
-            ) from None
-        except OSError:  # a file system without locks
-            break
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        break
     try:
+        _take(file, folder)
         yield
     finally:
         os.close(file)
 
 
+def _take(file: int, folder: Path) -> None:
+    """Locks the open lock file of a run folder, and writes into it who holds it."""
+    try:
+        taken = files.lock(file, wait_s=LOCK_WAIT_S)
+    except OSError:  # a file system without locks
+        return
+    if not taken:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+        raise config.ConfigError(
+            f"{folder} is in use by {holder or 'another process'}; wait for it, stop it, or "
+            "choose another folder with --set log.run_dir=..."
+        )
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+
 def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Notes a start in the folder, and clears the way for it. For one process of the run."""
+    """Notes a start in the folder, and clears the way for it. For one process of the run.
+
+    Raises:
+        OSError: the file system refused.
+    """
     folder, resume = run_dir(recipe), recipe.checkpoint.resume
+    files.clear(folder)
     if resume not in ("auto", "force"):
         _put_aside(folder, None if resume == "anew" else Path(resume))
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     lasting = recipe.checkpoint.model_copy(update={"resume": "auto"})
     recipe = recipe.model_copy(update={"checkpoint": lasting})
-    write_text(folder / RECIPE, config.dumps(recipe))
+    files.write_text(folder / RECIPE, config.dumps(recipe))
     starts = []
     if (folder / ENVIRONMENT).exists():
         try:
             starts = [*json.loads((folder / ENVIRONMENT).read_bytes())]
         except (OSError, ValueError, TypeError):  # not worth a run, nor to be lost
             (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
-    write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
+    files.write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
 
 
 def _put_aside(folder: Path, named: Path | None) -> None:
@@ -177,23 +178,18 @@ def _put_aside(folder: Path, named: Path | None) -> None:
     aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
     aside.mkdir()
     if named and named.resolve().parent == (folder / CHECKPOINTS).resolve():
-        (aside / CHECKPOINTS).mkdir()
-        for path in (folder / CHECKPOINTS).iterdir():
-            if path.name > named.name:
-                path.rename(aside / CHECKPOINTS / path.name)
         for path in folder.glob("*.jsonl"):  # whose later lines are cut
-            shutil.copy(path, aside)
+            files.write_bytes(aside / path.name, path.read_bytes())
+        (aside / CHECKPOINTS).mkdir()
+        later = [path for path in (folder / CHECKPOINTS).iterdir() if path.name > named.name]
+        files.move(later, aside / CHECKPOINTS)
         return
-    for path in folder.iterdir():
-        if path.name != LOCK and not path.name.startswith("before-"):
-            path.rename(aside / path.name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file so that it is never seen half-written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    temporary.replace(path)
+    # The mark of a finished run goes first, then its checkpoints: a kill between two moves then
+    # leaves no mark without checkpoints, at which a start with `auto` would say that all is done.
+    names = [path.name for path in folder.iterdir()]
+    moved = [name for name in names if name != LOCK and not name.startswith("before-")]
+    moved.sort(key=lambda name: (name != DONE, name != CHECKPOINTS, name))
+    files.move([folder / name for name in moved], aside)
 
 
 def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:
@@ -203,7 +199,7 @@ def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:
         if path.exists():
             lines = path.read_text(errors="surrogateescape").splitlines()
             kept = [line for line in lines if _before(line, first_step, last_eval)]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _before(line: str, first_step: int, last_eval: int) -> bool:

@@ -8,7 +8,6 @@ any number of processes and machines, and what was finished before a kill is not
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -27,20 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from fasttrain import rng
+from fasttrain import files, rng
 from fasttrain.archives import MAX_IMAGE_BYTES
 from fasttrain.listing import Listing, Source
 from fasttrain.shards import (
     FORMAT_VERSION,
     MANIFEST,
     SPLITS,
-    TEMPORARY,
     UNFINISHED,
     ShardError,
     ShardWriter,
-    atomic,
     read_manifest,
-    write_atomically,
     write_index,
     write_manifest,
 )
@@ -262,7 +258,7 @@ class _Part:
 
     def write(self, task: _Task, size: int, sha256: str, index: bytes) -> None:
         """Writes DALI's index and the part beside a finished tar."""
-        write_atomically(task.path.with_suffix(".idx"), index)
+        files.write_bytes(task.path.with_suffix(".idx"), index)
         entry = {
             "name": task.path.name,
             "num_samples": len(self.rows),
@@ -270,13 +266,13 @@ class _Part:
             "sha256": sha256,
             "idx_sha256": hashlib.sha256(index).hexdigest(),
         }
-        write_atomically(task.part, json.dumps({"entry": entry, **asdict(self)}).encode())
+        files.write_bytes(task.part, json.dumps({"entry": entry, **asdict(self)}).encode())
 
 
 def _write_shard(task: _Task) -> Progress:
     """Writes a tar and what belongs to it; a rejected image leaves its key unused."""
     part = _Part()
-    with atomic(task.path) as file:
+    with files.atomic(task.path) as file:
         writer = ShardWriter(file)
         for key, (name, label, data) in enumerate(read_images(task.images), task.first_key):
             try:
@@ -395,7 +391,7 @@ def _finishing(out: Path) -> Iterator[bool]:
         yield False
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        files.lock(file.fileno())
         yield (out / UNFINISHED).exists()
 
 
@@ -542,7 +538,7 @@ def claim(
                 "again. Copies for the parts of a job must keep their times (cp -p, rsync -t)"
             )
         return
-    write_atomically(out / UNFINISHED, json.dumps(options, indent=1).encode())
+    files.write_bytes(out / UNFINISHED, json.dumps(options, indent=1).encode())
 
 
 def estimated_bytes(split: str, listing: Listing, policy: Policy) -> int:
@@ -614,7 +610,7 @@ def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any
 
 def _clear_away(out: Path) -> None:
     """Removes what only an unfinished data set needs, the mark itself last."""
-    for pattern in (f"*{PART}", f"*{TEMPORARY}", f"{SPOOL}*"):
+    for pattern in (f"*{PART}", f"*{files.TEMPORARY}", f"{SPOOL}*"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
     (out / UNFINISHED).unlink(missing_ok=True)

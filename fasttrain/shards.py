@@ -14,11 +14,9 @@ pixels, row by row, RGB.
 
 import hashlib
 import json
-import os
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,13 +33,12 @@ from pydantic import (
     model_validator,
 )
 
-from fasttrain import config
+from fasttrain import config, files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "UNFINISHED"  # the options of the data set, until its last file is written
 MANIFEST_DIGEST = "manifest.sha256"
-TEMPORARY = ".fasttrain.tmp"  # how unfinished files end: a user's own .tmp files are not ours
 SPLITS = ("train", "val")
 DIGITS = Path("data/digits")  # the demo's data set, which has a command of its own
 _INDEX_MAGIC = b"fasttrain index 1\n"
@@ -422,39 +419,17 @@ def write_index(path: Path, tables: Sequence[NDArray[np.int64]]) -> dict[str, An
     for (_, dtype), column in zip(_COLUMNS, rows.T, strict=True):
         assert column.min() >= 0 and column.max() <= np.iinfo(dtype).max
         data += column.astype(dtype).tobytes()
-    write_atomically(path, data)
+    files.write_bytes(path, data)
     return {"name": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Writes what makes a data set finished; every other file must be in place."""
     data = json.dumps(manifest, indent=1).encode() + b"\n"
-    write_atomically(root / MANIFEST_DIGEST, manifest_digest(data))
-    write_atomically(root / MANIFEST, data)
+    files.write_bytes(root / MANIFEST_DIGEST, manifest_digest(data))
+    files.write_bytes(root / MANIFEST, data)
 
 
 def manifest_digest(manifest: bytes) -> bytes:
     """The contents of `manifest.sha256` for those of `manifest.json`."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name whole and on the disk, or not at all."""
-    # Named by machine and process: the parts of an array of jobs share a folder.
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}{TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a whole file at once through `atomic`."""
-    with atomic(path) as file:
-        file.write(data)

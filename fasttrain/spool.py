@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasttrain import files
 from fasttrain.listing import Found, Options, Scan
-from fasttrain.shards import SPLITS, ShardError, atomic
+from fasttrain.shards import SPLITS, ShardError
 
 SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
 _TAIL = 1 << 16  # bytes
@@ -160,13 +161,13 @@ def _fill(read: Read, folder: Path, job: Job) -> None:
         )
     mtime = state[1]
     os.utime(path, ns=(mtime, mtime))
-    with atomic(rows_path) as file:
-        file.write(json.dumps({"state": state, "made": _made(path), "rows": rows}).encode())
+    kept = {"state": state, "made": _made(path), "rows": rows}
+    files.write_bytes(rows_path, json.dumps(kept).encode())
 
 
 def _write(path: Path, images: Iterable[Item], limit: int) -> list[tuple[str, Any, int, int]]:
     rows, end = [], 0
-    with atomic(path) as file:
+    with files.atomic(path) as file:
         for name, label, data in images:
             if end + len(data) > limit:
                 raise ShardError(f"{path.name}: expands beyond {limit:,} bytes: refused")

@@ -6,8 +6,6 @@
 The name has a digest of the manifest, so that a data set that was made again is copied again.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -15,13 +13,14 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain import config, forecast, shards
+from fasttrain import config, files, forecast, shards
 from fasttrain.shards import ShardError, Split
 
 CHUNK = 4 << 20  # bytes read and written at a time
@@ -71,32 +70,25 @@ class Staging:
             return
         try:
             if not self.data.stage_keep:
-                with self._alone():
-                    fcntl.flock(self.used, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(self.folder)
-        except BlockingIOError:  # another run reads it, and frees it in its turn
-            pass
+                with self._copying():
+                    if files.lock(self.used, wait_s=0):  # else another run reads it, and frees it
+                        shutil.rmtree(self.folder)
         finally:
             os.close(self.used)
             self.used = None
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        lock = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
+    def _copying(self) -> AbstractContextManager[None]:
+        """Holds the lock of those that write to the copy or remove it."""
+        return files.locked(Path(f"{self.folder}.lock"))
 
     def _run(self) -> None:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with self._alone():
+            with self._copying():
                 self.folder.mkdir(exist_ok=True)
                 self._copy_all()
                 self.used = os.open(self.folder, os.O_RDONLY)
-                fcntl.flock(self.used, fcntl.LOCK_SH)
+                files.lock(self.used, shared=True)
         except ShardError as error:
             self.fault = str(error)
         except Exception as error:  # in a thread, where it would be lost
@@ -106,11 +98,10 @@ class Staging:
             )
 
     def _copy_all(self) -> None:
-        for leftover in self.folder.glob(f"*{shards.TEMPORARY}"):
-            leftover.unlink()
-        files = _files(self.root, self.data.stage_part)
-        self.total = sum(file.size for file in files)
-        missing = _missing(self.folder, files)
+        files.clear(self.folder)
+        wanted = _files(self.root, self.data.stage_part)
+        self.total = sum(file.size for file in wanted)
+        missing = _missing(self.folder, wanted)
         self.done = self.total - sum(file.size for file in missing)
         check_room(self.root, self.data, self.total - self.done, free_bytes(self.folder))
         with ThreadPoolExecutor(self.data.read_threads, "stage") as pool:
@@ -122,13 +113,13 @@ class Staging:
                     raise
         if self.data.stage_part == 1:  # a whole data set then, which `open_split` will take
             for name in (shards.MANIFEST_DIGEST, shards.MANIFEST):
-                shards.write_atomically(self.folder / name, (self.root / name).read_bytes())
+                files.write_bytes(self.folder / name, (self.root / name).read_bytes())
 
     def _copy(self, file: _File) -> None:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with (
             (self.root / file.name).open("rb", buffering=0) as source,
-            shards.atomic(self.folder / file.name) as target,
+            files.atomic(self.folder / file.name) as target,
         ):
             while count := source.readinto(buffer):
                 digest.update(buffer[:count])
@@ -241,14 +232,14 @@ def file_system_of(path: Path) -> str:
     return next(kinds[place] for place in (path, *path.parents) if place in kinds)
 
 
-def _missing(folder: Path, files: Sequence[_File]) -> list[_File]:
+def _missing(folder: Path, wanted: Sequence[_File]) -> list[_File]:
     """Those that a copy lacks. What is there appeared whole, after it was compared."""
 
     def is_there(file: _File) -> bool:
         path = folder / file.name
         return path.exists() and path.stat().st_size == file.size
 
-    return [file for file in files if not is_there(file)]
+    return [file for file in wanted if not is_there(file)]
 
 
 def _num_copied(split: str, num_shards: int, part: float) -> int:
@@ -257,13 +248,13 @@ def _num_copied(split: str, num_shards: int, part: float) -> int:
 
 def _files(root: Path, part: float) -> list[_File]:
     """What is copied, in order: of all splits but the training split all."""
-    files = []
+    found = []
     for name, entry in shards.read_manifest(root)["splits"].items():
         index = entry["index"]
-        files.append(_File(index["name"], index["size"], index["sha256"]))
+        found.append(_File(index["name"], index["size"], index["sha256"]))
         for shard in entry["shards"][: _num_copied(name, len(entry["shards"]), part)]:
-            files.append(_File(shard["name"], shard["size"], shard["sha256"]))
+            found.append(_File(shard["name"], shard["size"], shard["sha256"]))
             idx = (root / shard["name"]).with_suffix(".idx")  # DALI's, which training does without
             if idx.exists():
-                files.append(_File(idx.name, idx.stat().st_size, shard["idx_sha256"]))
-    return files
+                found.append(_File(idx.name, idx.stat().st_size, shard["idx_sha256"]))
+    return found

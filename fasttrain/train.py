@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fasttrain import (
     caches,
     config,
+    files,
     forecast,
     launch,
     matching,
@@ -237,7 +238,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         )  # fmt: skip
     signs.close()
     if done and accelerator.is_main_process:
-        run_folder.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
+        files.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")
     saved = next(iter(checkpoint.find(root)), None) if accelerator.is_main_process else None
     if done:
         weights = root / f"step_{state.step:08d}" / "model.safetensors"

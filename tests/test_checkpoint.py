@@ -7,13 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crashes import count_calls, in_a_child
 from safetensors.torch import load_file
 
 from fasttrain import checkpoint
@@ -98,44 +98,6 @@ def test_saving_the_same_step_again_replaces_a_damaged_one(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004"]
 
 
-CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "rmdir", "unlink", "scandir", "stat")
-
-
-def counted(at: int, act: Callable[[], object]) -> list[str]:
-    """Has `act` happen before the file-system call of that number; returns the calls so far.
-
-    A write that is hit has written half before.
-    """
-    calls: list[str] = []
-
-    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if len(calls) - 1 == at:
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                act()
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrap(name, getattr(os, name)))
-    return calls
-
-
-def in_a_child(work: Callable[[], int]) -> int:
-    """The exit status of a forked process that does some work."""
-    child = os.fork()
-    if not child:
-        status = 99
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_killed_at_any_file_system_call_of_a_save(tmp_path: Path) -> None:
     """With everything that a save does: clearing up, writing, renaming, pruning."""
     steps = (4, 8, 12, 16)
@@ -148,7 +110,7 @@ def test_killed_at_any_file_system_call_of_a_save(tmp_path: Path) -> None:
     root, told = tmp_path / "checkpoints", tmp_path / "calls"
 
     def save(at: int) -> int:
-        calls = counted(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        calls = count_calls(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         checkpoint.save(root, learners[16], ABOUT, keep=2)
         told.write_text(" ".join(calls))
         return 0
@@ -186,7 +148,7 @@ def test_a_call_of_a_save_that_fails_leaves_what_was(tmp_path: Path, code: int) 
         raise OSError(code, os.strerror(code))
 
     def save(at: int) -> int:
-        calls = counted(at, fail)
+        calls = count_calls(at, fail)
         try:
             checkpoint.save(root, saved, ABOUT, keep=2)
         except OSError as error:

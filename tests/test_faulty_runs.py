@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import STEP, Refused
 
-from fasttrain import caches, config, run_folder, train
+from fasttrain import caches, config, files, run_folder, train
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
     other = config.load(tiny(), ["model.width=0.5"])
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    run_folder.write_text(tmp_path / "run" / "recipe.toml", config.dumps(recipe))
+    files.write_text(tmp_path / "run" / "recipe.toml", config.dumps(recipe))
     assert run_folder.check(other) is None
     (tmp_path / "run" / STEP).mkdir()
     with pytest.raises(config.ConfigError, match="holds a run of another recipe"):

@@ -34,13 +34,13 @@ ROWS = (
     {"archives"},
     {"listing"},
     {"shards", "schedule", "launch", "matching"},
-    {"caches", "config", "rng"},
+    {"caches", "config", "files", "rng"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
-TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
+TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "files", "order"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

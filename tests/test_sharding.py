@@ -1,6 +1,5 @@
 """Making a data set: policies, parts, and dying at any moment."""
 
-import builtins
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKOUT, TIMEOUT_S, environment, listed, photograph, run, shard
+from crashes import dies_at
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_shards import expected_samples, files_of
 
-from fasttrain import config, loaders, sharding, shards
+from fasttrain import config, files, loaders, sharding, shards
 from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.schedule import make_plan
@@ -247,48 +248,7 @@ def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
-CALLS = (
-    (os, "fsync"),
-    (os, "mkdir"),
-    (os, "pread"),
-    (os, "replace"),
-    (os, "rename"),
-    (os, "unlink"),
-    (io, "open"),
-    (builtins, "open"),
-    (Path, "read_bytes"),
-    (Path, "replace"),
-    (Path, "unlink"),
-    (ShardWriter, "_write"),
-)
-
-
-def dies_at(number: int, action: Callable[[], object]) -> bool:
-    """Runs `action` in a child that is killed at its `number`-th call of the file system.
-
-    Returns whether the child got that far.
-    """
-    child = os.fork()
-    if child == 0:
-        left = number
-
-        def counting(call: Callable) -> Callable:
-            def counted(*args: object, **kwargs: object) -> object:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
-
-            return counted
-
-        try:
-            for owner, name in CALLS:
-                setattr(owner, name, counting(getattr(owner, name)))
-            action()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
+WRITE = ((ShardWriter, "_write"),)  # its bytes are buffered: no call of the file system
 
 
 def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -> None:
@@ -304,7 +264,8 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
     while died:
         number += 1
         out = tmp_path / str(number)
-        died = dies_at(number, lambda out=out: sharding.write_dataset(source, out, shard_size=2))
+        write = partial(sharding.write_dataset, source, out, shard_size=2)
+        died = dies_at(number, write, WRITE)
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
             sharding.write_dataset(source, out, shard_size=2)
         assert files_of(out) == files_of(expected), f"died at call {number}"
@@ -322,7 +283,7 @@ def test_killed_while_unpacking(tmp_path: Path) -> None:
     number, died = 1, True
     while died:
         out = tmp_path / str(number)
-        died = dies_at(number, lambda out=out: build(out))
+        died = dies_at(number, partial(build, out), WRITE)
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
             build(out)
         assert files_of(out) == files_of(tmp_path / "expected"), f"died at call {number}"
@@ -410,7 +371,7 @@ def test_a_full_disk_keeps_what_is_finished(
         with pytest.raises(OSError, match="No space left on device"):
             shard(folder, tmp_path, shard_size=11)
     assert len(list(tmp_path.glob(f"*{sharding.PART}"))) >= 1 and not list(
-        tmp_path.glob(f"*{shards.TEMPORARY}")
+        tmp_path.glob(f"*{files.TEMPORARY}")
     )
     shard(folder, tmp_path, shard_size=11)
     assert files_of(tmp_path) == files_of(dataset)

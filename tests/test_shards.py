@@ -14,7 +14,7 @@ import pytest
 from conftest import listed, photograph, run, shard
 from PIL import Image
 
-from fasttrain import config, sampling, sharding, shards
+from fasttrain import config, files, sampling, sharding, shards
 from fasttrain.schedule import make_plan
 from fasttrain.sharding import Policy, Progress
 from fasttrain.shards import ShardError
@@ -241,7 +241,7 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
         shards.open_split(out, "train")
     shutil.rmtree(out)
     sharding.claim(out, listed(folder), Policy(), 0, 11)
-    (out / f"train-000002.tar.node-99{shards.TEMPORARY}").write_bytes(b"half a shard")
+    (out / f"train-000002.tar.node-99{files.TEMPORARY}").write_bytes(b"half a shard")
     with pytest.raises(ShardError, match=r"begun with other options:\n  seed: 0 -> 1\n"):
         shard(folder, out, shard_size=11, seed=1)
     shard(folder, out, shard_size=11)

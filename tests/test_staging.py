@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import lines, run
 
-from fasttrain import config, shards, staging, train
+from fasttrain import config, files, shards, staging, train
 from fasttrain.shards import ShardError
 from fasttrain.staging import Report, Staging
 
@@ -61,14 +61,14 @@ def test_what_is_there_is_not_copied_again(dataset: Path, tmp_path: Path) -> Non
     # As after a kill: one tar is missing, one is another's, one was on its way.
     (copy.folder / "train-000001.tar").unlink()
     (copy.folder / "val-000000.tar").write_bytes(b"short")
-    (copy.folder / f"train-000001.tar.here-1{shards.TEMPORARY}").write_bytes(b"half")
+    (copy.folder / f"train-000001.tar.here-1{files.TEMPORARY}").write_bytes(b"half")
     missing = sum(
         (dataset / name).stat().st_size for name in ("train-000001.tar", "val-000000.tar")
     )
     once_more = staged(dataset, data)
     once_more.release()
     assert once_more.copied == missing and same_files(copy.folder, dataset)
-    assert not list(copy.folder.glob(f"*{shards.TEMPORARY}"))
+    assert not list(copy.folder.glob(f"*{files.TEMPORARY}"))
 
 
 def test_a_run_from_a_copy_is_the_same_run(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ import steps
 import tables
 from pydantic import BaseModel
 
-from fasttrain import config, run_folder, runtime, schedule, sharding, shards, sources
-from fasttrain.shards import Split, write_atomically
+from fasttrain import config, files, run_folder, runtime, schedule, sharding, shards, sources
+from fasttrain.shards import Split
 
 REPO = Path(__file__).resolve().parent.parent
 LEAST_S = 4.0  # left for a measurement to be begun
@@ -66,7 +66,7 @@ class Record:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        write_atomically(self.tables, tables.markdown(self.lines).encode())
+        files.write_bytes(self.tables, tables.markdown(self.lines).encode())
 
     def of(self, stage: str, **fields: Any) -> list[dict[str, Any]]:
         """The lines of a stage that have these fields."""

@@ -1,0 +1,86 @@
+"""The run folder survives a kill or a loss of power at any moment."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from crashes import dies_at, loses_power_at
+
+from fasttrain import config, files, run_folder
+from fasttrain.config import Recipe
+
+CLOSING = {"event": "done", "step": 7, "schedule_steps": 8}
+
+
+def recipe_for(folder: Path, resume: str = "auto") -> Recipe:
+    return Recipe(log=config.Log(run_dir=folder), checkpoint=config.Checkpoint(resume=resume))
+
+
+def old_run(folder: Path) -> None:
+    """A finished run of 8 updates, as an earlier start left it."""
+    for step in (4, 8):
+        (folder / run_folder.CHECKPOINTS / f"step_{step:08d}").mkdir(parents=True)
+    run_folder.begin(recipe_for(folder), {"started": "first"})
+    records = [{"event": "train", "step": step} for step in range(8)]
+    (folder / run_folder.METRICS).write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    files.write_text(folder / run_folder.DONE, json.dumps(CLOSING))
+
+
+def start(folder: Path, resume: str) -> None:
+    """All that a start writes into the folder: from its lock to the lines that it cuts."""
+    recipe = recipe_for(folder, resume)
+    with run_folder.locked(recipe):
+        run_folder.begin(recipe, {"started": "again"})
+        run_folder.cut_lines(folder, 4, -1)
+        files.write_text(folder / run_folder.DONE, json.dumps(CLOSING))
+
+
+def check_whole(folder: Path) -> None:
+    """No file that a person or a start reads is empty or cut."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name == run_folder.LOCK or path.name.endswith(files.TEMPORARY):
+            continue
+        text = path.read_text()
+        assert text, f"{path} is empty"
+        if path.suffix == ".jsonl":
+            assert [json.loads(line)["step"] for line in text.splitlines()] in (
+                list(range(8)),
+                list(range(4)),
+            )
+        elif path.suffix == ".toml":
+            config.load(path)
+        else:
+            json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("resume", "crash"),
+    [("auto", loses_power_at), ("anew", dies_at), ("named", loses_power_at)],
+)
+def test_a_crash_at_any_file_system_call_of_a_start(
+    tmp_path: Path, resume: str, crash: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # real ones take most of the test's time
+    before, folder = tmp_path / "before", tmp_path / "run"
+    old_run(before)
+    how = str(folder / run_folder.CHECKPOINTS / "step_00000004") if resume == "named" else resume
+    for number in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        more = (folder,) if crash is loses_power_at else ()
+        crashed = crash(number, partial(start, folder, how), *more)
+        check_whole(folder)
+        run_folder.check(recipe_for(folder, how))
+        start(folder, how)
+        check_whole(folder)
+        assert not list(folder.glob(f"*{files.TEMPORARY}"))
+        starts = json.loads((folder / run_folder.ENVIRONMENT).read_bytes())
+        assert starts[-1] == {"started": "again"}
+        if not crashed:
+            break
+    assert number > 20
