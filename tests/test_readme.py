@@ -257,8 +257,7 @@ def test_settings_exist(name: str) -> None:
     sections = "|".join(config.Recipe.model_fields)
     named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z_]+)\b", page))
     files = {text for text in named if text.endswith((".py", ".toml", ".safetensors", ".sbatch"))}
-    calls = {"data.measure"}  # of a module
-    assert named - known <= files | calls
+    assert named - known <= files
 
 
 @pytest.mark.parametrize("name", [*PAGES, ".github/CONTRIBUTING.md", *SETTINGS])
