@@ -275,6 +275,12 @@ def test_what_contributors_must_touch_is_there() -> None:
         assert re.search(rf"\b{name}\b", (REPO / file).read_text()), (name, file)
 
 
+def test_the_slowest_tests_exist() -> None:
+    between = PAGES["tests/README.md"].partition("slowest: begin -->")[2]
+    for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", between.partition("<!--")[0]):
+        assert f"def {name}(" in (REPO / file).read_text(), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_the_code_host_are_yaml(name: str) -> None:
     assert yaml.safe_load((REPO / name).read_text())
