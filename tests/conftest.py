@@ -23,7 +23,7 @@ os.environ |= {
     for name in ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
 }
 
-from fasttrain import config, sharding, shards, sources, train
+from fasttrain import config, forecast, sharding, shards, sources, train
 
 Refused = Callable[..., None]  # what the fixture `refused` gives
 
@@ -151,7 +151,16 @@ def write_recipe(path: Path, dataset: Path, run_dir: Path, **changes: dict[str, 
 
 
 @pytest.fixture
-def tiny(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process find a rate of their input, and do not measure it for 2 s each.
+
+    Runs in processes of their own do measure it.
+    """
+    monkeypatch.setattr(forecast, "recall_rate", lambda key: forecast.Rate(1000.0))
+
+
+@pytest.fixture
+def tiny(dataset: Path, tmp_path: Path, known_rates: None) -> Callable[..., Path]:
     """Writes a tiny recipe, changed by `section={key: value}`; its run folder is in tmp_path."""
 
     def write(name: str = "tiny", **changes: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TIMEOUT_S, lines, run
+from conftest import TIMEOUT_S, lines, run, write_recipe
 from runs import (
     ALL,
     assert_same_result,
@@ -30,7 +30,7 @@ from fasttrain import checkpoint, config, run_folder, stopping, train
 
 
 class StopAfter:
-    """Stands in for the request to stop: comes after it was asked for so many times.
+    """Stands in for the request to stop: it comes when the loop asks for the `asked`-th time.
 
     The loop asks once before the first update, after each, and after each batch of an evaluation.
     """
@@ -51,9 +51,19 @@ class StopAfter:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StopAfter]]:
+    """Sets after how many questions runs in this process stop, with `stop_after.asked`."""
     monkeypatch.setattr(stopping, "StopRequest", StopAfter)
     yield StopAfter
     StopAfter.asked = sys.maxsize
+
+
+@pytest.fixture(scope="module")
+def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped: 15 updates of 2 micro-batches, dropout, EMA."""
+    folder = tmp_path_factory.mktemp("straight")
+    train.main([str(write_recipe(folder / "all.toml", dataset, folder / "run", **ALL))])
+    assert len(lines(folder / "run" / "samples-rank0.jsonl")) == 15
+    return folder / "run"
 
 
 @pytest.mark.parametrize(
@@ -64,31 +74,30 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StopAfter]]:
         *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([1], [12, 4], [2] * 9)),
     ],
 )
-def test_resumed_at_any_step_it_ends_bit_for_bit_equal(
-    tiny: Callable[..., Path], tmp_path: Path, stop_after: type[StopAfter], stops: list[int]
+def test_a_run_resumed_at_any_step_ends_bit_for_bit_equal(
+    straight: Path,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    stop_after: type[StopAfter],
+    stops: list[int],
 ) -> None:
-    recipe = str(tiny(**ALL))  # 15 updates of 2 micro-batches, with dropout and EMA
-    straight = tmp_path / "straight"
-    train.main([recipe, "--set", f"log.run_dir={straight}"])
-    assert len(lines(straight / "samples-rank0.jsonl")) == 15
-    resumed = tmp_path / "resumed"
+    recipe = str(tiny(**ALL))
     for stop_after.asked in stops:
         with pytest.raises(SystemExit) as status:
-            train.main([recipe, "--set", f"log.run_dir={resumed}"])
+            train.main([recipe])
         assert status.value.code == 143
     stop_after.asked = sys.maxsize
-    train.main([recipe, "--set", f"log.run_dir={resumed}"])
-    assert_same_result(straight, resumed)
-    assert len(json.loads((resumed / "environment.json").read_text())) == len(stops) + 1
+    train.main([recipe])
+    assert_same_result(straight, tmp_path / "run")
+    environments = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert len(environments) == len(stops) + 1
 
 
-def test_killed_at_any_moment_it_ends_bit_for_bit_equal(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_died_between_checkpoints_ends_bit_for_bit_equal(
+    straight: Path, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies without saving, so that lines past the last checkpoint must be cut."""
+    """Nothing is saved when the run dies, so lines past the last checkpoint must be cut."""
     recipe = str(tiny(**ALL))
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    train.main([recipe, "--set", f"log.run_dir={straight}"])
 
     class Dies(StopAfter):
         def agreed(self) -> int:
@@ -101,15 +110,15 @@ def test_killed_at_any_moment_it_ends_bit_for_bit_equal(
             patch.setattr(stopping, "StopRequest", Dies)
             patch.setattr(Dies, "asked", updates)
             with pytest.raises(KeyboardInterrupt):
-                train.main([recipe, "--set", f"log.run_dir={killed}"])
+                train.main([recipe])
     monkeypatch.setattr(stopping, "StopRequest", StopAfter)
-    train.main([recipe, "--set", f"log.run_dir={killed}"])
-    assert_same_result(straight, killed)
+    train.main([recipe])
+    assert_same_result(straight, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, 5])
-def test_killed_at_random_moments_it_ends_bit_for_bit_equal(
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path, kills: int
 ) -> None:
     """With SIGKILL, the launcher and its process: a real launch, and nothing tidied up."""
@@ -135,7 +144,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_equal(
 
 
 @pytest.mark.slow
-def test_killed_at_500_random_moments_it_ends_bit_for_bit_equal(
+def test_a_run_killed_at_500_random_moments_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Each time a forked process that has imported everything already, so that the moments fall
@@ -193,27 +202,27 @@ def test_killed_at_500_random_moments_it_ends_bit_for_bit_equal(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_on_a_gpu_a_deterministic_run_ends_bit_for_bit_equal(
+def test_on_a_gpu_a_deterministic_run_resumed_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path, precision: str
 ) -> None:
-    ends_equal_when_resumed(tiny, tmp_path, precision, CUDA_VISIBLE_DEVICES="0")
+    check_deterministic(tiny, tmp_path, precision, CUDA_VISIBLE_DEVICES="0")
 
 
-def test_a_deterministic_run_ends_bit_for_bit_equal(
+def test_a_deterministic_run_resumed_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    ends_equal_when_resumed(tiny, tmp_path, "no")
+    check_deterministic(tiny, tmp_path, "no")
 
 
-def ends_equal_when_resumed(
+def check_deterministic(
     tiny: Callable[..., Path], tmp_path: Path, precision: str, **changes: str
 ) -> None:
-    """A run in one go, and one that ends and starts again."""
+    """Compares a run without a stop with one that ends after 3 updates and is resumed."""
     settings = {"deterministic": True, "precision": precision, "cpu_threads": 1}
     recipe = tiny(**ALL | {"train": ALL["train"] | settings})
-    # In one process of its own, as `deterministic` stays set.
+    # One process of its own trains all three times, because `deterministic` stays set.
     program = "import sys\nfrom fasttrain import train\n"
-    for folder, end in (("straight", 15), ("resumed", 7), ("resumed", 15)):
+    for folder, end in (("straight", 6), ("resumed", 3), ("resumed", 6)):
         words = ["--set", f"log.run_dir={tmp_path / folder}", "--set", f"train.max_steps={end}"]
         program += f"train.main([sys.argv[1], *{words!r}])\n"
     run(["python", "-c", program, recipe], **changes)
@@ -238,7 +247,7 @@ def test_another_recipe_on_an_old_run_is_refused(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_start_is_forced_anew_or_named(
+def test_resume_may_be_forced_or_anew_or_name_a_checkpoint(
     tiny: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -3,104 +3,100 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, environment, lines, run
+from conftest import TIMEOUT_S
 from runs import (
     assert_same_result,
+    is_alive,
     num_updates,
     pid_of_trainer,
     start,
     wait_until,
 )
 
-from fasttrain import checkpoint, train
+from fasttrain import checkpoint, stopping, train
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
-def test_a_signal_saves_and_the_same_command_goes_on(
-    tiny: Callable[..., Path],
-    tmp_path: Path,
-    number: signal.Signals,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """SIGTERM goes to the launcher, as `kill` would send it; SIGINT to both, as Ctrl-C does; and
-    of a launcher that is killed outright no orphan is left."""
-    recipe = tiny(
-        train={"epochs": 12, "eval_every_epochs": 12},
+@pytest.fixture
+def endless(tiny: Callable[..., Path]) -> Path:
+    """A recipe that is not done before a request to stop comes, and logs each of its updates."""
+    return tiny(
+        train={"epochs": 200, "eval_every_epochs": 200},
         checkpoint={"every_steps": 1000},
         log={"every_steps": 1},
     )
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGKILL"))],
+)
+def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(
+    endless: Path, tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kill` sends SIGTERM to the launcher alone, and Ctrl-C sends SIGINT to the trainer too.
+
+    SIGKILL leaves the launcher no time to end its trainer, and no orphan may stay.
+    """
     folder = tmp_path / "run"
-    launched = start(recipe)
-    metrics = folder / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(lines(metrics, "train")) > 5, "a few updates")
+    launched = start(endless)
+    wait_until(lambda: num_updates(folder) > 5, "a few updates")
     trainer = pid_of_trainer(launched.pid)
-    os.kill(launched.pid, number)
-    if number == signal.SIGINT:
-        os.kill(trainer, number)
+    os.kill(launched.pid, signal.Signals[number])
+    if number == "SIGINT":
+        os.kill(trainer, signal.SIGINT)
     wait_until(lambda: not Path(f"/proc/{trainer}").exists(), "the trainer's end")
     output = launched.communicate()[0]
     assert launched.returncode != 0
     (saved,) = checkpoint.find(folder / "checkpoints")
     assert f"stopped and saved as {saved}" in output
     step = checkpoint.read_state(saved).state.step
-    assert 6 <= step < 60 and not (folder / "DONE").exists()
-    if number != signal.SIGTERM:
-        return
+    assert 6 <= step < 1000 and not (folder / "DONE").exists()
 
-    train.main([str(recipe)])
+    end = ["--set", f"train.max_steps={step + 3}"]
+    train.main([str(endless), *end])
     finished = capsys.readouterr().out
     assert f"going on from {saved}" in finished
     done = json.loads(finished.splitlines()[-1])
-    assert done["step"] == 59 and done == json.loads((folder / "DONE").read_text())
-    train.main([str(recipe), "--set", f"log.run_dir={tmp_path}/b"])
-    assert_same_result(folder, tmp_path / "b")
+    assert done["step"] == step + 2 and done == json.loads((folder / "DONE").read_text())
+    train.main([str(endless), *end, "--set", f"log.run_dir={tmp_path}/straight"])
+    assert_same_result(folder, tmp_path / "straight")
 
 
-def test_a_file_and_a_signal_stop_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """The file by a status that says "try again"; SIGUSR1 as SLURM sends it before the limit."""
-    recipe = tiny(
-        train={"epochs": 200, "eval_every_epochs": 200},
-        checkpoint={"every_steps": 1000},
-        log={"every_steps": 1},
-    )
+def test_sigusr1_and_the_stop_file_have_a_status_of_their_own(
+    endless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM sends SIGUSR1 before the time limit; the file's status means "try again later"."""
     folder = tmp_path / "run"
-    trainer = subprocess.Popen(
-        [sys.executable, "fasttrain/train.py", recipe],
-        cwd=CHECKOUT,
-        env=environment(ACCELERATE_USE_CPU="1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: num_updates(folder) > 5, "a few updates")
-    trainer.send_signal(signal.SIGUSR1)
-    output = trainer.communicate()[0]
-    assert trainer.returncode == 128 + signal.SIGUSR1
-    (saved,) = checkpoint.find(folder / "checkpoints")
-    assert f"stopped and saved as {saved}" in output
+    requests: dict[int, Callable[[], None]] = {
+        128 + signal.SIGUSR1: lambda: os.kill(os.getpid(), signal.SIGUSR1),
+        stopping.STOP_FILE_STATUS: (folder / "stop").touch,
+    }
+    for expected, request in requests.items():
+        enough = num_updates(folder) + 5
 
-    def touch_later() -> None:
-        some = num_updates(folder) + 5
-        wait_until(lambda: num_updates(folder) > some, "a few updates")
-        (folder / "stop").touch()
+        def ask(request: Callable[[], None] = request, enough: int = enough) -> None:
+            wait_until(lambda: num_updates(folder) > enough, "a few updates")
+            request()
 
-    threading.Thread(target=touch_later).start()
-    with pytest.raises(SystemExit) as status:
-        train.main([str(recipe)])
-    assert status.value.code == 75
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with pytest.raises(SystemExit) as status:
+            train.main([str(endless)])
+        asking.join()
+        assert status.value.code == expected
+        saved = checkpoint.find(folder / "checkpoints")[0]
+        assert f"stopped and saved as {saved}" in capsys.readouterr().out
     assert len(checkpoint.find(folder / "checkpoints")) == 2
     assert not (folder / "stop").exists() and not (folder / "DONE").exists()
 
 
-def test_a_file_that_is_there_before_the_start_counts(
+def test_a_stop_file_that_was_there_before_the_start_stops_the_run(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, stop = str(tiny(train={"max_steps": 2})), tmp_path / "run" / "stop"
@@ -114,47 +110,57 @@ def test_a_file_that_is_there_before_the_start_counts(
     assert (tmp_path / "run" / "DONE").exists()
 
 
-def test_before_the_first_update_a_signal_ends_it_at_once(tmp_path: Path) -> None:
-    program = """
-import os, signal, sys, time
-from pathlib import Path
-from fasttrain import stopping
-stop = stopping.StopRequest(1, Path("stop"))
-stop.say = lambda text: None
-if "training" in sys.argv:
-    stop.unsaved = lambda: True
-    assert stop.agreed() == 0
-    for number in (signal.SIGTERM, signal.SIGINT):  # the first of them
-        os.kill(os.getpid(), number)
-        time.sleep(0.3)
-        assert stop.agreed() == 128 + number
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(60)
-"""
-    for words in ([], ["training"]):
-        ended = run([sys.executable, "-c", program, *words], code=130)
-        assert ended.stderr == "stopped by SIGINT, without saving\n"
+def fork(work: Callable[[], object]) -> int:
+    """Starts a process that has imported everything already, and ends it after `work`."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(99)
+    return child
 
 
-def test_a_process_that_hears_nothing_ends_after_its_launcher(tmp_path: Path) -> None:
-    """As one that waits in an exchange that will never end."""
-    deaf = (
-        "import os, signal, time\n"
-        "from fasttrain import stopping\n"
-        "stopping.ORPHAN_S = 1\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "stopping.Follower({'ACCELERATE_MIXED_PRECISION': 'no'})\n"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-        "time.sleep(600)\n"
-    )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess; subprocess.run(['python', '-c', {deaf!r}])"],
-        cwd=CHECKOUT,
-        env=environment(),
-    )
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "a start")
-    process = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
-    launcher.kill()
-    launcher.wait()
-    assert process.exists()
-    wait_until(lambda: not process.exists(), "the end of an orphan")
+@pytest.mark.parametrize("training", [False, True])
+def test_with_nothing_to_save_ctrl_c_ends_the_process_at_once(
+    training: bool, tmp_path: Path
+) -> None:
+    """Before the first update the first Ctrl-C does so, and while training the second."""
+
+    def work() -> None:
+        os.dup2(os.open(tmp_path / "errors", os.O_WRONLY | os.O_CREAT), 2)
+        stop = stopping.StopRequest(1, tmp_path / "stop")
+        stop.say = lambda text: None
+        if training:
+            stop.unsaved = lambda: True
+            assert stop.agreed() == 0
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+                wait_until(lambda number=number: stop.agreed() == 128 + number, "the signal")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(TIMEOUT_S)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 130
+    assert (tmp_path / "errors").read_text() == "stopped by SIGINT, without saving\n"
+
+
+def test_a_process_that_ignores_sigterm_ends_after_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that waits in a collective which never ends behaves so."""
+    monkeypatch.setattr(stopping, "ORPHAN_S", 1)
+    file = tmp_path / "pid"
+
+    def trainer() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stopping.Follower({"ACCELERATE_MIXED_PRECISION": "no"})
+        file.write_text(str(os.getpid()))
+        time.sleep(TIMEOUT_S)
+
+    launcher = fork(lambda: os.waitpid(fork(trainer), 0))
+    wait_until(lambda: file.exists() and file.read_text(), "a start")
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    pid = int(file.read_text())
+    assert is_alive(pid)
+    wait_until(lambda: not is_alive(pid), "the end of an orphan")
