@@ -3,12 +3,11 @@
 More is in test_config.py.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Refused, run
+from conftest import Refused
 
 from fasttrain import train
 
@@ -99,15 +98,3 @@ def test_settings(
 def test_demo_without_its_data(refused: Refused) -> None:
     command = "make the demo's with\n    python tools/make_digits.py"
     refused(train.main, ["recipes/demo.toml"], "no data set at data/digits", command)
-
-
-def test_nothing_is_written_and_torch_not_loaded_where_something_is_wrong(tmp_path: Path) -> None:
-    code = (
-        "import sys; from fasttrain import train\n"
-        f"try: train.main(['recipes/large.toml', '--set', 'log.run_dir={tmp_path / 'run'}', "
-        "'--set', 'data.root=/nowhere'])\n"
-        "finally: print('torch' in sys.modules)"
-    )
-    done = run([sys.executable, "-c", code], code=2)
-    assert done.stdout == "False\n" and "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())

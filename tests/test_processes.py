@@ -31,31 +31,57 @@ from fasttrain import config, sampling, shards, train
 from fasttrain.schedule import make_plan
 
 
-def test_two_processes_see_the_global_batches_of_one(
-    tiny: Callable[..., Path], tmp_path: Path
+def test_two_processes_see_the_batches_of_one_and_one_process_resumes_their_run(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 2 updates: enough to see that gradients are exchanged, too few for rounding to grow
-    batch = {"global_batch_size": 16, "micro_batch_size": 4, "max_steps": 2}
-    recipe = tiny(**ALL | {"train": batch})
-    folders = {world: tmp_path / str(world) for world in (1, 2)}
-    train.main([str(recipe), "--set", f"log.run_dir={folders[1]}"])
-    words = [*launch(2), "fasttrain/train.py", recipe, "--set", f"log.run_dir={folders[2]}"]
-    ended = run(words, ACCELERATE_USE_CPU="1")
+    # 3 updates, 2 in an epoch: enough to see that gradients are reduced, too few for rounding to
+    # grow, and the run is resumed in the middle of an epoch.
+    batch = {"global_batch_size": 16, "micro_batch_size": 4, "max_steps": 3}
+    recipe = tiny(**ALL | {"train": batch, "optim": ALL["optim"] | {"lr": 0.01}})
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main([str(recipe), "--set", f"log.run_dir={one}"])
+    ended = run(
+        [*launch(2), "fasttrain/train.py", recipe, "--set", f"log.run_dir={two}"],
+        ACCELERATE_USE_CPU="1",
+    )
     assert json.loads(ended.stdout.splitlines()[-1])["seen"] == 13
     assert "Warning" not in ended.stderr
-    alone = lines(folders[1] / "samples-rank0.jsonl")
-    ranks = [lines(folders[2] / f"samples-rank{rank}.jsonl") for rank in range(2)]
-    for one, *both in zip(alone, *ranks, strict=True):
-        assert len(one["ids"]) == 16 and {record["step"] for record in both} == {one["step"]}
+    check_same_batches(one, two)
+    check_close(one, two)
+
+    capsys.readouterr()
+    rest = [str(recipe), "--set", f"log.run_dir={two}", "--set", "train.max_steps=6"]
+    train.main(rest)
+    output = capsys.readouterr().out
+    assert "going on from" in output and "step_00000003" in output
+    records = [record for path in two.glob("samples-*.jsonl") for record in lines(path)]
+    for epoch in range(3):
+        ids = [i for r in records if r["step"] // 2 == epoch for i in r["ids"]]
+        assert len(ids) == 32 and len(set(ids)) == 32
+    train.main(rest)
+    again = capsys.readouterr().out.splitlines()
+    assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 5
+
+
+def check_same_batches(one: Path, two: Path) -> None:
+    """Both processes of the run `two` together have drawn the global batches of the run `one`."""
+    alone = lines(one / "samples-rank0.jsonl")
+    ranks = [lines(two / f"samples-rank{rank}.jsonl") for rank in range(2)]
+    for whole, *both in zip(alone, *ranks, strict=True):
+        assert len(whole["ids"]) == 16 and {record["step"] for record in both} == {whole["step"]}
         for key in ("ids", "windows", "flips"):
             # micro-batches of 4, dealt to the processes in turn
             dealt = [both[g % 2][key][4 * (g // 2) : 4 * (g // 2) + 4] for g in range(4)]
-            assert one[key] == [value for group in dealt for value in group]
-    a, b = (result_of(folder)[0] for folder in folders.values())
-    for name, tensor in a.items():
+            assert whole[key] == [value for group in dealt for value in group]
+
+
+def check_close(one: Path, two: Path) -> None:
+    """Weights, momenta and losses of both runs differ by rounding alone."""
+    tensors, others = (result_of(folder)[0] for folder in (one, two))
+    for name, tensor in tensors.items():
         if "running" not in name and "num_batches" not in name:  # averaged, not accumulated
-            torch.testing.assert_close(tensor, b[name], rtol=2e-3, atol=2e-4, msg=name)
-    losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in folders.values()]
+            torch.testing.assert_close(tensor, others[name], rtol=2e-3, atol=2e-4, msg=name)
+    losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -125,25 +151,6 @@ def test_begun_on_four_processes_and_continued_on_two_and_three(
     for epoch in range(40):
         ids = [i for r in records if r["step"] // 3 == epoch for i in r["ids"]]
         assert len(ids) == 36 and len(set(ids)) == 36
-
-
-def test_a_run_on_two_processes_goes_on_on_one(
-    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tiny(log={"samples": True}, train={"max_steps": 7})
-    command = [*launch(2), "fasttrain/train.py", recipe]
-    run(command, ACCELERATE_USE_CPU="1")
-    rest = [str(recipe), "--set", "train.max_steps=15"]
-    train.main(rest)
-    output = capsys.readouterr().out
-    assert "going on from" in output and "step_00000007" in output
-    records = [r for p in (tmp_path / "run").glob("samples-*.jsonl") for r in lines(p)]
-    for epoch in range(3):
-        ids = [i for r in records if r["step"] // 5 == epoch for i in r["ids"]]
-        assert len(ids) == 40 and len(set(ids)) == 40
-    train.main(rest)
-    again = capsys.readouterr().out.splitlines()
-    assert again[0].endswith("is done, nothing to do") and json.loads(again[1])["step"] == 14
 
 
 def test_a_process_that_dies_takes_the_others_along(
