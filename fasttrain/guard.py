@@ -1,8 +1,8 @@
 """Keeps an update whose loss or gradient is not finite from changing anything.
 
-One forward pass over a bad image, or a step too long, would poison BatchNorm's statistics, weights,
-momentum and moving average for good. Whether an update counts is decided on the device, alike in
-all processes, and the host learns of it when it next asks.
+One forward pass over a bad image, or one step that is too long, would spoil BatchNorm's statistics,
+the weights, the momentum and the moving average for good. The device decides whether an update
+counts. All ranks decide alike. The host learns of it when it next asks.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Skipped(NamedTuple):
     """The updates that were left out since the guard was last asked: how many, and the first."""
 
     number: int
-    step: int  # 0-based
+    offset: int  # of the first, counted from 0 over the updates since the guard was last asked
     loss: float  # mean over this process's images
     gradient_norm: float
 
@@ -27,12 +27,12 @@ class Skipped(NamedTuple):
 class Guard:
     """Decides on each update of a network: `add` its losses, `decide`, and move by `kept`.
 
-    It averages BatchNorm's running statistics over the processes: one small all-reduce an update.
-    DistributedDataParallel would let each process evaluate its own, or hand round those of rank 0;
-    and doing it every time keeps the run a function of the step alone.
+    It averages BatchNorm's running statistics over the ranks by one small all-reduce an update.
+    DistributedDataParallel would let each rank evaluate with its own statistics, or broadcast those
+    of rank 0. To do it in every update keeps the run a function of the step alone.
 
-    Under float16 an infinite gradient is the business of the scaler, and only the loss and the
-    statistics count here.
+    Under float16 the scaler deals with infinite gradients. Then only the loss and the statistics
+    count here.
 
     All numbers are float64 and lie on the device. The arithmetic is written for few kernels: 25 an
     update, and 8 where it is compiled.
@@ -41,7 +41,11 @@ class Guard:
     def __init__(
         self, learner: Learner, plan: Plan, max_skipped: int, compile_it: bool = False
     ) -> None:
-        """After more than `max_skipped` skipped updates, no other one changes anything either."""
+        """
+        Args:
+            max_skipped: once more updates than that are rejected, all others are rejected too.
+            compile_it: compile the arithmetic, which takes fewer kernels.
+        """
         self.max_skipped = max_skipped
         self.world_size = plan.world_size
         self.images = plan.micro_batch_size * plan.accumulation  # of this process, an update
@@ -55,13 +59,12 @@ class Guard:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.loss_sum = zeros()  # over this process's images, of the updates that counted
-        # Of the update that is being made: its number, and the sum of the loss over its images.
-        self.step = zeros() + state.step
-        self.loss = zeros()
+        self.loss = zeros()  # of the update that is being made, summed over its images
+        self.offset = zeros()  # of that update, counted since `read`
         # Updates that were skipped in all, less `max_skipped`; and since `read`.
         self.excess = zeros() + (state.skipped_steps - max_skipped)
         self.number = zeros()
-        # Step, loss and gradient norm of the first update that was skipped since `read`.
+        # Offset, loss and gradient norm of the first update that was skipped since `read`.
         self.first = [zeros(), zeros(), zeros()]
         self.keep = torch.ones((), device=device)  # 1 where the latest update counted, else 0
         self.skip = torch.zeros((), device=device)  # the opposite
@@ -78,10 +81,10 @@ class Guard:
 
     @torch.no_grad()
     def decide(self, gradient_norm: Tensor) -> None:
-        """Whether the update counts whose gradients, exchanged, have that norm (0-d).
+        """Accepts or rejects the update, given the norm (0-d) of the reduced gradients.
 
-        Settles BatchNorm's statistics and adds up the loss; the optimizer, if there is no scaler,
-        leaves out a step by itself.
+        Settles BatchNorm's statistics and adds up the loss. Without a scaler, the optimizer then
+        leaves out a rejected step by itself.
         """
         statistics = self.flat.statistics
         statistics[-1] = self.loss  # all processes must judge it as well
@@ -122,14 +125,14 @@ class Guard:
         for now, before in zip(self._statistics(), self.before, strict=True):
             torch.where(good, now, before, out=now)
             before.copy_(now)
-        for first, now in zip(self.first, (self.step, self.loss, gradient_norm), strict=True):
+        for first, now in zip(self.first, (self.offset, self.loss, gradient_norm), strict=True):
             torch.where(is_first, now, first, out=first)
         torch.where(good, self.loss_sum + self.loss, self.loss_sum, out=self.loss_sum)
         self.number += bad
         self.excess += bad
         self.skip.copy_(bad)
         self.keep.copy_(good)
-        self.step += 1
+        self.offset += 1
         self.loss.zero_()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -142,11 +145,12 @@ class Guard:
 
     def read(self) -> Skipped | None:
         """What was skipped since the last call, if anything. Waits for the device."""
-        number, step, loss, norm = torch.stack([self.number, *self.first]).tolist()
+        number, offset, loss, norm = torch.stack([self.number, *self.first]).tolist()
         self.number.zero_()
-        return Skipped(int(number), int(step), loss / self.images, norm) if number else None
+        self.offset.zero_()
+        return Skipped(int(number), int(offset), loss / self.images, norm) if number else None
 
     def tensors(self) -> list[Tensor]:
         """All that `decide` changes, but for what the network learns."""
-        counters = [self.loss_sum, self.step, self.loss, self.excess, self.number, *self.first]
+        counters = [self.loss_sum, self.offset, self.loss, self.excess, self.number, *self.first]
         return [*counters, self.keep, self.skip, *self.before]

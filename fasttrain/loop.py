@@ -1,7 +1,7 @@
 """The loop: forward, backward, accumulate, update; log, evaluate, save, stop.
 
-Works on built objects and any iterable of batches, so a list trains it in a test. The host waits
-for the device only where a line is logged, at evaluations and at checkpoints.
+Works on built objects and any iterable of batches, so that a test can train on a list. The host
+waits for the device only at log lines, evaluations and checkpoints.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from fasttrain.execution import Evaluator, Updater
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
 from fasttrain.mixing import Mix
-from fasttrain.optim import Learner
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
 from fasttrain.sampling import Draw
@@ -34,22 +33,29 @@ from fasttrain.schedule import Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run trains and evaluates on."""
+
+    train_batches: Callable[[int], Iterator[Batch]]  # this rank's micro-batches from an update on
+    eval_batches: Iterable[Batch]  # this rank's share
+    num_eval_samples: int  # that all ranks together must see in an evaluation
+    mix: Mix | None = None  # mixes a micro-batch's images and labels, by torch's generator
+
+
+@dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where a run reports to, and how often. Of several processes, rank 0 alone has `metrics`."""
+    """Where a run reports to. Rank 0 alone has `metrics`."""
 
     checkpoints: Path
     about: dict[str, Any]  # stored in every checkpoint
-    save_every_steps: int
-    keep: int
-    log_every_steps: int
     display: TrainDisplay
-    max_failures: int = 1  # saves in a row that may fail
     metrics: JsonLines | None = None
     samples: JsonLines | None = None
     forecast: Forecast | None = None
-    keys_of: Callable[[int], list[str]] | None = None  # places of the samples of an update
+    keys_of: Callable[[int], list[str]] | None = None  # the samples of an update, described
 
     def write(self, record: dict[str, Any]) -> None:
+        """Appends a record to the metrics."""
         if self.metrics:
             self.metrics.write(record)
 
@@ -66,122 +72,288 @@ class Unsaved(config.Fault, RuntimeError):
     of_all = True
 
 
-def fit(
-    accelerator: Accelerator,
-    learner: Learner,
-    train_batches: Callable[[int], Iterator[Batch]],
-    eval_batches: Iterable[Batch],
-    num_eval_samples: int,
-    plan: Plan,
-    outputs: Outputs,
-    stop_requested: Callable[[], int],
-    updater: Updater,
-    mix: Mix | None = None,
-) -> dict[str, Any] | None:
-    """Trains from the learner's step to the plan's end, evaluating and saving on the way.
+class Trainer:
+    """Trains from the learner's step to the end of the plan, and evaluates and saves on the way.
 
-    Args:
-        train_batches: gives the micro-batches of this process from an update on.
-        num_eval_samples: how many images all processes together must see in an evaluation.
-        stop_requested: asked once a step and once a batch of an evaluation, equally often by all
-            processes; not 0 where all should stop.
-        updater: carries out the learner's updates.
-        mix: mixes the images and labels of a micro-batch, drawing from torch's generator.
-    Returns:
-        The closing record when the run is complete, None when it was stopped; saved either way.
-    Raises:
-        NonFiniteLoss: at the first log point, evaluation or save after one update too many was
-            skipped; nothing has changed since.
-        Unsaved: saving failed once too often, or at the end.
+    The updater counts the steps in `learner.state`. The guard sums up the loss on the device; this
+    object moves the sum to the log lines and the checkpoints, and counts the skipped updates.
     """
-    state, guard = learner.state, updater.guard
-    if accelerator.is_main_process:
-        guard.loss_sum += state.loss_sum
-    clock = Clock(accelerator.device)
-    begun = time.perf_counter()
-    saved_step, failures = state.step, 0
 
-    def evaluate_if_due() -> bool:
-        """Whether the evaluation was cut short, as all should stop."""
-        if not plan.eval_due(state.step) or state.last_eval.get("step", -1) + 1 >= state.step:
+    def __init__(
+        self,
+        updater: Updater,
+        plan: Plan,
+        inputs: Inputs,
+        outputs: Outputs,
+        recipe: config.Recipe,
+        stop_requested: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """
+        Args:
+            updater: carries out the learner's updates.
+            recipe: says when to log and to save.
+            stop_requested: is called once a step and once a batch of an evaluation, equally often
+                by all ranks. Returns 0, or the same exit status on all ranks to stop.
+        """
+        self.updater, self.plan = updater, plan
+        self.inputs, self.outputs, self.recipe = inputs, outputs, recipe
+        self.stop_requested = stop_requested
+        self.accelerator, self.learner = updater.accelerator, updater.learner
+        self.state = self.learner.state
+        self.clock = Clock(self.accelerator.device)
+        self.lr = 0.0  # of the last update
+        self.looked_at = self.state.step  # updates when skipped ones were last looked for
+        self.saved_step, self.failed_saves = self.state.step, 0
+
+    def fit(self) -> dict[str, Any] | None:
+        """Trains to the end of the plan, or until a stop is requested.
+
+        Returns:
+            The closing record if the run is complete, None if it was stopped. It is saved in both
+            cases.
+        Raises:
+            NonFiniteLoss: at the first log line, evaluation or save after one update too many was
+                skipped. Nothing has changed since that update.
+            Unsaved: saving failed too often, or at the end.
+        """
+        begun = time.perf_counter()
+        if self.accelerator.is_main_process:
+            self.updater.guard.loss_sum += self.state.loss_sum
+        # The run may have been stopped between an update and its evaluation.
+        stopped = self.stop_requested() or not self._evaluate_if_due()
+        batches = self.inputs.train_batches(self.state.step)
+        while not stopped and not self._at_end:
+            self._update(batches)
+            if self._every(self.recipe.log.every_steps):
+                self._log_train()
+            if self.outputs.forecast and self._every(self.plan.steps_per_epoch):
+                self._log_limit(self.outputs.forecast)
+            stopped = self.stop_requested() or not self._evaluate_if_due()
+            if stopped or self._every(self.recipe.checkpoint.every_steps):
+                self._save(is_last=bool(stopped) or self._at_end)
+        return self._close(time.perf_counter() - begun) if not stopped and self._at_end else None
+
+    @property
+    def _at_end(self) -> bool:
+        return self.state.step >= self.plan.total_steps
+
+    def _every(self, steps: int) -> bool:
+        """True after every so many updates, and after the last one."""
+        return self.state.step % steps == 0 or self._at_end
+
+    # ---- an update
+
+    def _update(self, batches: Iterator[Batch]) -> None:
+        """One update on one global batch."""
+        plan, step, rank = self.plan, self.state.step, self.accelerator.process_index
+        self.lr = schedule.lr_at(step, plan)
+        draws = []
+        for micro in range(plan.accumulation):
+            with self.clock.waiting():
+                batch = next(batches)
+            draws.append(batch.draw)
+            images, labels = batch.images, batch.labels
+            group = micro * plan.world_size + rank  # the part of the global batch
+            if self.inputs.mix:
+                runtime.seed_torch(plan.seed, Stream.MIX, step, group)
+                images, labels = self.inputs.mix(images, labels)
+            runtime.seed_torch(plan.seed, Stream.TORCH, step, group)  # dropout
+            self.updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
+        if self.outputs.samples:
+            self.outputs.samples.write(_sample_record(draws, step))
+        self.updater.update(self.lr)
+        self.state.loss_images += plan.global_batch_size
+        self.clock.step(plan.global_batch_size)
+        self.outputs.display.step(self.state.step)
+
+    def _look_at_skipped(self) -> None:
+        """Reports updates that were skipped since the last call. Waits for the device.
+
+        Raises:
+            NonFiniteLoss: more updates were skipped than the recipe allows.
+        """
+        state, begin, self.looked_at = self.state, self.looked_at, self.state.step
+        skipped = self.updater.guard.read()  # the same on all ranks, except for the loss
+        if not skipped:
+            return
+        state.skipped_steps += skipped.number
+        state.loss_images -= skipped.number * self.plan.global_batch_size
+        step = begin + skipped.offset
+        record: dict[str, Any] = {
+            "event": "skipped",
+            "step": step,
+            "epoch": self.plan.epoch_of(step),
+            "number": skipped.number,
+            "lr": schedule.lr_at(step, self.plan),
+            "loss": [str(loss) for loss in gather_object([skipped.loss])],  # JSON has no nan
+            "gradient_norm": str(skipped.gradient_norm),
+            "weight_norm": float(nn.utils.get_total_norm(list(self.learner.module.parameters()))),
+        }
+        self.outputs.write(record)
+        what = (
+            f"update {step} has loss {', '.join(record['loss'])} and gradient norm "
+            f"{record['gradient_norm']} (lr {record['lr']:.4g}); its samples are listed in "
+            f"{self._list_samples(record)}"
+        )
+        if state.skipped_steps > self.updater.guard.max_skipped:
+            raise NonFiniteLoss(
+                f"{what}\nneither it nor what came after it changed anything; the newest "
+                "checkpoint is from before. Lower [optim] lr, lengthen warmup_epochs, or under "
+                "fp16 try bf16; or leave such updates out: --set train.max_skipped_steps=10"
+            )
+        self.outputs.display.say(f"SKIPPED {skipped.number}, {state.skipped_steps} in all: {what}")
+
+    def _list_samples(self, record: dict[str, Any]) -> Path:
+        """Writes a record of a skipped update with its samples; returns the file."""
+        step, keys_of = record["step"], self.outputs.keys_of
+        path = self.outputs.checkpoints.parent / f"skipped_step_{step:08d}.json"
+        if self.accelerator.is_main_process:
+            samples = keys_of(step) if keys_of else []
+            with contextlib.suppress(OSError):  # the metrics have most of it
+                path.write_text(json.dumps(record | {"samples": samples}, indent=1) + "\n")
+        return path
+
+    # ---- evaluation
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates if the plan asks for it. Returns False if a stop request cut it short."""
+        state = self.state
+        if not self.plan.eval_due(state.step) or state.last_eval.get("step", -1) + 1 >= state.step:
+            return True
+        self._look_at_skipped()
+        with self.clock.paused():
+            return self._evaluate()
+
+    def _evaluate(self) -> bool:
+        """Evaluates and logs. Returns False if a stop request cut it short."""
+        start, plan, total = time.perf_counter(), self.plan, self.inputs.num_eval_samples
+
+        def stops_after(seen: int) -> bool:
+            self.outputs.display.evaluating(min(seen * plan.world_size, total), total)
+            return bool(self.stop_requested())
+
+        results = evaluate(
+            self.accelerator, self.updater.evaluators, self.inputs.eval_batches, total,
+            sampling.num_eval_batches(total, plan.micro_batch_size, 0, plan.world_size),
+            stops_after,
+        )  # fmt: skip
+        if not results:
             return False
-        _look_at_skipped(accelerator, learner, updater, plan, outputs)
-        with clock.paused():
-            return not _evaluate_and_log(
-                accelerator, learner, updater.evaluators, eval_batches, num_eval_samples, plan,
-                outputs, stop_requested,
-            )  # fmt: skip
+        step = self.state.step - 1
+        record = {"event": "eval", "step": step, "epoch": plan.epoch_of(step), **results[0]}
+        if self.learner.ema:
+            record |= {f"ema_{key}": results[1][key] for key in ("top1", "top5", "loss")}
+        record["eval_s"] = round(time.perf_counter() - start, 2)
+        self.state.last_eval = record
+        self.outputs.write(record)
+        self.outputs.display.eval_line(record)
+        if any(result["loss"] is None for result in results):
+            self.outputs.display.say(
+                f"WARNING: after update {step} the loss of the evaluation is not finite, so its "
+                "accuracy means nothing: weights or BatchNorm's statistics have grown too large; "
+                "lower [optim] lr, or raise train.micro_batch_size"
+            )
+        return True
 
-    # The run may have been stopped between an update and its evaluation.
-    stopped = stop_requested() or evaluate_if_due()
-    batches = train_batches(state.step)
-    while state.step < plan.total_steps and not stopped:
-        lr = _update(accelerator, learner, updater, batches, plan, outputs, clock, mix)
-        at_end = state.step == plan.total_steps
-        if state.step % outputs.log_every_steps == 0 or at_end:
-            _log_train(accelerator, learner, updater, plan, outputs, clock, lr, num_eval_samples)
-        if outputs.forecast and (state.step % plan.steps_per_epoch == 0 or at_end):
-            _log_limit(outputs, clock, plan, state.step)
-        stopped = stop_requested() or evaluate_if_due()
-        if state.step % outputs.save_every_steps == 0 or at_end or stopped:
-            with clock.paused():
-                _look_at_skipped(accelerator, learner, updater, plan, outputs)
-                state.loss_sum = _total(accelerator, guard.loss_sum)
-                fault = _save(accelerator, learner, outputs)
-            failures = failures + 1 if fault else 0
-            saved_step = saved_step if fault else state.step
-            if fault and (at_end or stopped or failures >= outputs.max_failures):
-                raise Unsaved(
-                    f"the run stops, as it cannot be saved: {fault}\nthe newest state that was "
-                    f"saved is that of update {saved_step}; mend this, and the same command goes on"
-                )
-    if state.step < plan.total_steps or stopped:
-        return None
-    done = {
-        **state.last_eval,
-        "event": "done",
-        "schedule_steps": plan.schedule_steps,
-        "images_per_s": round(clock.lap("run")[0], 1),
-        "seconds": round(time.perf_counter() - begun, 2),
-    }
-    if state.skipped_steps:
-        done["skipped_steps"] = state.skipped_steps
-    outputs.write(done)
-    return done
+    # ---- records
 
+    def _log_train(self) -> None:
+        """Writes a train line. Waits for the device."""
+        state, plan, loss_sum = self.state, self.plan, self.updater.guard.loss_sum
+        self._look_at_skipped()
+        images_per_s, data_wait = self.clock.lap("log")
+        if not state.loss_images:  # all were skipped
+            return
+        loss = self._total(loss_sum) / state.loss_images
+        loss_sum.zero_()
+        state.loss_images = 0
+        step = state.step - 1
+        record = {
+            "event": "train",
+            "step": step,
+            "epoch": plan.epoch_of(step),
+            "loss": loss,
+            "lr": self.lr,
+            "images_per_s": round(images_per_s, 1),
+            "data_wait": round(data_wait, 4),
+        }
+        self.outputs.write(record)
+        self.outputs.display.train_line(record, self.clock.mean(), self._seconds_left())
+        if self.outputs.forecast:
+            self.outputs.forecast.lap(images_per_s, data_wait)
 
-def _update(
-    accelerator: Accelerator,
-    learner: Learner,
-    updater: Updater,
-    batches: Iterator[Batch],
-    plan: Plan,
-    outputs: Outputs,
-    clock: Clock,
-    mix: Mix | None,
-) -> float:
-    """One update on one global batch; returns its learning rate."""
-    step = learner.state.step
-    lr = schedule.lr_at(step, plan)
-    draws = []
-    for micro in range(plan.accumulation):
-        with clock.waiting():
-            batch = next(batches)
-        draws.append(batch.draw)
-        images, labels = batch.images, batch.labels
-        place = micro * plan.world_size + accelerator.process_index
-        if mix:
-            runtime.seed_torch(plan.seed, Stream.MIX, step, place)
-            images, labels = mix(images, labels)
-        runtime.seed_torch(plan.seed, Stream.TORCH, step, place)  # dropout
-        updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
-    if outputs.samples:
-        outputs.samples.write(_sample_record(draws, step))
-    updater.update(lr)
-    learner.state.loss_images += plan.global_batch_size
-    clock.step(plan.global_batch_size)
-    outputs.display.step(learner.state.step)
-    return lr
+    def _seconds_left(self) -> float | None:
+        """Time of the updates and evaluations to come; None while the speed is not known."""
+        images_per_s, plan, step = self.clock.mean(), self.plan, self.state.step
+        if not images_per_s:
+            return None
+        # Before the first evaluation: a forward pass takes about a third of an update.
+        images = self.inputs.num_eval_samples * (2 if self.learner.ema else 1)
+        eval_s = float(self.state.last_eval.get("eval_s", images / (3 * images_per_s)))
+        updates_s = (plan.total_steps - step) * plan.global_batch_size / images_per_s
+        return updates_s + plan.evals_left(step - 1) * eval_s
+
+    def _log_limit(self, forecast: Forecast) -> None:
+        """At the end of an epoch: writes what limited its speed."""
+        step = self.state.step - 1
+        epoch = self.plan.epoch_of(step)
+        found = forecast.epoch(epoch, *self.clock.lap("epoch"))
+        self.outputs.write({"event": "limit", "step": step, "epoch": epoch, **found})
+
+    def _save(self, is_last: bool) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+            Unsaved: it could not, and this is the last one, or the failures are too many.
+        """
+        with self.clock.paused():
+            self._look_at_skipped()
+            self.state.loss_sum = self._total(self.updater.guard.loss_sum)
+            fault = self._save_fault()
+        if not fault:
+            self.saved_step, self.failed_saves = self.state.step, 0
+            return
+        self.outputs.display.say(f"NOT SAVED at update {self.state.step}: {fault}")
+        self.failed_saves += 1
+        if is_last or self.failed_saves >= self.recipe.checkpoint.max_failures:
+            raise Unsaved(
+                f"the run stops, as it cannot be saved: {fault}\nthe newest state that was "
+                f"saved is that of update {self.saved_step}; mend this, and the same command goes "
+                "on"
+            )
+
+    def _save_fault(self) -> str:
+        """Saves, with all lines that a full disk has held back. Returns the first rank's fault."""
+        outputs, fault = self.outputs, ""
+        try:
+            for file in (outputs.metrics, outputs.samples):
+                if file:
+                    file.flush()
+            if self.accelerator.is_main_process:
+                keep = self.recipe.checkpoint.keep
+                checkpoint.save(outputs.checkpoints, self.learner, outputs.about, keep)
+        except OSError as error:
+            fault = str(error)
+        return next(filter(None, gather_object([fault])), "")
+
+    def _close(self, seconds: float) -> dict[str, Any]:
+        """Writes the closing record."""
+        done = {
+            **self.state.last_eval,
+            "event": "done",
+            "schedule_steps": self.plan.schedule_steps,
+            "images_per_s": round(self.clock.lap("run")[0], 1),
+            "seconds": round(seconds, 2),
+        }
+        if self.state.skipped_steps:
+            done["skipped_steps"] = self.state.skipped_steps
+        self.outputs.write(done)
+        return done
+
+    def _total(self, value: Tensor) -> float:
+        """The sum of a 0-d tensor over all ranks, as a float. Waits for the device."""
+        total: Tensor = self.accelerator.reduce(value.clone(), reduction="sum")
+        return float(total)
 
 
 @torch.no_grad()
@@ -190,19 +362,20 @@ def evaluate(
     evaluators: Sequence[Evaluator],
     batches: Iterable[Batch],
     num_samples: int,
-    stop_requested: Callable[[], int] = lambda: 0,
     most_batches: int = 0,
-    progress: Callable[[int], object] = lambda seen: None,
+    stops_after: Callable[[int], bool] = lambda seen: False,
 ) -> list[dict[str, Any]]:
-    """`top1`, `top5` (percent), `loss` and `seen` of each network over all processes' batches.
+    """`top1`, `top5` (percent), `loss` and `seen` of each network over all ranks' batches.
 
-    Each network is in evaluation mode meanwhile.
+    Each network is in evaluation mode meanwhile. The loss is cross-entropy without smoothing, None
+    where it is not finite.
 
-    Processes may have different numbers of batches, at most `most_batches`: sums are exchanged at
-    the end alone, and `stop_requested` is asked equally often by all. Where it does not say 0,
-    nothing is returned. `progress` is told after each batch how many images this process has seen.
-    The loss is cross-entropy without smoothing, None where it is not finite.
-
+    Args:
+        num_samples: that all ranks together must see.
+        most_batches: of any rank. Ranks may have different numbers of batches; sums are reduced
+            once, at the end.
+        stops_after: is called equally often by all ranks, after each batch, with the number of
+            images that this rank has seen. True ends the evaluation, and nothing is returned.
     Raises:
         RuntimeError: not every one of `num_samples` images was seen exactly once.
     """
@@ -219,8 +392,7 @@ def evaluate(
                     logits = evaluator(batch.images)
                 total.add(logits, batch.labels)
             seen += len(batch.labels) if batch else 0
-            progress(seen)
-            if stop_requested():
+            if stops_after(seen):
                 return []
     finally:
         for module, training in zip(modules, was_training, strict=True):
@@ -231,172 +403,8 @@ def evaluate(
     return results
 
 
-# --------------------------------------------------------------------------------------------------
-# Records
-# --------------------------------------------------------------------------------------------------
-
-
-def _evaluate_and_log(
-    accelerator: Accelerator,
-    learner: Learner,
-    evaluators: Sequence[Evaluator],
-    batches: Iterable[Batch],
-    num_samples: int,
-    plan: Plan,
-    outputs: Outputs,
-    stop_requested: Callable[[], int],
-) -> bool:
-    """Whether it was carried out; not, where all should stop."""
-    start = time.perf_counter()
-    most = sampling.num_eval_batches(num_samples, plan.micro_batch_size, 0, plan.world_size)
-
-    def progress(seen: int) -> None:
-        outputs.display.evaluating(min(seen * plan.world_size, num_samples), num_samples)
-
-    results = evaluate(
-        accelerator, evaluators, batches, num_samples, stop_requested, most, progress
-    )
-    if not results:
-        return False
-    step = learner.state.step - 1
-    record = {"event": "eval", "step": step, "epoch": plan.epoch_of(step), **results[0]}
-    if learner.ema:
-        record |= {f"ema_{key}": results[1][key] for key in ("top1", "top5", "loss")}
-    record["eval_s"] = round(time.perf_counter() - start, 2)
-    learner.state.last_eval = record
-    outputs.write(record)
-    outputs.display.eval_line(record)
-    if any(result["loss"] is None for result in results):
-        outputs.display.say(
-            f"WARNING: after update {step} the loss of the evaluation is not finite, so its "
-            "accuracy means nothing: weights or BatchNorm's statistics have grown too large; lower "
-            "[optim] lr, or raise train.micro_batch_size"
-        )
-    return True
-
-
-def _log_train(
-    accelerator: Accelerator,
-    learner: Learner,
-    updater: Updater,
-    plan: Plan,
-    outputs: Outputs,
-    clock: Clock,
-    lr: float,
-    num_eval_samples: int,
-) -> None:
-    state, loss_sum = learner.state, updater.guard.loss_sum
-    _look_at_skipped(accelerator, learner, updater, plan, outputs)  # here the host waits
-    images_per_s, data_wait = clock.lap("log")
-    if not state.loss_images:  # all were skipped
-        return
-    loss = _total(accelerator, loss_sum) / state.loss_images
-    loss_sum.zero_()
-    state.loss_images = 0
-    step = state.step - 1
-    record = {
-        "event": "train",
-        "step": step,
-        "epoch": plan.epoch_of(step),
-        "loss": loss,
-        "lr": lr,
-        "images_per_s": round(images_per_s, 1),
-        "data_wait": round(data_wait, 4),
-    }
-    outputs.write(record)
-    left_s = _seconds_left(learner, plan, clock.mean(), num_eval_samples)
-    outputs.display.train_line(record, clock.mean(), left_s)
-    if outputs.forecast:
-        outputs.forecast.lap(images_per_s, data_wait)
-
-
-def _seconds_left(
-    learner: Learner, plan: Plan, images_per_s: float, num_eval_samples: int
-) -> float | None:
-    """Of the updates and evaluations to come; None where the updates' speed is not known yet."""
-    if not images_per_s:
-        return None
-    step, evaluated = learner.state.step, learner.state.last_eval
-    # Before the first: a forward pass takes about a third of an update.
-    guess_s = num_eval_samples * (2 if learner.ema else 1) / (3 * images_per_s)
-    updates_s = (plan.total_steps - step) * plan.global_batch_size / images_per_s
-    return updates_s + plan.evals_left(step - 1) * float(evaluated.get("eval_s", guess_s))
-
-
-def _look_at_skipped(
-    accelerator: Accelerator, learner: Learner, updater: Updater, plan: Plan, outputs: Outputs
-) -> None:
-    """Reports updates that were skipped since the last time, and stops where they are too many."""
-    state = learner.state
-    skipped = updater.guard.read()  # alike in all processes, but for the loss
-    if not skipped:
-        return
-    step = skipped.step
-    losses = gather_object([skipped.loss])
-    state.skipped_steps += skipped.number
-    state.loss_images -= skipped.number * plan.global_batch_size
-    record: dict[str, Any] = {
-        "event": "skipped",
-        "step": step,
-        "epoch": plan.epoch_of(step),
-        "number": skipped.number,
-        "lr": schedule.lr_at(step, plan),
-        "loss": [str(loss) for loss in losses],  # of each process; JSON has no nan
-        "gradient_norm": str(skipped.gradient_norm),
-        "weight_norm": float(nn.utils.get_total_norm(list(learner.module.parameters()))),
-    }
-    outputs.write(record)
-    path = outputs.checkpoints.parent / f"skipped_step_{step:08d}.json"
-    if accelerator.is_main_process:
-        samples = outputs.keys_of(step) if outputs.keys_of else []
-        with contextlib.suppress(OSError):  # the record says most of it
-            path.write_text(json.dumps(record | {"samples": samples}, indent=1) + "\n")
-    what = (
-        f"update {step} has loss {', '.join(record['loss'])} and gradient norm "
-        f"{record['gradient_norm']} (lr {record['lr']:.4g}); its samples are listed in {path}"
-    )
-    if state.skipped_steps > updater.guard.max_skipped:
-        raise NonFiniteLoss(
-            f"{what}\nneither it nor what came after it changed anything; the newest checkpoint "
-            "is from before. Lower [optim] lr, lengthen warmup_epochs, or under fp16 try bf16; or "
-            "leave such updates out: --set train.max_skipped_steps=10"
-        )
-    outputs.display.say(f"SKIPPED {skipped.number}, {state.skipped_steps} in all: {what}")
-
-
-def _save(accelerator: Accelerator, learner: Learner, outputs: Outputs) -> str:
-    """Saves, with all lines that a full disk has held back; returns what is wrong, if anything."""
-    fault = ""
-    try:
-        for file in (outputs.metrics, outputs.samples):
-            if file:
-                file.flush()
-        if accelerator.is_main_process:
-            checkpoint.save(outputs.checkpoints, learner, outputs.about, outputs.keep)
-    except OSError as error:
-        fault = str(error)
-    fault = next(filter(None, gather_object([fault])), "")
-    if fault:
-        outputs.display.say(f"NOT SAVED at update {learner.state.step}: {fault}")
-    return fault
-
-
-def _log_limit(outputs: Outputs, clock: Clock, plan: Plan, num_done: int) -> None:
-    """At the end of an epoch: what limited it."""
-    assert outputs.forecast
-    epoch = plan.epoch_of(num_done - 1)
-    found = outputs.forecast.epoch(epoch, *clock.lap("epoch"))
-    outputs.write({"event": "limit", "step": num_done - 1, "epoch": epoch, **found})
-
-
 def _sample_record(draws: Sequence[Draw | None], step: int) -> dict[str, Any]:
-    """What this process was fed in an update, its micro-batches one after the other."""
+    """The samples of this rank in an update, its micro-batches one after the other."""
     columns = zip(*(draw[:3] for draw in draws if draw), strict=True)
     ids, windows, flips = (np.concatenate(column).tolist() for column in columns)
     return {"event": "samples", "step": step, "ids": ids, "windows": windows, "flips": flips}
-
-
-def _total(accelerator: Accelerator, value: Tensor) -> float:
-    """The sum of a 0-d tensor over all processes, as a float: waits for the device."""
-    total: Tensor = accelerator.reduce(value.clone(), reduction="sum")
-    return float(total)

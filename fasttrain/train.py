@@ -220,10 +220,6 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     outputs = loop.Outputs(
         checkpoints=root,
         about=about,
-        save_every_steps=recipe.checkpoint.every_steps,
-        keep=recipe.checkpoint.keep,
-        max_failures=recipe.checkpoint.max_failures,
-        log_every_steps=recipe.log.every_steps,
         display=view,
         metrics=JsonLines(folder / run_folder.METRICS) if accelerator.is_main_process else None,
         samples=JsonLines(samples) if recipe.log.samples else None,
@@ -231,11 +227,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         keys_of=partial(_samples_of, train_set, recipe.data, plan),
     )
     with view:
-        done = loop.fit(
-            accelerator, learner, lambda step: signs.counted(train_batches(step)), eval_batches,
-            val_set.num_samples, plan, outputs, stop.agreed, updater,
+        inputs = loop.Inputs(
+            lambda step: signs.counted(train_batches(step)), eval_batches, val_set.num_samples,
             build_mix(recipe.train, num_classes),
         )  # fmt: skip
+        done = loop.Trainer(updater, plan, inputs, outputs, recipe, stop.agreed).fit()
     signs.close()
     if done and accelerator.is_main_process:
         files.write_text(folder / run_folder.DONE, json.dumps(done) + "\n")

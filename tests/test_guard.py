@@ -94,7 +94,7 @@ def test_a_bad_update_leaves_no_trace(
     assert all(value.isfinite().all() for _, value in everything(learner))
     assert not torch.equal(dict(everything(learner))["momentum 0"], before["momentum 0"])
     skipped = updater.guard.read()
-    assert skipped and (skipped.number, skipped.step) == (1, first)
+    assert skipped and (skipped.number, skipped.offset) == (1, first)
     assert not (math.isfinite(skipped.loss) and math.isfinite(skipped.gradient_norm))
     assert updater.guard.read() is None
 
@@ -111,7 +111,7 @@ def test_after_too_many_nothing_changes_any_more(mode: str) -> None:
     for name, value in everything(learner):
         assert torch.equal(value, before[name]), name
     skipped = updater.guard.read()
-    assert skipped and (skipped.number, skipped.step) == (3, 1)
+    assert skipped and (skipped.number, skipped.offset) == (3, 1)
 
 
 def test_of_an_accumulated_update_one_bad_part_is_enough() -> None:
@@ -161,7 +161,7 @@ def test_with_a_scaler_gradients_are_its_business_and_the_loss_is_not() -> None:
         seen.append((torch.equal(weight, before), scaler.get_scale()))
     assert seen == [(False, 4.0), (True, 2.0), (True, 1.0), (False, 1.0)]
     skipped = guard.read()
-    assert skipped and (skipped.number, skipped.step) == (1, 2)
+    assert skipped and (skipped.number, skipped.offset) == (1, 2)
 
 
 def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 
 from fasttrain import checkpoint, execution, loop
 from fasttrain.batch import Batch
-from fasttrain.config import Optim, Recipe, Train
+from fasttrain.config import Checkpoint, Log, Optim, Recipe, Train
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator
-from fasttrain.loop import Outputs
+from fasttrain.loop import Inputs, Outputs, Trainer
 from fasttrain.mixing import Mix, build_mix
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import Learner
@@ -48,7 +48,9 @@ def run_fit(
     ema: bool = False,
     mix: Mix | None = None,
     max_skipped_steps: int = 0,
-    **reports: int,
+    every_steps: int = 1000,
+    log_every_steps: int = 1,
+    max_failures: int = 1,
 ) -> tuple[Learner, dict | None]:
     accelerator = Accelerator(cpu=True)
     recipe = Recipe(
@@ -56,6 +58,8 @@ def run_fit(
         train=Train(
             label_smoothing=label_smoothing, precision="no", max_skipped_steps=max_skipped_steps
         ),
+        checkpoint=Checkpoint(every_steps=every_steps, keep=2, max_failures=max_failures),
+        log=Log(every_steps=log_every_steps),
     )
     learner = execution.prepare("eager", accelerator, model, recipe, plan)
     updater = execution.build("eager", accelerator, learner, plan, recipe.train)
@@ -65,7 +69,6 @@ def run_fit(
         display=TrainDisplay(plan, enabled=False),
         metrics=JsonLines(folder / "metrics.jsonl"),
         keys_of=lambda step: [f"sample of update {step}"],
-        **{"save_every_steps": 1000, "keep": 2, "log_every_steps": 1} | reports,
     )
 
     def repeat(step: int) -> Iterator[Batch]:
@@ -73,10 +76,8 @@ def run_fit(
             yield batches[number % len(batches)]
 
     evaluate_on = evaluate_on or batches[:1]
-    done = loop.fit(
-        accelerator, learner, repeat, evaluate_on, sum(len(b.labels) for b in evaluate_on), plan,
-        outputs, stop_requested, updater, mix,
-    )  # fmt: skip
+    inputs = Inputs(repeat, evaluate_on, sum(len(b.labels) for b in evaluate_on), mix)
+    done = Trainer(updater, plan, inputs, outputs, recipe, stop_requested).fit()
     return learner, done
 
 
@@ -241,7 +242,7 @@ def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
     with pytest.raises(loop.Unsaved, match="that was saved is that of update 8;") as error:
         run_fit(
             mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, tmp_path,
-            save_every_steps=2, max_failures=3,
+            every_steps=2, max_failures=3,
         )  # fmt: skip
     assert os.strerror(number) in str(error.value)
     assert tried == [4, 6, 10, 12, 14]
@@ -263,7 +264,7 @@ def test_a_run_folder_that_vanishes(tmp_path: Path) -> None:
     with pytest.raises(loop.Unsaved, match="No such file or directory"):
         run_fit(
             mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, folder,
-            stop_requested=vanish, save_every_steps=2, max_failures=2,
+            stop_requested=vanish, every_steps=2, max_failures=2,
         )  # fmt: skip
     assert [p.name for p in checkpoint.find(tmp_path / "elsewhere")] == ["step_00000002"]
 

@@ -162,12 +162,12 @@ def test_a_process_that_dies_takes_the_others_along(
         "import os, sys\n"
         f"sys.path.insert(0, {str(REPO)!r})\n"
         "from fasttrain import loop, train\n"
-        "real = loop._update\n"
-        "def update(accelerator, learner, *rest):\n"
-        "    if learner.state.step == 3 and os.environ['RANK'] == '1':\n"
+        "real = loop.Trainer._update\n"
+        "def update(trainer, batches):\n"
+        "    if trainer.state.step == 3 and os.environ['RANK'] == '1':\n"
         "        raise ZeroDivisionError('of rank 1')\n"
-        "    return real(accelerator, learner, *rest)\n"
-        "loop._update = update\n"
+        "    return real(trainer, batches)\n"
+        "loop.Trainer._update = update\n"
         "train.main()\n"
     )
     launched = subprocess.Popen(

@@ -227,30 +227,28 @@ def update_with(job: StepJob, learner: execution.Learner, updater: execution.Upd
 
 
 def measure_loop(job: StepJob) -> dict[str, Any]:
-    """images/s of `loop.fit` itself, fed with the one batch: the median of its log lines."""
+    """images/s of the loop itself on one batch: the median of its log lines."""
     bare = fasttrain_update(job)
     timed(bare, job, 2)
     group = max(1, math.ceil(job.seconds / 8 / timed(bare, job, 1)))
     group = min(group, config.Log().every_steps)  # logs no more rarely than a run does
     updates = max(10, 9 * group)
     plan = plan_of(job, updates)
-    accelerator, learner, updater = built(job, plan)
+    _, _, updater = built(job, plan)
     batch = Batch(*resident_batch(job))
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         outputs = loop.Outputs(
             checkpoints=Path(folder),
             about={},
-            save_every_steps=10**9,
-            keep=2,
-            log_every_steps=group,
             display=TrainDisplay(plan, enabled=False),
             metrics=JsonLines(metrics),
         )
-        done = loop.fit(
-            accelerator, learner, lambda step: itertools.repeat(batch), [batch], job.batch, plan,
-            outputs, lambda: 0, updater,
-        )  # fmt: skip
+        inputs = loop.Inputs(lambda step: itertools.repeat(batch), [batch], job.batch)
+        reports = config.Recipe(
+            checkpoint=config.Checkpoint(every_steps=10**9), log=config.Log(every_steps=group)
+        )
+        done = loop.Trainer(updater, plan, inputs, outputs, reports).fit()
         assert done
         lines = map(json.loads, metrics.read_text().splitlines())
         speeds = [line["images_per_s"] for line in lines if line["event"] == "train"]
