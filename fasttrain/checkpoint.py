@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from fasttrain import config, files, matching, run_folder, weights
+from fasttrain.faults import Fault
 from fasttrain.optim import Learner, TrainState
 from fasttrain.weights import Weights
 
@@ -32,7 +33,7 @@ SUMS = "SHA256SUMS"
 MODEL, EMA = "model.safetensors", "ema.safetensors"
 
 
-class CheckpointError(config.Fault, ValueError):
+class CheckpointError(Fault, ValueError):
     """A checkpoint cannot be used; says which, why, and what to do."""
 
 

@@ -9,15 +9,13 @@ import difflib
 import json
 import os
 import re
-import signal
 import sys
-import time
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
+
+from fasttrain.faults import ConfigError, stop
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -366,16 +366,6 @@ FORMER_KEYS = {
 }
 
 
-class Fault(Exception):
-    """Something a user can mend: the message says what is wrong, where, and what to do."""
-
-    of_all = False  # whether all processes raise it alike, so that one a node need say it
-
-
-class ConfigError(Fault, ValueError):
-    """A recipe is wrong; the message lists every fault, with its place and remedy."""
-
-
 # --------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------
@@ -578,66 +568,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line and the environment
+# The command line
 # --------------------------------------------------------------------------------------------------
-
-
-def number_in(environ: Mapping[str, str], name: str, default: int) -> int:
-    """A whole number that a launcher left in the environment; never below `default`, 0 or 1.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    text = environ.get(name, str(default))
-    if not (text.isascii() and text.isdecimal()) or int(text) < default:
-        raise ConfigError(
-            f'{name} = "{text}" in the environment: expected a whole number from {default} on; '
-            "unset it, or leave it to the launcher"
-        )
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, as the type of an argument."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
-
-FIRST_S = 20.0  # that the first process of a node has to say what is wrong, for all of them
-
-
-def stop(message: str, *, everywhere: bool = False) -> NoReturn:
-    """Ends the process with exit code 2, and says why: of several the first of each node, or all.
-
-    Where torch's launcher takes messages, it gets this one and prints it at the end of its report:
-    there a message of all processes stands, and nowhere else. The silent ones wait to be ended by
-    that launcher, which would list them as failed as well; where it does not, they speak.
-    """
-    rank, launcher = os.environ.get("RANK", "0"), "TORCHELASTIC_RUN_ID" in os.environ
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not everywhere:
-        if not launcher:
-            raise SystemExit(2)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        time.sleep(FIRST_S)
-    text = message if rank == "0" else f"rank {rank}: {message}"
-    if not _reported(text) or everywhere:
-        sys.stderr.write(f"{text}\n")
-        if not launcher and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            sys.stderr.write("(what follows is Accelerate's own, and says no more)\n")
-    raise SystemExit(2)
-
-
-def _reported(text: str) -> bool:
-    """Leaves a message where torch's launcher looks for one, if it does."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return False
-    try:
-        Path(path).write_text(json.dumps({"message": text, "timestamp": str(int(time.time()))}))
-    except OSError:
-        return False
-    return True
 
 
 TRAINS = "Trains the network of a recipe, or goes on where an earlier run stopped."

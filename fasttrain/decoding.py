@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasttrain import config, files, forecast, reading
+from fasttrain.faults import Fault
 from fasttrain.shards import Split
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ TOLERANCE = 4.0  # on average over all images
 RUINED = 12.0  # in one
 
 
-class DecodeError(config.Fault, RuntimeError):
+class DecodeError(Fault, RuntimeError):
     """No strategy, or not the one that the recipe names, can decode here."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
 class Job(NamedTuple):

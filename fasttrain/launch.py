@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
-from fasttrain import config
+from fasttrain.faults import ConfigError, Fault
 
 TRUE, FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 LEVELS = ("debug", "info", "warning", "warn", "error", "critical", "fatal", "notset")
@@ -61,10 +61,25 @@ OF_THESE = (
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class LaunchError(config.Fault, RuntimeError):
+class LaunchError(Fault, RuntimeError):
     """The processes were not started as they should be; says how to. All of a node raise it."""
 
-    of_all = True
+    raised_on_every_rank = True
+
+
+def number_in(environ: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number that a launcher left in the environment; never below `default`, 0 or 1.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    text = environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()) or int(text) < default:
+        raise ConfigError(
+            f'{name} = "{text}" in the environment: expected a whole number from {default} on; '
+            "unset it, or leave it to the launcher"
+        )
+    return int(text)
 
 
 def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
@@ -150,7 +165,7 @@ def check_processes(environ: Mapping[str, str]) -> None:
         LaunchError: each would train alone, or wait for others that never come.
         ConfigError: a number is none.
     """
-    size = config.number_in(environ, "WORLD_SIZE", 1)
+    size = number_in(environ, "WORLD_SIZE", 1)
     if size != 1 and not environ.get("MASTER_ADDR"):
         raise LaunchError(
             f"WORLD_SIZE = {size} in the environment, but no MASTER_ADDR: start processes with "

@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, runtime, sampling, schedule
+from fasttrain import checkpoint, runtime, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator, Updater
+from fasttrain.faults import Fault
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums
 from fasttrain.mixing import Mix
@@ -60,16 +61,16 @@ class Outputs:
             self.metrics.write(record)
 
 
-class NonFiniteLoss(config.Fault, RuntimeError):
+class NonFiniteLoss(Fault, RuntimeError):
     """Loss or gradient were not finite in more updates than may be skipped."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
-class Unsaved(config.Fault, RuntimeError):
+class Unsaved(Fault, RuntimeError):
     """The run cannot be saved, so it does not go on."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
 class Trainer:

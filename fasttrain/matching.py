@@ -9,15 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fasttrain import config
+from fasttrain.faults import Fault
 
 SHOWN = 3  # names in a message
 
 
-class ClassError(config.Fault, ValueError):
+class ClassError(Fault, ValueError):
     """A network and a data set have other classes; says which, and what to do."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
 class Known(NamedTuple):

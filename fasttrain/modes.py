@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fasttrain import config, execution, forecast, runtime, schedule
 from fasttrain.execution import Batch, Updater
+from fasttrain.faults import Fault
 from fasttrain.optim import Learner
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
@@ -31,10 +32,10 @@ LOOK_PX, LOOK_RATIO = 128, 0.5  # of a first look at bfloat16, which ends there 
 CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
 
 
-class ExecutionError(config.Fault, RuntimeError):
+class ExecutionError(Fault, RuntimeError):
     """An update cannot be carried out as the recipe asks."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fasttrain import config
+from fasttrain.faults import Fault
 from fasttrain.sampling import Draw, Piece
 from fasttrain.shards import PPM_HEADER, Split
 
@@ -33,7 +34,7 @@ PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this si
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
 
 
-class DataError(config.Fault, RuntimeError):
+class DataError(Fault, RuntimeError):
     """A batch could not be read; names the samples at fault."""
 
 

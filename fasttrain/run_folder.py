@@ -26,6 +26,7 @@ from typing import Any
 
 from fasttrain import config, files
 from fasttrain.config import Recipe
+from fasttrain.faults import ConfigError
 
 RECIPE = "recipe.toml"
 ENVIRONMENT = "environment.json"
@@ -53,18 +54,18 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
     """
     folder, resume = run_dir(recipe), recipe.checkpoint.resume
     if resume not in RESUME and Path(resume).is_file():
-        raise config.ConfigError(
+        raise ConfigError(
             f'[checkpoint] resume = "{resume}": is a file, not the folder of a checkpoint; to '
             "start a new run from these weights: --set checkpoint.resume=auto --set "
             f"model.weights={resume}"
         )
     if (start := weights_to_read(recipe)) and not start.exists():
-        raise config.ConfigError(
+        raise ConfigError(
             f'[model] weights = "{start}": there is no such file or folder; name a run folder, a '
             "checkpoint or a file of weights"
         )
     if resume not in RESUME and not Path(resume).is_dir():
-        raise config.ConfigError(
+        raise ConfigError(
             f'[checkpoint] resume = "{resume}": there is no such checkpoint; must be '
             f"{', '.join(RESUME)}, or the folder of a checkpoint"
         )
@@ -74,7 +75,7 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
     if (folder / RECIPE).exists() and any((folder / CHECKPOINTS).glob("step_*")):
         changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
         if changed:
-            raise config.ConfigError(
+            raise ConfigError(
                 "\n  ".join([f"{folder} holds a run of another recipe:", *changed])
                 + "\nuse the old values, or another folder with --set log.run_dir=..., or go on "
                 "regardless with --set checkpoint.resume=force"
@@ -86,7 +87,7 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
         total_steps = min(done["schedule_steps"], recipe.train.max_steps or done["schedule_steps"])
         reached = done["step"] + 1 >= total_steps  # max_steps may have been raised
     except (ValueError, KeyError, TypeError):
-        raise config.ConfigError(
+        raise ConfigError(
             f"{folder / DONE} is damaged; remove it, and the same command goes on from the newest "
             "checkpoint"
         ) from None
@@ -122,7 +123,7 @@ def locked(recipe: Recipe) -> Iterator[None]:
                 raise PermissionError(errno.EACCES, f"no permission for {place}")
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise config.ConfigError(
+        raise ConfigError(
             f'[log] run_dir = "{folder}": cannot be written ({error.strerror}); choose another '
             "with --set log.run_dir=..."
         ) from None
@@ -141,7 +142,7 @@ def _take(file: int, folder: Path) -> None:
         return
     if not taken:
         holder = os.pread(file, 200, 0).decode(errors="replace").strip()
-        raise config.ConfigError(
+        raise ConfigError(
             f"{folder} is in use by {holder or 'another process'}; wait for it, stop it, or "
             "choose another folder with --set log.run_dir=..."
         )

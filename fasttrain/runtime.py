@@ -26,7 +26,7 @@ from accelerate.utils import (
 )
 
 import fasttrain
-from fasttrain import caches, config, reading, rng, stopping
+from fasttrain import caches, config, launch, reading, rng, stopping
 from fasttrain.launch import TRUE, LaunchError
 
 
@@ -84,7 +84,7 @@ def start(
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
     """
-    launched = config.number_in(environ, "WORLD_SIZE", 1)
+    launched = launch.number_in(environ, "WORLD_SIZE", 1)
     if launched != accelerator.num_processes:
         raise LaunchError(
             f"{launched} processes were launched, but Accelerate joined "
@@ -125,7 +125,7 @@ def bind_to_node(gpu: int, environ: Mapping[str, str], sysfs: Path = Path("/sys"
     launcher has bound the processes, nor where one process has a machine of two nodes for itself.
     Accelerate's own binding (ACCELERATE_CPU_AFFINITY) needs another package and does not ask.
     """
-    here, processes = os.sched_getaffinity(0), config.number_in(environ, "LOCAL_WORLD_SIZE", 1)
+    here, processes = os.sched_getaffinity(0), launch.number_in(environ, "LOCAL_WORLD_SIZE", 1)
     nodes = len(list((sysfs / "devices/system/node").glob("node[0-9]*")))
     if nodes < 2 or len(here) != os.cpu_count() or torch.cuda.device_count() < processes:
         return
@@ -170,8 +170,8 @@ def cpu_share(environ: Mapping[str, str]) -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
     if "SLURM_CPUS_PER_TASK" in environ:  # where SLURM does not bind tasks
-        cpus = min(cpus, config.number_in(environ, "SLURM_CPUS_PER_TASK", 1))
-    return max(1, cpus // config.number_in(environ, "LOCAL_WORLD_SIZE", 1))
+        cpus = min(cpus, launch.number_in(environ, "SLURM_CPUS_PER_TASK", 1))
+    return max(1, cpus // launch.number_in(environ, "LOCAL_WORLD_SIZE", 1))
 
 
 def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:
@@ -194,7 +194,7 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
         processes, gpus = (
-            config.number_in(environ, "LOCAL_WORLD_SIZE", 1),
+            launch.number_in(environ, "LOCAL_WORLD_SIZE", 1),
             torch.cuda.device_count(),
         )
         if processes > gpus:
@@ -217,7 +217,7 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
 def idle_gpus(environ: Mapping[str, str]) -> list[str]:
     """A remark where one process was started on a machine with several GPUs."""
     gpus = torch.cuda.device_count()
-    if not has_gpu(environ) or gpus < 2 or config.number_in(environ, "WORLD_SIZE", 1) > 1:
+    if not has_gpu(environ) or gpus < 2 or launch.number_in(environ, "WORLD_SIZE", 1) > 1:
         return []
     return [
         f"1 of {gpus} GPUs is used; accelerate launch --multi_gpu --num_processes {gpus} "

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from fasttrain import config
+from fasttrain.faults import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +56,20 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
     """
     batch = train.global_batch_size
     if batch > num_samples:
-        raise config.ConfigError(
+        raise ConfigError(
             f"[train] global_batch_size = {batch}: more than the {num_samples:,} training images"
         )
     if batch % world_size:
         below = batch // world_size * world_size
         near = [str(size) for size in (below, below + world_size) if size]
-        raise config.ConfigError(
+        raise ConfigError(
             f"[train] global_batch_size = {batch}: does not divide over {world_size} processes; "
             f"{' or '.join(near)} would, or launch {_near_divisors(batch, world_size)} processes"
         )
     per_process = batch // world_size
     micro = train.micro_batch_size or per_process
     if per_process % micro:
-        raise config.ConfigError(
+        raise ConfigError(
             f"[train] micro_batch_size = {micro}: does not divide the {per_process} images of each "
             f"of {world_size} processes (global_batch_size = {batch}); "
             f"{_near_divisors(per_process, micro)} would"

@@ -33,7 +33,8 @@ from pydantic import (
     model_validator,
 )
 
-from fasttrain import config, files
+from fasttrain import files
+from fasttrain.faults import Fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -54,7 +55,7 @@ _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
 )
 
 
-class ShardError(config.Fault, ValueError):
+class ShardError(Fault, ValueError):
     """A source cannot be sharded or a data set cannot be read; says where and what to do."""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fasttrain import (
     caches,
     config,
+    faults,
     files,
     forecast,
     launch,
@@ -29,6 +30,7 @@ from fasttrain import (
     staging,
 )
 from fasttrain.config import Recipe
+from fasttrain.faults import Fault
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
@@ -47,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         is_main = os.environ.get("RANK", "0") == "0"
         remarks = launch.settle(os.environ, recipe.train.precision)
-        if config.number_in(os.environ, "SLURM_RESTART_COUNT", 0):  # or it would lose its work
+        if launch.number_in(os.environ, "SLURM_RESTART_COUNT", 0):  # or it would lose its work
             again = recipe.checkpoint.model_copy(update={"resume": "auto"})
             recipe = recipe.model_copy(update={"checkpoint": again})
-        world_size = config.number_in(os.environ, "WORLD_SIZE", 1)
+        world_size = launch.number_in(os.environ, "WORLD_SIZE", 1)
         done = run_folder.check(recipe)
         if done:
             if is_main:
@@ -64,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with run_folder.locked(recipe) if is_main else contextlib.nullcontext():
             started = True
             train(recipe, plan, train_set, val_set)
-    except config.Fault as fault:
+    except Fault as fault:
         # Up to there all processes say the same.
-        config.stop(str(fault), everywhere=started and not fault.of_all)
+        faults.stop(str(fault), everywhere=started and not fault.raised_on_every_rank)
 
 
 def open_data(data: config.Data) -> tuple[Split, Split]:

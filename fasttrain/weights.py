@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fasttrain import config, matching
+from fasttrain import matching
+from fasttrain.faults import Fault
 from fasttrain.matching import Known
 from fasttrain.model import ARCHS, LAST_LAYER, build_model
 
@@ -37,10 +38,10 @@ COUNTS = "num_batches_tracked"
 WIDTHS = (1.0, 0.75, 0.5, 0.35, 1.25, 1.5, 2.0)  # that a message can name
 
 
-class WeightsError(config.Fault, ValueError):
+class WeightsError(Fault, ValueError):
     """A file of weights cannot be used; says why, and what to do."""
 
-    of_all = True
+    raised_on_every_rank = True
 
 
 @dataclass(frozen=True, slots=True)

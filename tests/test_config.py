@@ -6,6 +6,7 @@ import pytest
 from conftest import REPO, run
 
 from fasttrain import config
+from fasttrain.faults import ConfigError
 
 RECIPES = sorted((REPO / "recipes").glob("*.toml"))
 
@@ -50,7 +51,7 @@ def test_a_run_folder_of_an_earlier_version_opens(value: str, tmp_path: Path) ->
     path = tmp_path / "recipe.toml"
     path.write_text(config.dumps(recipe).replace("[data]", f'[data]\nprepare = "{value}"'))
     assert config.load(path, written_by_run=True) == recipe
-    with pytest.raises(config.ConfigError, match=r"python tools/make_digits\.py"):
+    with pytest.raises(ConfigError, match=r"python tools/make_digits\.py"):
         config.load(path)
 
 
@@ -120,7 +121,7 @@ def test_overrides() -> None:
     ],
 )
 def test_faults_name_the_place_and_the_remedy(override: str, message: str) -> None:
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         config.load(REPO / "recipes/large.toml", [override])
     assert message in str(error.value)
 
@@ -132,32 +133,32 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_long_values_are_cut_short(tmp_path: Path) -> None:
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         config.load(REPO / "recipes/large.toml", [f"model.arch={'x' * 9999}"])
     assert "xxx...: must be 'large' or 'small'" in str(error.value)
     assert len(str(error.value)) < 500
 
 
 def test_nesterov_needs_momentum() -> None:
-    with pytest.raises(config.ConfigError, match="nesterov = true: needs momentum above 0"):
+    with pytest.raises(ConfigError, match="nesterov = true: needs momentum above 0"):
         config.load(REPO / "recipes/large.toml", ["optim.nesterov=true", "optim.momentum=0"])
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text('data = 3\n[train]\nepochs = "300"\nseed = -1\n[optim]\nlearning_rate = 1\n')
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         config.load(path)
     first, *faults = str(error.value).split("\n  ")
     assert first == f"{path}: 4 problems" and len(faults) == 4
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:
-    with pytest.raises(config.ConfigError, match=r"nowhere.toml: cannot read this recipe"):
+    with pytest.raises(ConfigError, match=r"nowhere.toml: cannot read this recipe"):
         config.load(tmp_path / "nowhere.toml")
     path = tmp_path / "broken.toml"
     path.write_text("[train\n")
-    with pytest.raises(config.ConfigError, match="not valid TOML"):
+    with pytest.raises(ConfigError, match="not valid TOML"):
         config.load(path)
 
 

@@ -16,6 +16,7 @@ import steps
 from conftest import REPO, run, shard
 
 from fasttrain import config, modes, schedule
+from fasttrain.faults import ConfigError
 
 SECTIONS = {
     "launch", "versions", "gpus", "network", "cpus", "memory", "data", "input", "storage", "run",
@@ -180,7 +181,7 @@ def test_how_many_processes() -> None:
     assert size(0, **nodes) == (12, 4)
     assert size(0, FT_PROCS_PER_NODE="2", **nodes) == (6, 2)
     assert size(0, SLURM_NNODES="3") == (3, 1)
-    with pytest.raises(config.ConfigError, match="FT_PROCS_PER_NODE"):
+    with pytest.raises(ConfigError, match="FT_PROCS_PER_NODE"):
         size(0, FT_PROCS_PER_NODE="two", **nodes)
 
 

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fasttrain import checkpoint, config, modes, train
+from fasttrain import checkpoint, modes, train
+from fasttrain.faults import Fault
 
 Evaluate = Callable[..., tuple[dict[str, Any], str]]
 
@@ -63,7 +64,7 @@ def test_gives_what_the_run_measured(
         assert found["seen"] == 13 and "evaluating 13/13" in said and "1 x cpu, float32\n" in said
         for key in ("top1", "top5", "loss"):
             assert found[key] == pytest.approx(done[prefix + key], rel=1e-5)
-    with pytest.raises(config.Fault, match="say what network it is"):
+    with pytest.raises(Fault, match="say what network it is"):
         evaluate.find_weights(tmp_path / "weights.pth", False, None)
 
 

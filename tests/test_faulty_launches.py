@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Refused
 
-from fasttrain import config, loop, train
+from fasttrain import faults, loop, train
+from fasttrain.faults import Fault
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,10 @@ def test_what_befalls_all_processes_is_said_once_a_node_and_else_by_each(
     for fault, said in (
         (loop.NonFiniteLoss("update 7"), ""),
         (loop.Unsaved("no space"), ""),
-        (config.Fault("this one's tar"), "rank 3: this one's tar\n"),
+        (Fault("this one's tar"), "rank 3: this one's tar\n"),
     ):
 
-        def fails(*_: object, fault: config.Fault = fault) -> None:
+        def fails(*_: object, fault: Fault = fault) -> None:
             raise fault
 
         monkeypatch.setattr(train, "train", fails)
@@ -114,13 +115,13 @@ def test_a_message_is_left_for_the_launcher(
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
             for name, value in ({"LOCAL_RANK": "0", "RANK": "2"} | environ).items():
                 patch.setenv(name, value)
-            config.stop("no data", everywhere="EVERYWHERE" in environ)
+            faults.stop("no data", everywhere="EVERYWHERE" in environ)
         message = json.loads(report.read_text())["message"] if report.exists() else ""
         report.unlink(missing_ok=True)
         return capsys.readouterr().err, message
 
     report, line = tmp_path / "error.json", "rank 2: no data"
-    monkeypatch.setattr(config, "FIRST_S", 0.01)
+    monkeypatch.setattr(faults, "FIRST_S", 0.01)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     elastic = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(report)}
     assert said(**elastic) == ("", line)

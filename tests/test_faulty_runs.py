@@ -13,6 +13,7 @@ import torch
 from conftest import STEP, Refused
 
 from fasttrain import caches, config, files, run_folder, train
+from fasttrain.faults import ConfigError
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
     files.write_text(tmp_path / "run" / "recipe.toml", config.dumps(recipe))
     assert run_folder.check(other) is None
     (tmp_path / "run" / STEP).mkdir()
-    with pytest.raises(config.ConfigError, match="holds a run of another recipe"):
+    with pytest.raises(ConfigError, match="holds a run of another recipe"):
         run_folder.check(other)
 
 

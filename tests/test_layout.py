@@ -35,12 +35,14 @@ ROWS = (
     {"listing"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "rng"},
+    {"arguments", "faults"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "files", "order"}
+TORCH_FREE |= {"arguments", "faults"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

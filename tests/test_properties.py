@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fasttrain import config, sampling, schedule, shards
 from fasttrain.config import Optim, Recipe, Train
+from fasttrain.faults import ConfigError
 from fasttrain.sharding import Policy
 
 settings.register_profile(
@@ -70,7 +71,7 @@ def load(tables: Any, *overrides: str) -> Recipe:
         path.write_bytes(tables if isinstance(tables, bytes) else tables.encode())
         try:
             return config.load(path, overrides)
-        except config.ConfigError as error:
+        except ConfigError as error:
             assert str(error).startswith(f"{path}: ")
             raise
 
@@ -88,7 +89,7 @@ def any_table(keys: list[str]) -> st.SearchStrategy[Any]:
 def test_any_file_is_a_recipe_or_refused(content: Any) -> None:
     try:
         load(content)
-    except config.ConfigError:
+    except ConfigError:
         pass
 
 
@@ -102,7 +103,7 @@ def test_any_settings_are_taken_or_refused(changes: list[Any]) -> None:
     ]
     try:
         load({}, *words)
-    except config.ConfigError:
+    except ConfigError:
         pass
 
 
@@ -134,7 +135,7 @@ def valid_tables(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
             tables[name][key] = draw(likely(field.annotation, field.default))
             try:
                 load(tables)
-            except config.ConfigError:
+            except ConfigError:
                 del tables[name][key]
     return tables
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import REPO
 
 from fasttrain import config
-from fasttrain.config import ConfigError, Optim, Train
+from fasttrain.config import Optim, Train
+from fasttrain.faults import ConfigError
 from fasttrain.schedule import lr_at, make_plan
 
 

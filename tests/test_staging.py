@@ -11,6 +11,7 @@ import pytest
 from conftest import lines, run
 
 from fasttrain import config, files, shards, staging, train
+from fasttrain.faults import ConfigError
 from fasttrain.shards import ShardError
 from fasttrain.staging import Report, Staging
 
@@ -149,7 +150,7 @@ def test_all_nodes_wait_and_stop_together() -> None:
 
 def test_a_recipe_that_copies_nothing_has_nothing_to_keep(tmp_path: Path) -> None:
     for setting in ("data.stage_keep=true", "data.stage_part=0.5"):
-        with pytest.raises(config.ConfigError, match="nothing is copied; set stage to a folder"):
+        with pytest.raises(ConfigError, match="nothing is copied; set stage to a folder"):
             config.load(Path("recipes/demo.toml"), [setting])
 
 

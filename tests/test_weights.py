@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, matching, weights
+from fasttrain import checkpoint, matching, weights
+from fasttrain.faults import Fault
 from fasttrain.matching import Known
 from fasttrain.model import build_model
 from fasttrain.weights import WeightsError
@@ -211,9 +212,7 @@ def test_rows_are_mapped_by_class_and_the_others_keep_their_start(
         )
     for name, value in after.items():
         assert name.startswith("classifier.3") or torch.equal(value, state[name])
-    with pytest.raises(
-        config.Fault, match="1 of the data's 3 classes are unknown to the network: cow"
-    ):
+    with pytest.raises(Fault, match="1 of the data's 3 classes are unknown to the network: cow"):
         weights.load(found, module, partial(matching.to_evaluate, data=["cow", "dog", "ant"]))
 
 

@@ -69,6 +69,8 @@ from apart import LIMIT_S, family, measure_apart, warm
 from rivals import Job
 
 from fasttrain import config, sharding, shards, sources
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError, Fault, stop
 from fasttrain.listing import Source
 from fasttrain.sharding import Policy
 from fasttrain.shards import Split
@@ -266,23 +268,23 @@ def check_input(arguments: argparse.Namespace, split: Split) -> None:
     """Raises what is wrong with the options, before anything is measured."""
     largest, train_set = max(arguments.batch), f"the {split.num_samples:,} training images"
     if largest > split.num_samples:
-        raise config.ConfigError(f"--batch {largest}: more than {train_set}; lower it")
+        raise ConfigError(f"--batch {largest}: more than {train_set}; lower it")
     if arguments.folder and (arguments.raw or arguments.device == "gpu"):
-        raise config.ConfigError(
+        raise ConfigError(
             "--folder: its images are read by torchvision, which has no part in --raw and "
             "--device gpu; leave out the one or the other"
         )
     if arguments.raw and arguments.device == "gpu":
-        raise config.ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
+        raise ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
     if arguments.device == "gpu":
         import torch
 
         if not torch.cuda.is_available():
-            raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+            raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
     for job in all_jobs(arguments) if arguments.cold else ():
         needed = job.batch * sum(num_batches(job)) + rivals.SHUFFLED
         if needed > split.num_samples:
-            raise config.ConfigError(
+            raise ConfigError(
                 f"--cold: {needed:,} images at {job.threads} threads and batches of {job.batch}, "
                 f"with those to warm up and shuffle, are more than {train_set}, and the rest would "
                 "come from the page cache; lower --images, --batch or --threads"
@@ -302,13 +304,13 @@ def stored_folder(folder: Path, split: Split) -> Stored:
     root = folder / "train"
     files = sorted(path for path in root.glob("*/*") if path.is_file())
     if not files:
-        raise config.ConfigError(
+        raise ConfigError(
             f"--folder {folder}: no images in {root}/<class>/; name the ImageFolder that the "
             "shards were made of"
         )
     manifest = shards.read_manifest(split.root)["splits"]["train"]
     if len(files) != split.num_samples + len(manifest["rejected"]):
-        raise config.ConfigError(
+        raise ConfigError(
             f"--folder {folder}: {len(files):,} training images, {split.num_samples:,} in the "
             "shards; name the ImageFolder that the shards were made of"
         )
@@ -675,7 +677,7 @@ def write_step_ratios(jobs: "list[steps.StepJob]", turns: dict[Any, list[dict[st
 
 def benchmark_scaling(arguments: argparse.Namespace) -> None:
     if arguments.plot and not arguments.plot.parent.is_dir():
-        raise config.ConfigError(f"--plot {arguments.plot}: there is no such folder; make it")
+        raise ConfigError(f"--plot {arguments.plot}: there is no such folder; make it")
     import scaling
 
     from fasttrain.model import build_model
@@ -740,7 +742,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = parts.add_parser("shards", help="making shards")
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument(
-        "--repeats", type=config.positive, default=5, metavar="N", help="(default: %(default)s)"
+        "--repeats", type=positive, default=5, metavar="N", help="(default: %(default)s)"
     )
     part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
     add_input(parts.add_parser("input", help="batches for training"))
@@ -764,7 +766,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if arguments.part == "shards":
             if not arguments.source.is_dir():
-                raise config.ConfigError(f"{arguments.source} is no folder; name an ImageFolder")
+                raise ConfigError(f"{arguments.source} is no folder; name an ImageFolder")
             write(machine())
             benchmark_shards(arguments.source, arguments.repeats, arguments.scratch)
         elif arguments.part == "record":
@@ -775,8 +777,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             (benchmark_scaling if arguments.part == "scaling" else benchmark_step)(arguments)
         else:
             benchmark_input(arguments)
-    except config.Fault as fault:
-        config.stop(str(fault))
+    except Fault as fault:
+        stop(str(fault))
     finally:
         if arguments.part not in ("record", "measure"):
             summary.show(written)
@@ -825,7 +827,7 @@ def add_input(part: argparse.ArgumentParser) -> None:
         ("--repeats", 3, "(default: %(default)s)"),
     )
     for name, number, text in numbers:
-        part.add_argument(name, type=config.positive, default=number, metavar="N", help=text)
+        part.add_argument(name, type=positive, default=number, metavar="N", help=text)
     part.add_argument("--raw", action="store_true", help="reading alone, without decoding")
     part.add_argument("--cold", action="store_true", help="not from the page cache")
     part.add_argument(
@@ -842,15 +844,11 @@ MODES: tuple[str, ...] = typing.get_args(config.Mode)
 def add_step(part: argparse.ArgumentParser) -> None:
     part.add_argument("--arch", choices=["large", "small"], default="large")
     part.add_argument("--width", type=amount, default=1.0, metavar="W", help="1 or 0.75 for timm")
-    part.add_argument("--crop-px", type=config.positive, default=224, metavar="N")
+    part.add_argument("--crop-px", type=positive, default=224, metavar="N")
     part.add_argument("--device", choices=["cpu", "gpu"], help="(default: a GPU if there is one)")
-    part.add_argument(
-        "--threads", type=config.positive, default=len(os.sched_getaffinity(0)), metavar="N"
-    )
+    part.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N")
     part.add_argument("--seconds", type=amount, metavar="S", help="timed (default: 4; GPU: 2)")
-    part.add_argument(
-        "--repeats", type=config.positive, metavar="N", help="turns (default: 3; GPU: 2)"
-    )
+    part.add_argument("--repeats", type=positive, metavar="N", help="turns (default: 3; GPU: 2)")
     part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
     part.add_argument(
         "--deterministic", action="store_true", help="what train.deterministic costs, as well"
@@ -871,14 +869,14 @@ def add_scaling(part: argparse.ArgumentParser) -> None:
     part.set_defaults(batch=[1024, 4096], repeats=1)
     part.add_argument("--step-ms", type=scaling.step_times, metavar="IMAGES:MS,...")
     numbers = (
-        ("--per-node", config.positive, 8, "devices of a node"),
+        ("--per-node", positive, 8, "devices of a node"),
         ("--inside", amount, 0.0, "GB/s between them (default: measured here, with --latency)"),
         ("--between", amount, 12.5, "GB/s between nodes"),
         ("--latency", amount, 20.0, "microseconds of a message"),
         ("--input-rate", amount, None, "images/s of a node's input, as benchmark.py input tells"),
-        ("--images", config.positive, 1_281_167, "training images"),
-        ("--val-images", config.positive, 50_000, "validation images"),
-        ("--epochs", config.positive, 150, "of the run"),
+        ("--images", positive, 1_281_167, "training images"),
+        ("--val-images", positive, 50_000, "validation images"),
+        ("--epochs", positive, 150, "of the run"),
     )
     for name, kind, default, text in numbers:
         text += "" if default is None or name == "--inside" else " (default: %(default)s)"
@@ -901,7 +899,7 @@ def settle_step(arguments: argparse.Namespace) -> None:
     import torch
 
     if arguments.device == "gpu" and not torch.cuda.is_available():
-        raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+        raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
     arguments.device = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
     gpu = arguments.device == "gpu"
     arguments.repeats = arguments.repeats or (2 if gpu else 3)
@@ -910,7 +908,7 @@ def settle_step(arguments: argparse.Namespace) -> None:
     arguments.precision = arguments.precision or ["bf16" if gpu else "no"]
     arguments.modes = arguments.modes or [*MODES] if gpu else arguments.modes or ["eager"]
     if not gpu and any("graph" in mode for mode in arguments.modes):
-        raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
+        raise ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
 
 
 def amount(text: str) -> float:
@@ -921,7 +919,7 @@ def amount(text: str) -> float:
 
 
 def counts(text: str) -> list[int]:
-    return [config.positive(word) for word in text.split(",")]
+    return [positive(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

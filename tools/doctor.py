@@ -44,6 +44,7 @@ from fasttrain import (
     staging,
     train,
 )
+from fasttrain.faults import ConfigError, Fault, stop
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -81,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         recipe = config.load(arguments.recipe, arguments.set)
-    except config.ConfigError as error:
-        config.stop(str(error))
+    except ConfigError as error:
+        stop(str(error))
     doctor = Doctor(recipe, os.environ)
     doctor.say(f"{arguments.recipe} on {platform.node()}")
     try:
@@ -186,7 +187,7 @@ class Doctor:
         """Notes a fault that is raised within; `otherwise` gets the reason of other errors."""
         try:
             yield
-        except config.Fault as fault:
+        except Fault as fault:
             self.fault(str(fault))
         except Exception as error:
             if otherwise is None:
@@ -300,7 +301,7 @@ class Doctor:
         try:
             self.splits += train.open_data(self.recipe.data)
         except OSError as error:
-            raise config.ConfigError(
+            raise ConfigError(
                 f"[data] root = {root}: cannot be read ({error}); mend that, or name another "
                 "folder with --set data.root=..."
             ) from None
@@ -473,7 +474,7 @@ class Doctor:
         from fasttrain.batch import Placement
 
         if not self.splits:
-            raise config.ConfigError("there are no images")
+            raise ConfigError("there are no images")
         train_set, plan, rank = self.splits[0], self.plan, self.process and self.process.rank
         if plan is None:  # then of any batches
             some = config.Train(global_batch_size=min(64, train_set.num_samples))
@@ -491,7 +492,7 @@ class Doctor:
         recipe, plan, folder = self.recipe, self.plan, run_folder.run_dir(self.recipe)
         done = None
         with self.told():
-            if config.number_in(self.environ, "SLURM_RESTART_COUNT", 0):  # as train.py does
+            if launch.number_in(self.environ, "SLURM_RESTART_COUNT", 0):  # as train.py does
                 again = recipe.checkpoint.model_copy(update={"resume": "auto"})
                 recipe = recipe.model_copy(update={"checkpoint": again})
             done = run_folder.check(recipe)
@@ -571,7 +572,7 @@ def shown(value: Any, unit: str = "") -> str:
 
 def reason(error: Exception) -> str:
     said = str(error).strip().splitlines() or ["nothing said"]
-    return said[0] if isinstance(error, config.Fault) else f"{type(error).__name__}: {said[0]}"
+    return said[0] if isinstance(error, Fault) else f"{type(error).__name__}: {said[0]}"
 
 
 def attempt(probe: Callable[..., Any], *arguments: Any) -> Any:
@@ -597,7 +598,7 @@ def world_of(environ: Mapping[str, str], gpus: int) -> World:
     """
 
     def number(name: str, default: int) -> int:
-        return config.number_in(environ, name, default)
+        return launch.number_in(environ, name, default)
 
     if "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
         return World(number("WORLD_SIZE", 1), number("LOCAL_WORLD_SIZE", 1), "as launched")

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fasttrain import config, display, launch, shards
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError, Fault, stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,9 +62,7 @@ def main() -> None:
         action="store_true",
         help="the data's classes are numbers, and N means the network's class N, from 0",
     )
-    parser.add_argument(
-        "--batch-size", type=config.positive, default=128, help="(default: %(default)s)"
-    )
+    parser.add_argument("--batch-size", type=positive, default=128, help="(default: %(default)s)")
     arguments = parser.parse_args()
     joined = False
     try:
@@ -72,9 +72,9 @@ def main() -> None:
         network = open_network(arguments, split)
         joined = True
         evaluate(arguments, split, network)
-    except config.Fault as fault:
+    except Fault as fault:
         # Up to there all processes say the same.
-        config.stop(str(fault), everywhere=joined and not fault.of_all)
+        stop(str(fault), everywhere=joined and not fault.raised_on_every_rank)
 
 
 class Network(NamedTuple):
@@ -158,7 +158,7 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights",
     given = config.load(recipe) if recipe else None
     found, own = checkpoint.open_weights(path, ema, say)
     if (chosen := given or own) is None:
-        raise config.ConfigError(
+        raise ConfigError(
             f"{path} is a file of weights: say what network it is, such as "
             "--recipe recipes/large.toml"
         )

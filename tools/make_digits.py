@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fasttrain import config, rng, sharding, shards, sources
+from fasttrain import rng, sharding, shards, sources
+from fasttrain.faults import Fault, stop
 
 IMAGE_PX = 64
 HELD_OUT = 5  # one image in so many is for validation
@@ -43,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         make(out)
-    except config.Fault as fault:
-        config.stop(str(fault))
+    except Fault as fault:
+        stop(str(fault))
     except OSError as error:
-        config.stop(f"cannot write the digits: {error}; solve that and run the same command again")
+        stop(f"cannot write the digits: {error}; solve that and run the same command again")
 
 
 def make(out: Path) -> None:

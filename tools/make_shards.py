@@ -32,7 +32,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import classes, config, display, imagenet, listing, sharding, shards, sources
+from fasttrain import classes, display, imagenet, listing, sharding, shards, sources
+from fasttrain.arguments import positive
 from fasttrain.listing import UNREAD_SUFFIXES as UNREAD
 from fasttrain.listing import Source
 from fasttrain.sharding import Policy
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--workers",
-        type=config.positive,
+        type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes that decode (default: the CPUs of this machine, %(default)s)",
@@ -126,7 +127,7 @@ def parse() -> argparse.Namespace:
         )
     add(
         "--short-side",
-        type=config.positive,
+        type=positive,
         metavar="PX",
         help="shrink larger training images to this shorter side: 256 makes ImageNet 37 GB of 138",
     )

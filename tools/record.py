@@ -34,6 +34,8 @@ import tables
 from pydantic import BaseModel
 
 from fasttrain import config, files, run_folder, runtime, schedule, sharding, shards, sources
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError
 from fasttrain.shards import Split
 
 REPO = Path(__file__).resolve().parent.parent
@@ -855,7 +857,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
         ("--updates", None, "of train (default: 300; CPU: 24)"),
     )
     for name, number, text in numbers:
-        part.add_argument(name, type=config.positive, default=number, metavar="N", help=text)
+        part.add_argument(name, type=positive, default=number, metavar="N", help=text)
     part.add_argument("--batch", type=benchmark.counts, metavar="N,...",
                       help="(default: 1024,128; CPU: 16)")  # fmt: skip
     part.add_argument("--width", type=benchmark.amount, default=1.0, metavar="W")
@@ -874,7 +876,7 @@ def settle(arguments: argparse.Namespace) -> None:
     import torch
 
     if arguments.device == "gpu" and not torch.cuda.is_available():
-        raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+        raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
     arguments.device = arguments.device or ("gpu" if torch.cuda.is_available() else "cpu")
     gpu = arguments.device == "gpu"
     arguments.scratch = arguments.scratch or arguments.out
@@ -887,7 +889,7 @@ def settle(arguments: argparse.Namespace) -> None:
     arguments.rival_modes = arguments.rival_modes or (["compile", "eager"] if gpu else ["eager"])
     arguments.rivals = [name for name in arguments.rivals if name != "none"]
     if not gpu and any("graph" in mode for mode in arguments.modes):
-        raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
+        raise ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
 
 
 # All modes: after eager, which the others are held against, those that are likely the fastest.

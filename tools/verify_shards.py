@@ -27,7 +27,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import config, display, sharding, shards
+from fasttrain import display, sharding, shards
+from fasttrain.arguments import positive
 from fasttrain.shards import ShardError, Split
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="do not decode the images")
     parser.add_argument(
         "--workers",
-        type=config.positive,
+        type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: the CPUs of this machine, %(default)s)",
