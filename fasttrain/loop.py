@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, runtime, sampling, schedule
+from fasttrain import checkpoint, config, runtime, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator, Updater
