@@ -13,6 +13,7 @@ import sys
 import tomllib
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -39,6 +40,21 @@ Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "co
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Varies:
+    """Says at a field that its value may vary within a run; else another value is another run.
+
+    What varies is where and how the work is done. Two fields come close to changing results:
+    `micro_batch_size` follows the number of processes and regroups BatchNorm, and another decoder
+    may change the last bit of a pixel.
+    """
+
+    per_machine: bool  # between the processes of one start; else only from one start to the next
+
+
+ON_RESUME, PER_MACHINE = Varies(per_machine=False), Varies(per_machine=True)
 
 
 def _crop_px(value: object) -> object:
@@ -69,7 +85,7 @@ class Section(BaseModel):
 class Data(Section):
     """What the images are and how they are cut."""
 
-    root: ExpandedPath = Path("data/imagenet")
+    root: Annotated[ExpandedPath, PER_MACHINE] = Path("data/imagenet")
     """Folder of the shards, as `tools/make_shards.py` writes it."""
     short_side: Positive | None = None
     """Refuse shards whose images were not shrunk to this shorter side; unset: take any."""
@@ -99,12 +115,12 @@ class Data(Section):
     """Shorter side of a validation image after resizing, in pixels."""
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the centre crop of a validation image, in pixels."""
-    stage: ExpandedPath | None = None
+    stage: Annotated[ExpandedPath | None, PER_MACHINE] = None
     """Folder on each node, of a local disk or of memory (`/dev/shm/...`), into which the shards are
     copied and checked before the run, once a node, and from which they are then read."""
-    stage_part: Fraction = 1.0
+    stage_part: Annotated[Fraction, ON_RESUME] = 1.0
     """Part of the training tars that is copied; the others are read from `root`."""
-    stage_keep: bool = False
+    stage_keep: Annotated[bool, ON_RESUME] = False
     """Leave the copy when the run ends or stops, for the next one. It is left in any case by a run
     that is killed, and the same command goes on with it."""
     shuffle: Literal["full", "blocks"] = "full"
@@ -112,36 +128,36 @@ class Data(Section):
     random reads: over `shuffle_shards` tars at a time, read ahead in large pieces."""
     shuffle_shards: Positive = 16
     """Tars that are shuffled together under `shuffle = "blocks"`."""
-    read: Literal["mmap", "pread"] = "mmap"
+    read: Annotated[Literal["mmap", "pread"], ON_RESUME] = "mmap"
     """How tars are read: `mmap` copies nothing; `pread` copies, for file systems where mapping is
     unwise."""
-    read_ahead: Annotated[int, Field(ge=0)] = 4
+    read_ahead: Annotated[int, Field(ge=0), ON_RESUME] = 4
     """Batches whose bytes are fetched from storage before the decoder needs them; `mmap` does so
     only while they are not in memory already."""
-    read_threads: Positive = 8
+    read_threads: Annotated[Positive, ON_RESUME] = 8
     """Reads in flight at a time, per process."""
-    decode: Literal["auto", "cpu", "gpu_full", "gpu_window"] = "auto"
+    decode: Annotated[Literal["auto", "cpu", "gpu_full", "gpu_window"], ON_RESUME] = "auto"
     """Where JPEGs are decoded: `gpu_full` the whole image; `gpu_window` only the crop, less work
     but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` tries all on real images
     before the run, each in a process of its own, and takes the fastest that works."""
-    hw_decoder_load: Fraction | Literal["auto"] = "auto"
+    hw_decoder_load: Annotated[Fraction | Literal["auto"], ON_RESUME] = "auto"
     """Part of a batch given to the GPU's JPEG decoder, where it has one; CPU and GPU cores do the
     rest. `auto` goes by the number of CPU threads, and with `decode = "auto"` tries others too."""
-    jpeg_fancy_upsampling: bool = False
+    jpeg_fancy_upsampling: Annotated[bool, ON_RESUME] = False
     """On a GPU, interpolate the colours of JPEGs between pixels as CPUs do, where the GPU's own way
     is to repeat them, which is faster."""
-    verify: Literal["off", "first_epoch", "always"] = "off"
+    verify: Annotated[Literal["off", "first_epoch", "always"], ON_RESUME] = "off"
     """Compare the crc32 of each image's bytes, and its size, with the index before it is decoded:
     never, in the run's first epoch and each process's first evaluation, or always."""
-    on_bad_sample: Literal["stop", "replace"] = "stop"
+    on_bad_sample: Annotated[Literal["stop", "replace"], ON_RESUME] = "stop"
     """What a damaged training image does: end the run, or be replaced by another one: the same on
     any number of processes and, with `verify = "always"`, after any restart. In an evaluation it
     ends the run."""
-    max_bad_samples: Positive = 100
+    max_bad_samples: Annotated[Positive, ON_RESUME] = 100
     """Images that each process may replace, and no more than half of all, before the run ends."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
     """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
-    queue_depth: Positive = 2
+    queue_depth: Annotated[Positive, ON_RESUME] = 2
     """Batches kept ready for the training thread."""
 
     @model_validator(mode="after")
@@ -235,11 +251,11 @@ class Train(Section):
 
     epochs: Positive = 150
     """Passes over the training images; the learning rate is scheduled over them."""
-    max_steps: Positive | None = None
+    max_steps: Annotated[Positive | None, ON_RESUME] = None
     """End the run after this many updates; the schedule stays that of `epochs`."""
     global_batch_size: Positive = 1024
     """Images per update, over all processes."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Annotated[Positive | None, ON_RESUME] = None
     """Images per forward pass and process; unset: `global_batch_size` over the processes."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of everything drawn: initial weights, order, crops, flips, augmentation, dropout."""
@@ -253,23 +269,23 @@ class Train(Section):
     """CutMix: paste a box of another image, likewise; with both, an even chance decides."""
     eval_every_epochs: Positive = 1
     """Evaluate after every so many epochs, and always at the end."""
-    execution: Literal["auto"] | Mode = "auto"
+    execution: Annotated[Literal["auto"] | Mode, ON_RESUME] = "auto"
     """How an update is carried out, with the same result but for rounding: `compile` by
     torch.compile, `graph` as one CUDA graph, `compile_graph` both; with `_fuse` the compiler
     computes cheap results again rather than store them. `auto` tries them before the run, takes
     the fastest whose loss agrees with `eager`'s, and remembers it for later runs."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over processes; bf16 halves what is sent."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: Annotated[int, Field(ge=0), ON_RESUME] = 0
     """Updates of a run that may be left out as their loss or gradient is not finite; with one more
     the run stops, as it was before that one."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, ON_RESUME] = False
     """On a GPU, take the kernels and the decoder (the CPU's) that repeat bit for bit, at a cost in
     speed; on a CPU a run repeats anyway."""
-    hang_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
+    hang_timeout_s: Annotated[float, Field(gt=0.0), ON_RESUME] = 600.0
     """Seconds without a step after which a run of several processes ends, and names the process
     that all others wait for; of the first step, an hour at the least."""
-    cpu_threads: Annotated[int, Field(ge=0)] = 0
+    cpu_threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
     """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
 
     @model_validator(mode="after")
@@ -285,13 +301,13 @@ class Train(Section):
 class Checkpoint(Section):
     """When the run is saved."""
 
-    every_steps: Positive = 1000
+    every_steps: Annotated[Positive, ON_RESUME] = 1000
     """Save after every so many updates, and always at the end and when asked to stop."""
-    keep: Annotated[int, Field(ge=2)] = 3
+    keep: Annotated[int, Field(ge=2), ON_RESUME] = 3
     """Checkpoints kept, newest first; more where two good ones would not be left."""
-    max_failures: Positive = 3
+    max_failures: Annotated[Positive, ON_RESUME] = 3
     """Saves in a row that may fail, for want of space say, before the run stops."""
-    resume: str = "auto"
+    resume: Annotated[str, ON_RESUME] = "auto"
     """Where a start goes on: `auto` at the run folder's newest good checkpoint; `force` there, even
     though the recipe or the data are others; `anew` at the beginning; or at the checkpoint whose
     folder is named. What is in the way is moved into `before-...` in the run folder. When SLURM
@@ -301,11 +317,11 @@ class Checkpoint(Section):
 class Log(Section):
     """Where the run is written and how often it reports."""
 
-    run_dir: ExpandedPath | None = None
+    run_dir: Annotated[ExpandedPath | None, PER_MACHINE] = None
     """The run folder; unset: `runs/` and the recipe's file name."""
-    every_steps: Positive = 50
+    every_steps: Annotated[Positive, ON_RESUME] = 50
     """A train line after every so many updates."""
-    samples: bool = False
+    samples: Annotated[bool, ON_RESUME] = False
     """Write which samples, windows and flips each update saw, one file per process."""
 
 
@@ -319,43 +335,6 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
-
-# What may differ when a run goes on: where and how the work is done. (micro_batch_size follows the
-# number of processes, and regroups BatchNorm; another decoder may differ in a pixel's last bit.)
-# Everything else would make it another run.
-MAY_CHANGE = frozenset(
-    {
-        "data.root",
-        "data.stage",
-        "data.stage_part",
-        "data.stage_keep",
-        "data.read",
-        "data.read_ahead",
-        "data.read_threads",
-        "data.decode",
-        "data.hw_decoder_load",
-        "data.jpeg_fancy_upsampling",
-        "data.verify",
-        "data.on_bad_sample",
-        "data.max_bad_samples",
-        "data.threads",
-        "data.queue_depth",
-        "train.execution",
-        "train.max_steps",
-        "train.micro_batch_size",
-        "train.hang_timeout_s",
-        "train.cpu_threads",
-        "train.deterministic",
-        "train.max_skipped_steps",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "checkpoint.max_failures",
-        "checkpoint.resume",
-        "log.run_dir",
-        "log.every_steps",
-        "log.samples",
-    }
-)
 
 # Keys that earlier versions had, and what a recipe file that holds one is told. The run folders and
 # checkpoints of those versions hold every key, and still open.
@@ -556,14 +535,30 @@ def dumps(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def may_vary(per_machine: bool = False) -> frozenset[str]:
+    """Names of the fields that may change when a run resumes: `data.root` and so on.
+
+    Args:
+        per_machine: only those that may differ between the processes of one start.
+    """
+    return frozenset(
+        f"{section}.{key}"
+        for section, table in Recipe.model_fields.items()
+        for key, field in type(table.default).model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Varies) and (mark.per_machine or not per_machine)
+    )
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Settings that make `new` another run than `old`: `train.seed: 0 -> 1`."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    varying = may_vary()
     return [
         f"{section}.{key}: {_shown(before[section][key])} -> {_shown(value)}"
         for section, table in after.items()
         for key, value in table.items()
-        if before[section][key] != value and f"{section}.{key}" not in MAY_CHANGE
+        if before[section][key] != value and f"{section}.{key}" not in varying
     ]
 
 

@@ -251,17 +251,11 @@ def keep_memory() -> None:
 
 
 CLOCK_S = 60.0  # by which the clocks of two machines may differ
-OWN = (
-    "data.root",
-    "data.stage",
-    "log.run_dir",
-    "data.threads",
-    "train.cpu_threads",
-)  # settings of a machine
 
 
 def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:
     """What `check_alike` compares over all processes; call it in all at the same time."""
+    own = config.may_vary(per_machine=True)
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
@@ -277,7 +271,7 @@ def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> di
             f"{section}.{key}": value
             for section, table in recipe.model_dump(mode="json").items()
             for key, value in table.items()
-            if f"{section}.{key}" not in OWN
+            if f"{section}.{key}" not in own
         },
     }
 

@@ -169,9 +169,25 @@ def test_differences_name_what_makes_another_run() -> None:
     assert config.differences(old, new) == ["train.seed: 0 -> 1"]
 
 
-def test_may_change_names_real_settings() -> None:
-    known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
-    assert known >= config.MAY_CHANGE
+def test_what_may_vary_within_a_run() -> None:
+    per_machine = {
+        "data.root",
+        "data.stage",
+        "data.threads",
+        "log.run_dir",
+        "train.cpu_threads",
+    }
+    on_resume = {
+        *("data.stage_part", "data.stage_keep", "data.read", "data.read_ahead"),
+        *("data.read_threads", "data.decode", "data.hw_decoder_load", "data.jpeg_fancy_upsampling"),
+        *("data.verify", "data.on_bad_sample", "data.max_bad_samples", "data.queue_depth"),
+        *("train.execution", "train.max_steps", "train.micro_batch_size", "train.hang_timeout_s"),
+        *("train.deterministic", "train.max_skipped_steps"),
+        *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.max_failures"),
+        *("checkpoint.resume", "log.every_steps", "log.samples"),
+    }
+    assert config.may_vary(per_machine=True) == per_machine
+    assert config.may_vary() == per_machine | on_resume
 
 
 def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
