@@ -24,7 +24,7 @@ HEAD_BYTES = 2 * 8 + 4 * COLUMNS
 # A program makes so many rows of an image, and of the 3 * S values of a row. Compiled for sm_90, 8
 # rows take 48 registers with Triton 3.8 and 80 with 3.6, 16 rows 96 and 161, and none spills; the
 # inner loop has 8.2 and 11.8 instructions a value and tap with 8 rows, 7.1 and 10.4 with 16. Not
-# timed: `tools/packed.py` does so.
+# timed: `tools/benchmarks/record/packed.py` does so.
 TILE_ROWS = 8
 TILE_VALUES = 128
 WARPS = 4

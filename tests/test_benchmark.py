@@ -1,5 +1,6 @@
 """benchmark.py measures every contestant in a process of its own and survives what befalls them."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -7,17 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import benchmark
 import pytest
-import rivals
-import scaling
-import steps
-import summary
+from benchmarks import input as inputs
+from benchmarks import (
+    output,
+    own_process,
+    pipelines,
+    plot,
+    scaling,
+    steps,
+)
 from conftest import shard
 
 from fasttrain import shards
+from fasttrain.sharding import Policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*capabilities of TorchVision are deprecated")
 
@@ -36,9 +42,9 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str,
     return command
 
 
-def job(name: str, dataset: Path, folder: Path | None = None, **changes: Any) -> rivals.Job:
+def job(name: str, dataset: Path, folder: Path | None = None, **changes: Any) -> pipelines.InputJob:
     settings = {"threads": 1, "batch": 8, "crop_px": 32, "images": 16} | changes
-    return rivals.Job(name=name, shards=dataset, folder=folder, **settings)
+    return pipelines.InputJob(name=name, shards=dataset, folder=folder, **settings)
 
 
 def test_command(
@@ -48,7 +54,7 @@ def test_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("fasttrain", "torchvision v1", "webdataset")
-    monkeypatch.setattr(rivals, "PIPELINES", {name: rivals.PIPELINES[name] for name in names})
+    monkeypatch.setattr(pipelines, "PIPELINES", {name: pipelines.PIPELINES[name] for name in names})
     machine, ours, theirs, tars, total = measured(dataset, "--folder", folder, *TINY)
     assert {"cpu", "cpus", "python", "torch", "commit"} <= set(machine)
     more = {"threads", "batch", "peak_rss_gib", "bytes_per_image", "mean_pixels", "disturbed"}
@@ -63,42 +69,49 @@ def test_command(
 
 @pytest.mark.slow
 def test_torchvision_v2(dataset: Path, folder: Path) -> None:
-    assert set(benchmark.measure_apart(job("torchvision v2", dataset, folder))) >= KEYS
+    assert set(own_process.measure(job("torchvision v2", dataset, folder), "input")) >= KEYS
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "DALI reader", "decode alone"])
 def test_pipelines_with_threads(name: str, dataset: Path) -> None:
-    assert set(benchmark.measure_input(job(name, dataset))) >= KEYS
+    assert set(inputs.measure(job(name, dataset))) >= KEYS
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "DALI reader"])
 def test_raw_shards(name: str, folder: Path, tmp_path: Path) -> None:
-    shard(folder, tmp_path, benchmark.Policy(store="raw"))
-    assert set(benchmark.measure_input(job(name, tmp_path))) >= KEYS
+    shard(folder, tmp_path, Policy(store="raw"))
+    assert set(inputs.measure(job(name, tmp_path))) >= KEYS
 
 
-@pytest.mark.parametrize("name", rivals.READERS)
+@pytest.mark.parametrize("name", pipelines.READERS)
 def test_reading_alone(name: str, dataset: Path) -> None:
-    assert benchmark.measure_input(job(name, dataset, raw=True))["loader_us_per_image"] > 0
+    assert inputs.measure(job(name, dataset, raw=True))["loader_us_per_image"] > 0
 
 
 def test_who_is_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     split = shards.open_split(dataset, "train")
-    reasons = {name: benchmark.why_not(job(name, dataset), split) for name in rivals.PIPELINES}
+    reasons = {name: inputs.why_not(job(name, dataset), split) for name in pipelines.PIPELINES}
     assert {name for name, reason in reasons.items() if reason} == {
         "torchvision v1",
         "torchvision v2",
         "webdataset",
     }
     assert reasons["webdataset"] == "not installed: pip install -e '.[bench]'"
-    raw = benchmark.why_not(job("decode alone", dataset), dataclasses.replace(split, store="raw"))
+    raw = inputs.why_not(job("decode alone", dataset), dataclasses.replace(split, store="raw"))
     assert raw == "nothing is left to decode in raw shards"
+
+
+def test_figures_of_several_turns() -> None:
+    turns = [{"a": 1.0, "b": None}, {"a": 3.00004, "b": None}, {"a": 8.0, "c": 2}]
+    assert output.medians(turns, ("a", "b", "c", "d")) == {"a": 3.0, "b": None, "c": 2.0}
+    # Both sides of a pair slow down together, so the ratio is that of each turn.
+    assert output.paired_ratio([10, 5, 20], [5, 2.5, 11]) == 2.0
 
 
 def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     step = {"batch": 64, "precision": "no", "layout": "channels_last", "step_ms": 640.25}
-    summary.show([
+    output.show([
         {"cpu": "of this machine"},
         {"name": "fasttrain", "execution": "eager", "images_per_s": 1234.5, **step},
         {"name": "torchvision", "execution": "compile", "images_per_s": 99.87, **step},
@@ -108,8 +121,8 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
          "speed_over": {"torchvision": 12.345}},
         {"batch": 64, "loop_over_step": {"fasttrain loop": 0.98}},
     ])  # fmt: skip
-    output, text = capsys.readouterr()
-    assert not output
+    out, text = capsys.readouterr()
+    assert not out
     for part in (
         "batch 64, precision no, layout channels_last", "execution", "1,234", "99.87", "640.2",
         "timm was left out: not installed", "other failed: last words",
@@ -134,19 +147,19 @@ def test_a_crash_is_a_line(
         measured(dataset, *TINY, "--raw")
     assert stopped.value.code == 1
     _, *lines, total = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert [line["name"] for line in lines] == list(rivals.READERS)
+    assert [line["name"] for line in lines] == list(pipelines.READERS)
     for line in lines:
         assert line["failed"] == [{"failed": "SIGSEGV", "error": "last words"}]
     assert total["failed"] == len(lines)
 
 
 def test_sweeps(dataset: Path) -> None:
-    parser = benchmark.argparse.ArgumentParser()
-    benchmark.add_input(parser)
+    parser = argparse.ArgumentParser()
+    inputs.add_arguments(parser)
     words = [str(dataset), "--threads", "1,2", "--batch", "4,8", "--queue-depth", "1,2,4"]
-    jobs = list(benchmark.all_jobs(parser.parse_args(words)))
-    assert len(jobs) == len(set(jobs)) == 2 * 2 * (3 + len(rivals.PIPELINES) - 1)
-    gpu = list(benchmark.all_jobs(parser.parse_args([*words, "--device", "gpu"])))
+    jobs = list(inputs.all_jobs(parser.parse_args(words)))
+    assert len(jobs) == len(set(jobs)) == 2 * 2 * (3 + len(pipelines.PIPELINES) - 1)
+    gpu = list(inputs.all_jobs(parser.parse_args([*words, "--device", "gpu"])))
     strategies = {job.decode for job in gpu if job.name == "fasttrain"}
     assert strategies == {"cpu", "gpu_full", "gpu_window"}
 
@@ -186,8 +199,8 @@ def test_another_folder_is_refused(
 def test_the_page_cache_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(10_000))
-    assert benchmark.num_cached(path) == 10_000
-    assert 0 <= benchmark.drop_from_cache([path])["cached"] <= 1
+    assert inputs.num_cached(path) == 10_000
+    assert 0 <= inputs.drop_from_cache([path])["cached"] <= 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +281,8 @@ FIGURES = scaling.Figures(
 
 
 def predicted(devices: int, batch: int = 1024, **changes: Any) -> dict[str, Any]:
-    return scaling.predict(devices, batch, 1_281_167, 50_000, 150, FIGURES._replace(**changes))
+    training = scaling.Training(images=1_281_167, val_images=50_000, epochs=150)
+    return scaling.predict(devices, batch, training, FIGURES._replace(**changes))
 
 
 def test_updates_lie_between_those_measured() -> None:
@@ -298,17 +312,45 @@ def test_what_limits_a_prediction() -> None:
     assert predicted(8, batch=4096)["lr"] == 1.6
 
 
-def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    given = ("--step-ms", "128:9,1024:60", "--inside", "200", "--devices", "1,8,64")
-    picture = tmp_path / "scaling.svg"
-    benchmark.main(["scaling", *given, "--batch", "1024", "--plot", str(picture)])
-    drawn = ElementTree.parse(picture).getroot()
-    assert len(drawn.findall("{*}circle")) + len(drawn.findall("{*}rect")) == 1 + 3
-    assert len(drawn.findall("{*}polyline")) == 2
+GIVEN = ("scaling", "--step-ms", "128:9,1024:60", "--inside", "200", "--batch", "1024")
+
+
+def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main([*GIVEN, "--devices", "1,8,64"])
     about, *lines = map(json.loads, capsys.readouterr().out.splitlines())
     assert about["gradient_bytes"] == 4 * 5_483_032
     assert [line["devices"] for line in lines] == [1, 8, 64]
     assert lines[0]["images_per_s"] == round(1024 / 0.06)
+
+
+def test_the_drawing_of_a_prediction(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [predicted(devices, batch) for batch in (1024, 4096) for devices in (1, 8, 512)]
+    figure = plot.figure_of(rows, "title")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["global batch 1,024"].get_xdata().tolist() == [1, 8, 512]
+    assert lines["global batch 4,096"].get_ydata().tolist() == [
+        row["images_per_s"] for row in rows[3:]
+    ]
+    assert lines["ideal"].get_ydata()[-1] == pytest.approx(512 * 10_000, rel=0.01)  # efficiency is rounded
+    plot.draw(rows, "title", tmp_path / "a.svg")
+    plot.draw(rows, "title", tmp_path / "b.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn == (tmp_path / "b.svg").read_text() and "global batch 4,096" in drawn
+
+
+def test_a_drawing_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([*GIVEN, "--plot", str(tmp_path / "x.svg")])
+    assert stopped.value.code == 2
+    assert "matplotlib draws it and is not installed; install it with\n    pip install -e" in (
+        capsys.readouterr().err
+    )
 
 
 def test_links_between_two_processes() -> None:

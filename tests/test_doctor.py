@@ -12,7 +12,7 @@ import benchmark
 import doctor
 import probes
 import pytest
-import steps
+from benchmarks import steps
 from conftest import REPO, run, shard
 
 from fasttrain import config, modes, schedule

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, REPO, SCRATCH, environment
 
+PACKAGES = {"fasttrain", "benchmarks", "benchmarks.record"}
 MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
 ROWS = (
@@ -46,7 +47,7 @@ TORCH_FREE |= {"arguments", "faults"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
-    """Full names of the modules that a file imports; `from fasttrain import x` as fasttrain.x."""
+    """Full names of the modules that a file imports: `from fasttrain import x` as fasttrain.x."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -55,8 +56,8 @@ def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path}: relative import"
             names = {alias.name for alias in node.names}
-            package = node.module == "fasttrain"
-            found |= {f"fasttrain.{name}" for name in names} if package else {node.module}
+            package = node.module in PACKAGES
+            found |= {f"{node.module}.{name}" for name in names} if package else {node.module}
     return found
 
 
@@ -91,15 +92,15 @@ def reached_from(path: Path) -> set[str]:
     while left:
         for name in imports_of(left.pop()) - found:
             found.add(name)
-            module = name.removeprefix("fasttrain.").split(".")[0]
-            if name.startswith("fasttrain.") and module in MODULES:
-                left.append(MODULES[module])
-            elif (other := REPO / "tools" / f"{name}.py").exists():
-                left.append(other)
+            file = f"{name.replace('.', '/')}.py"
+            left += [path for path in (REPO / file, REPO / "tools" / file) if path.exists()]
     return found
 
 
-@pytest.mark.parametrize("path", ["fasttrain/loop.py", "tools/steps.py", "tests/test_loop.py"])
+STEPS = "tools/benchmarks/steps.py"
+
+
+@pytest.mark.parametrize("path", ["fasttrain/loop.py", STEPS, "tests/test_loop.py"])
 def test_the_loop_reaches_no_dali(path: str) -> None:
     found = reached_from(REPO / path)
     assert "fasttrain.batch" in found and "fasttrain.loaders" not in found

@@ -1,16 +1,16 @@
 """benchmark.py record: writes as it goes, survives what fails, and goes on with what is there."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import benchmark
-import kernels
 import pytest
-import record
-import steps
-import tables
+from benchmarks import kernels, steps, traffic
+from benchmarks.record import command, tables, updates
+from benchmarks.record.journal import Record, Run
 
 TINY = ("--arch", "small", "--width", "0.35", "--batch", "4", "--crop-px", "32", "--threads", "1",
         "--seconds", "0.2", "--device", "cpu")  # fmt: skip
@@ -28,7 +28,7 @@ def test_a_record_in_two_parts(tmp_path: Path) -> None:
         benchmark.main(["record", "--out", str(tmp_path), "--minutes", "4", *part, *TINY])
         with (tmp_path / "record.jsonl").open("a") as file:
             file.write('{"stage": "step", "cut')  # by a kill
-    lines = record.Record(tmp_path).lines
+    lines = Record(tmp_path).lines
     ends = {line["stage"]: line["ended"] for line in lines if "ended" in line}
     assert ends == {
         "machine": "done", "tests": "skipped", "step": "done", "imagenette": "skipped",
@@ -62,11 +62,11 @@ def test_what_fails_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_time_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, float] = {}
 
-    def stage(run: record.Run, data: Any) -> None:
+    def stage(run: Run, data: Any) -> None:
         given[run.stage] = run.left_s()
 
-    monkeypatch.setattr(record, "STAGES", {
-        name: record.Stage(stage, share) for name, (_, share) in record.STAGES.items()
+    monkeypatch.setattr(command, "STAGES", {
+        name: command.Stage(stage, share) for name, (_, share) in command.STAGES.items()
     })  # fmt: skip
     benchmark.main(["record", "--out", str(tmp_path), "--stages", "step,loop", *TINY])
     assert given["step"] == pytest.approx(600 * 8 / 10, abs=5)
@@ -112,7 +112,7 @@ def test_a_profile_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return [kernels.Kernel(name, 4.0 - place, 2.0) for place, name in enumerate(names)]
 
     monkeypatch.setattr(kernels, "kernels_of", made_up)
-    job = record.step_job(run_of(), "fasttrain", "eager", "small", 2)
+    job = updates.step_job(run_of(), "fasttrain", "eager", "small", 2)
     found = kernels.profile(job)
     assert found["busy_ms"] == 10 and found["launches"] == 8 and found["must_move_gb"] > 0
     kinds = {row["kind"]: row["ms"] for row in found["rows"] if "kind" in row}
@@ -120,18 +120,18 @@ def test_a_profile_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "all convolutions": 3, "compiled": 4, "convolutions": 3, "copies and fills": 2,
         "others of torch": 1, "bookkeeping": 10,
     }  # fmt: skip
-    line = {"stage": "profile", **record.told(job), **found}
+    line = {"stage": "profile", **updates.told(job), **found}
     rows = [{"stage": "profile", **row} for row in line.pop("rows")]
     text = tables.markdown([line, *rows])
     assert "| triton_poi_a_0 | 4 | 2 |" in text and "| bookkeeping | 10 | 8 |" in text
 
 
-def run_of() -> record.Run:
-    parser = benchmark.argparse.ArgumentParser()
-    record.add_arguments(parser)
+def run_of() -> Run:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
     arguments = parser.parse_args(["--out", "unused", *TINY])
-    record.settle(arguments)
-    return record.Run(arguments, None, 0.0)  # type: ignore[arg-type]
+    command.settle(arguments)
+    return Run(arguments, None, 0.0)  # type: ignore[arg-type]
 
 
 def test_what_a_profiler_writes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +163,9 @@ def test_what_an_update_must_move() -> None:
         name="fasttrain", arch="large", width=1.0, batch=2, px=224, precision="bf16",
         execution="eager", layout="channels_last", device="cpu", threads=1, seconds=1,
     )  # fmt: skip
-    read, written = steps.values_of("large", 1.0, 224)
+    read, written = traffic.values_of("large", 1.0, 224)
     assert 4.0e6 < read < 5.0e6 and 4.0e6 < written < 5.0e6
-    assert steps.bytes_moved(job) == 2 * 2 * (3 * read + 11 * written)
+    assert traffic.bytes_moved(job) == 2 * 2 * (3 * read + 11 * written)
 
 
 def test_tables_of_nothing() -> None:

@@ -384,7 +384,7 @@ class Doctor:
 
     def try_step(self, plan: Plan) -> Facts:
         """Some updates on random pixels, by a process apart: one that lacks memory may crash."""
-        import steps
+        from benchmarks import steps
 
         job = steps.StepJob(
             name="fasttrain",

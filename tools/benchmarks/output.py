@@ -1,6 +1,12 @@
-"""The JSON lines of a benchmark as a table for people, on standard error."""
+"""What benchmarks print: JSON lines of results, and a table for people on standard error."""
 
-from collections.abc import Sequence
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +14,77 @@ from rich.table import Table
 
 Line = dict[str, Any]
 
-# In the order of the columns. What is alike in all rows stands above the table.
+written: list[Line] = []  # the lines that this process has printed
+
+
+def write(line: Line) -> None:
+    """Prints one JSON line on standard output at once."""
+    written.append(line)
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def machine() -> Line:
+    """The processor, the versions and the commit that the figures depend on."""
+    from fasttrain import runtime  # imports torch, so only once the arguments are known to be right
+
+    packages = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "numpy", "psutil")
+    versions = {
+        distribution.name: distribution.version
+        for distribution in metadata.distributions()
+        if distribution.name.startswith("nvidia-dali-cuda") or distribution.name in packages
+    }
+    return {
+        "cpu": runtime.cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **dict(sorted(versions.items())),
+        "commit": runtime.commit(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures of several turns
+# --------------------------------------------------------------------------------------------------
+
+
+def rounded(found: Mapping[str, Any]) -> Line:
+    """The line with its floating-point numbers rounded to four digits."""
+    return {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in found.items()
+    }
+
+
+def medians(turns: Sequence[Line], keys: Iterable[str]) -> Line:
+    """The median of each key over the turns, to four digits; None where no turn knows it.
+
+    A key that no turn has is left out.
+    """
+    found: Line = {}
+    for key in keys:
+        values = [turn[key] for turn in turns if turn.get(key) is not None]
+        if values:
+            found[key] = float(f"{statistics.median(values):.4g}")
+        elif any(key in turn for turn in turns):
+            found[key] = None
+    return found
+
+
+def paired_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
+    """The median of ours / theirs within each turn, to three digits after the point.
+
+    A machine that slows down between two turns changes both sides of a pair.
+    """
+    pairs = [own / other for own, other in zip(ours, theirs, strict=True)]
+    return round(statistics.median(pairs), 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The table for people
+# --------------------------------------------------------------------------------------------------
+
+# Columns in their order. A setting that is equal in all rows stands above the table.
 SETTINGS = {
     "batch": "batch",
     "precision": "precision",
@@ -37,12 +113,12 @@ FIGURES = {
 
 
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
-    """Prints the contestants with their figures, who was left out, and the ratios."""
+    """Prints a table of the contestants, then who was left out or failed, then the ratios."""
     console = console or Console(stderr=True)
     rows = [line for line in lines if "name" in line and FIGURES.keys() & line.keys()]
     if rows:
-        alike, table = _table(rows)
-        _say(console, alike)
+        shared, table = _table(rows)
+        _say(console, shared)
         console.print(table)
     for line in lines:
         if "skipped" in line or ("failed" in line and "name" in line):
@@ -56,13 +132,13 @@ def show(lines: Sequence[Line], console: Console | None = None) -> None:
 
 
 def _table(rows: Sequence[Line]) -> tuple[str, Table]:
-    """What is alike in all rows, and a table of the rest."""
+    """The settings that all rows share, as text, and a table of everything else."""
 
     def values(key: str) -> list[Any]:
         return [row.get(key) for row in rows]
 
     differ = {key for key in SETTINGS if len({str(value) for value in values(key)}) > 1}
-    alike = [
+    shared = [
         f"{title} {rows[0][key]}"
         for key, title in SETTINGS.items()
         if key not in differ and rows[0].get(key) is not None
@@ -76,7 +152,7 @@ def _table(rows: Sequence[Line]) -> tuple[str, Table]:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*(_shown(row.get(key)) for key in (*columns, *figures)))
-    return ", ".join(alike), table
+    return ", ".join(shared), table
 
 
 def _shown(value: Any) -> str:
@@ -88,7 +164,7 @@ def _shown(value: Any) -> str:
 
 
 def _who(line: Line) -> str:
-    """The name of who is compared, with what tells it from others of that name."""
+    """The name of a contestant, with the settings that tell it from others of the same name."""
     details = [str(line[key]) for key in ("threads", "queue_depth", "decode") if key in line]
     if "best" in line:
         details = [f"batch {line['batch']}", line["precision"], line["best"]["fasttrain"]]

@@ -1,4 +1,4 @@
-"""The lines of `benchmark.py record` as tables in Markdown, as they go into recipes/RECORDS.md."""
+"""The lines of a record as tables in Markdown, for recipes/RECORDS.md."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ Line = dict[str, Any]
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """All that is known, in the order of the stages."""
+    """All tables, in the order of the stages."""
     parts = [*_head(lines)]
     for stage, table in TABLES.items():
         own = [line for line in lines if line["stage"] == stage]
@@ -20,7 +20,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A table; without rows, nothing."""
+    """The lines of a table; none if it has no rows."""
     body = [f"| {' | '.join(map(shown, row))} |" for row in rows]
     if not body:
         return []
@@ -28,6 +28,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def shown(value: Any) -> str:
+    """A value as a cell of a table."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -194,7 +195,7 @@ def _input(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _packed(lines: Sequence[Line]) -> Iterator[str]:
-    """The parts of the path of raw images, each measured alone."""
+    """A line for each data set: the parts of the path of raw images, each alone."""
     hidden = {"stage", "time", "data", "store", "kb_per_image", "mpx_per_image", "batch",
               "peak_rss_gib", "peak_pss_gib"}  # fmt: skip
     for line in lines:
@@ -254,7 +255,7 @@ def _imagenette(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _faults(lines: Sequence[Line]) -> list[str]:
-    """What failed, was skipped or was cut short, with the last lines of its error."""
+    """Everything that failed, was skipped or was stopped, with the last lines of its error."""
     found = []
     for line in lines:
         if line["stage"] == "tests" and "test" in line:

@@ -1,9 +1,9 @@
-"""The pipelines that `benchmark.py input` measures: fasttrain's own, and its rivals'.
+"""The input pipelines that `benchmark.py input` compares: fasttrain's and those of other libraries.
 
-Each is a generator of (images, labels), without end and in random order. All do the same work:
-read, decode, cut a random resized crop, flip, normalise; float32 `(B, 3, S, S)` and int64 `(B,)`.
-Where a library offers several ways, it is set up the fastest. Libraries are imported within, as
-that is part of the time to the first batch.
+Each is an endless generator of (images, labels) in random order. All do the same work: read,
+decode, cut a random resized crop, flip and normalise. Images are float32 of shape (B, 3, S, S),
+labels are int64 of shape (B,). Where a library offers several ways, its fastest one is set up.
+A pipeline imports its library itself, because that is part of the time to the first batch.
 """
 
 import itertools
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
+from benchmarks import own_process
 from fasttrain import config, sampling, schedule, shards
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
@@ -25,29 +25,30 @@ SHUFFLED = 2048  # images in the buffer of DALI's reader; webdataset's has 1000 
 CACHE_LINE = 64  # bytes
 
 
-class Job(BaseModel, frozen=True):
-    """What is measured: a pipeline, its data, its settings."""
+class InputJob(own_process.Job, frozen=True):
+    """A pipeline by its name, with its data and settings."""
 
-    name: str
     shards: Path
     folder: Path | None
     threads: int
     batch: int
     crop_px: int
     images: int
-    raw: bool = False  # reading alone
+    raw: bool = False  # only read, do not decode
     device: str = "cpu"
-    queue_depth: int = 2  # of fasttrain; the rivals' own default is 2 as well
-    decode: str = "auto"  # of fasttrain
-    half: bool = False  # images as float16, of fasttrain on a GPU
-    load: float | None = None  # of fasttrain: hw_decoder_load
-    fancy: bool = False  # of fasttrain: jpeg_fancy_upsampling
+    # The rest are settings of fasttrain.
+    queue_depth: int = 2  # the default of the other libraries is 2 as well
+    decode: str = "auto"
+    half: bool = False  # images as float16, on a GPU
+    load: float | None = None  # hw_decoder_load
+    fancy: bool = False  # jpeg_fancy_upsampling
 
     @property
     def gpu(self) -> bool:
         return self.device != "cpu"
 
     def batches(self) -> Batches:
+        """The batches of the pipeline."""
         return (READERS if self.raw else PIPELINES)[self.name](self)
 
 
@@ -56,7 +57,8 @@ class Job(BaseModel, frozen=True):
 # --------------------------------------------------------------------------------------------------
 
 
-def fasttrain(job: Job) -> Batches:
+def fasttrain(job: InputJob) -> Batches:
+    """fasttrain's loader, as a run uses it."""
     import torch
 
     from fasttrain import loaders
@@ -68,15 +70,16 @@ def fasttrain(job: Job) -> Batches:
         yield batch.images, batch.labels
 
 
-def settings(job: Job) -> config.Data:
+def settings(job: InputJob) -> config.Data:
+    """The [data] section of fasttrain's recipe for a job."""
     chosen = job.model_dump(include={"crop_px", "threads", "queue_depth", "decode"})
     if job.load is not None:
         chosen["hw_decoder_load"] = job.load
     return config.Data(root=job.shards, jpeg_fancy_upsampling=job.fancy, **chosen)
 
 
-def endless(job: Job, split: Split) -> Plan:
-    """The plan of a run that outlasts any measurement."""
+def endless(job: InputJob, split: Split) -> Plan:
+    """The plan of a run that is longer than any measurement."""
     train = config.Train(epochs=1_000_000, global_batch_size=job.batch)
     return schedule.make_plan(train, config.Optim(), split.num_samples, world_size=1)
 
@@ -86,8 +89,8 @@ def endless(job: Job, split: Split) -> Plan:
 # --------------------------------------------------------------------------------------------------
 
 
-def torchvision_v1(job: Job) -> Batches:
-    """Transforms v1 on PIL's images."""
+def torchvision_v1(job: InputJob) -> Batches:
+    """torchvision's ImageFolder and DataLoader, with transforms v1 on PIL images."""
     from torchvision import transforms
     from torchvision.datasets import folder
 
@@ -102,20 +105,23 @@ def torchvision_v1(job: Job) -> Batches:
     return image_folder(job, transforms.Compose(steps), folder.default_loader)
 
 
-def torchvision_v2(job: Job) -> Batches:
-    """Transforms v2 on tensors, decoded by torchvision."""
+def torchvision_v2(job: InputJob) -> Batches:
+    """The same with torchvision's decoder and transforms v2 on tensors."""
     from torchvision.io import ImageReadMode, decode_image
 
     return image_folder(job, transforms_v2(job), lambda path: decode_image(path, ImageReadMode.RGB))
 
 
-def image_folder(job: Job, transform: Callable[..., Any], load: Callable[[str], Any]) -> Batches:
+def image_folder(
+    job: InputJob, transform: Callable[..., Any], load: Callable[[str], Any]
+) -> Batches:
+    """Batches of torchvision's ImageFolder; `load` decodes the file at a path."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
 
     assert job.folder
     dataset = ImageFolder(str(job.folder / "train"), transform, loader=load)
-    # Many permutations in a row, as a DataLoader starts anew at the end of an epoch.
+    # Many permutations in a row, because a DataLoader starts its workers again for each epoch.
     sampler = RandomSampler(dataset, num_samples=1000 * max(len(dataset), job.images))
     loader = DataLoader(
         dataset, job.batch, sampler=sampler, num_workers=job.threads, multiprocessing_context="fork"
@@ -123,7 +129,8 @@ def image_folder(job: Job, transform: Callable[..., Any], load: Callable[[str], 
     yield from loader
 
 
-def transforms_v2(job: Job) -> Callable[..., Any]:
+def transforms_v2(job: InputJob) -> Callable[..., Any]:
+    """Crop, flip and normalise a uint8 tensor."""
     import torch
     from torchvision.transforms import v2
 
@@ -138,8 +145,8 @@ def transforms_v2(job: Job) -> Callable[..., Any]:
     return v2.Compose(steps)
 
 
-def webdataset(job: Job) -> Batches:
-    """Shards drawn with replacement, torchvision's decoder, transforms v2."""
+def webdataset(job: InputJob) -> Batches:
+    """webdataset's loader: shards drawn with replacement, torchvision's decoder, transforms v2."""
     import torch
     import webdataset as wds
     from torchvision.io import ImageReadMode, decode_image
@@ -161,14 +168,14 @@ def webdataset(job: Job) -> Batches:
         [str(path) for path in split.shard_paths], resampled=True, shardshuffle=False
     )
     dataset = dataset.shuffle(1000).to_tuple(images_of(split), "cls").map(load)
-    # Batches by the DataLoader and not by `.batched`, which copies them once more.
+    # The DataLoader makes the batches: `.batched` would copy them once more.
     yield from wds.WebLoader(
         dataset, batch_size=job.batch, num_workers=job.threads, multiprocessing_context="fork"
     )
 
 
 def images_of(split: Split) -> str:
-    """How the members that are images end, in the notation of webdataset and DALI."""
+    """The suffixes of a tar's images, in the notation of webdataset and DALI."""
     return "ppm" if split.store == "raw" else "jpg;jpeg;JPEG;png"
 
 
@@ -177,8 +184,8 @@ def images_of(split: Split) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def dali_reader(job: Job) -> Batches:
-    """DALI's reader of WebDataset tars and its fused decoding of a random crop."""
+def dali_reader(job: InputJob) -> Batches:
+    """DALI's reader of WebDataset tars, with its fused decoder of random crops."""
     from nvidia.dali import fn, types
 
     from fasttrain.resize import MEAN, STD
@@ -216,7 +223,8 @@ def dali_reader(job: Job) -> Batches:
         yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), labels
 
 
-def read_tars(job: Job, dont_use_mmap: bool = False) -> tuple[Any, Any]:
+def read_tars(job: InputJob, dont_use_mmap: bool = False) -> tuple[Any, Any]:
+    """The outputs of DALI's reader in a graph: encoded images, and labels as text."""
     from nvidia.dali import fn
 
     split = shards.open_split(job.shards, "train")
@@ -233,7 +241,8 @@ def read_tars(job: Job, dont_use_mmap: bool = False) -> tuple[Any, Any]:
     return encoded, text
 
 
-def run(job: Job, graph: Callable[[], tuple[Any, Any]]) -> Batches:
+def run(job: InputJob, graph: Callable[[], tuple[Any, Any]]) -> Batches:
+    """The outputs of a DALI graph, batch by batch."""
     from nvidia.dali import pipeline_def
 
     pipeline = pipeline_def(graph)(
@@ -249,22 +258,22 @@ def run(job: Job, graph: Callable[[], tuple[Any, Any]]) -> Batches:
 
 
 def numbers(text: Any) -> Any:
-    """Labels from the text of the .cls members."""
+    """Labels as an int64 tensor of shape (B,), from the text of the .cls members."""
     import torch
 
-    if text.is_dense_tensor():  # all of one width, as in fasttrain's tars: a tenth of the time
+    if text.is_dense_tensor():  # fasttrain's tars: all have one width, and this takes a tenth
         digits = np.asarray(text.as_array(), np.int64) - ord("0")  # (B, width)
         return torch.from_numpy(digits @ 10 ** np.arange(digits.shape[1])[::-1])
     return torch.tensor([int(bytes(text.at(sample))) for sample in range(len(text))])
 
 
 # --------------------------------------------------------------------------------------------------
-# Limits
+# Decoding alone
 # --------------------------------------------------------------------------------------------------
 
 
-def decode_alone(job: Job) -> Batches:
-    """Reads and decodes whole images with libjpeg-turbo, in threads, and keeps nothing."""
+def decode_alone(job: InputJob) -> Batches:
+    """Reads and decodes whole images with libjpeg-turbo in threads, and drops the pixels."""
     import torch
 
     decode = jpeg_decoder()
@@ -290,6 +299,7 @@ def decode_alone(job: Job) -> Batches:
 
 
 def jpeg_decoder() -> Callable[[Any], object]:
+    """simplejpeg's decoder of uint8 arrays; torchvision's where simplejpeg is not installed."""
     try:
         from simplejpeg import decode_jpeg
     except ImportError:
@@ -306,18 +316,19 @@ def jpeg_decoder() -> Callable[[Any], object]:
 
 
 def touch(encoded: Any) -> Any:
-    """One byte of every cache line, by DALI's threads.
+    """Reads one byte of every cache line, in DALI's threads.
 
-    So everybody's bytes are fetched from memory once, as a decoder would, and pages that are only
-    mapped are faulted in. A reduction over all bytes would do the same, but takes several times as
-    long as the reading that it is to show: images of 110 KB, two cores of an AMD EPYC that others
-    used as well, reductions.max 53 us an image, this 16, and 12 without touching (2026-11-24).
+    Every pipeline's bytes are then fetched from memory once, as a decoder would fetch them, and
+    pages that are only mapped are loaded. A reduction over all bytes would do the same, but takes
+    several times as long as the reading that is measured. With images of 110 KB, on two busy cores
+    of an AMD EPYC, reductions.max took 53 us an image, this function 16, and no touching 12
+    (2026-11-24).
     """
     return encoded[::CACHE_LINE]
 
 
-def read_fasttrain(job: Job, **changes: Any) -> Batches:
-    """fasttrain's draws and reading, into DALI as `data` hands them over."""
+def read_fasttrain(job: InputJob, **changes: Any) -> Batches:
+    """fasttrain's draws and reading; the bytes go to DALI as in a run, and are not decoded."""
     from nvidia.dali import fn, types
 
     from fasttrain import pipeline
@@ -332,7 +343,7 @@ def read_fasttrain(job: Job, **changes: Any) -> Batches:
 
     def source(number: int) -> tuple[Any, Any]:
         draw, views = feed(number)
-        done = number - chosen.queue_depth - 1  # taken out of DALI by now
+        done = number - chosen.queue_depth - 1  # DALI has finished with this batch
         if done >= 0:
             feed.done(done)
         return pipeline.bytes_of(views), split.label[draw.ids].astype(np.int64)
@@ -351,11 +362,14 @@ def read_fasttrain(job: Job, **changes: Any) -> Batches:
     return run(job, graph)
 
 
-def read_fasttrain_copied(job: Job) -> Batches:
+def read_fasttrain_copied(job: InputJob) -> Batches:
+    """The same with `data.read = "pread"`."""
     return read_fasttrain(job, read="pread")
 
 
-def read_dali(job: Job, dont_use_mmap: bool = False) -> Batches:
+def read_dali(job: InputJob, dont_use_mmap: bool = False) -> Batches:
+    """DALI's reader of WebDataset tars, without decoding."""
+
     def graph() -> tuple[Any, Any]:
         encoded, text = read_tars(job, dont_use_mmap)
         return touch(encoded), text
@@ -363,11 +377,12 @@ def read_dali(job: Job, dont_use_mmap: bool = False) -> Batches:
     return run(job, graph)
 
 
-def read_dali_copied(job: Job) -> Batches:
+def read_dali_copied(job: InputJob) -> Batches:
+    """The same with reads instead of mapped files."""
     return read_dali(job, dont_use_mmap=True)
 
 
-PIPELINES: dict[str, Callable[[Job], Batches]] = {
+PIPELINES: dict[str, Callable[[InputJob], Batches]] = {
     "fasttrain": fasttrain,
     "torchvision v1": torchvision_v1,
     "torchvision v2": torchvision_v2,
@@ -375,7 +390,7 @@ PIPELINES: dict[str, Callable[[Job], Batches]] = {
     "DALI reader": dali_reader,
     "decode alone": decode_alone,
 }
-READERS: dict[str, Callable[[Job], Batches]] = {
+READERS: dict[str, Callable[[InputJob], Batches]] = {
     "fasttrain": read_fasttrain,
     "fasttrain pread": read_fasttrain_copied,
     "DALI reader": read_dali,

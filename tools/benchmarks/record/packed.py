@@ -1,6 +1,6 @@
-"""The parts of the way of raw images to a GPU, each alone: gathering, the copy, the kernel.
+"""The parts of the path of raw images to a GPU, each alone: gathering, the copy, the kernel.
 
-For `benchmark.py record`. Without a GPU only gathering is measured.
+Without a GPU only gathering is measured.
 """
 
 import statistics
@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from rivals import Job, endless, settings
 
-from fasttrain import shards
+from benchmarks.own_process import Result
+from benchmarks.pipelines import InputJob, endless, settings
+from fasttrain import config, shards
 from fasttrain.feed import Feed
 from fasttrain.gather import Packer
 from fasttrain.lane import pinned
@@ -21,38 +22,29 @@ from fasttrain.sampling import Draw
 
 WARM_UPS = 3
 REPEATS = 20  # of the copy and of the kernel
-TILES = ((16, 128, 4), (4, 128, 2))  # rows, values and warps of others than the kernel's own
-# As `resize_gpu.HEAD_BYTES`, which needs Triton; without a GPU nothing is written there.
+TILES = ((16, 128, 4), (4, 128, 2))  # rows, values and warps to try instead of the kernel's own
+# Equal to `resize_gpu.HEAD_BYTES`, whose import needs Triton. Without a GPU it stays unwritten.
 HEAD_BYTES = 72
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Images/s and GB/s of gathering; ms a batch of the copy and of the kernel.
+def measure(job: InputJob) -> Result:
+    """Images/s and GB/s of gathering; milliseconds per batch of the copy and of the kernel.
 
-    `gather_us_per_image` is the time on a CPU of the thread that drives it, draws included, most
-    of it under the interpreter's lock; `gather_cores` are the CPUs that all threads keep busy.
+    `gather_us_per_image` is the CPU time of the thread that drives the gathering, with its draws,
+    most of it under the interpreter's lock. `gather_cores` is how many CPUs all threads keep busy.
     """
     split, data = shards.open_split(job.shards, "train"), settings(job)
-    plan = endless(job, split)
     num_batches = max(job.images // job.batch, 4) + WARM_UPS
-    make = pinned if job.gpu else None
-    make_reader = partial(Packer, head_bytes=HEAD_BYTES, make=make)
-    order = TrainingOrder(split, data, plan, rank=0)
-    feed = Feed(order, range(num_batches), windows_only=True, make_reader=make_reader)
+    feed = feed_of(job, split, data, num_batches)
     num_bytes, begun = 0, (0.0, 0.0, 0.0)
     for number in range(num_batches):
         if number == WARM_UPS:
-            begun = time.perf_counter(), time.thread_time(), time.process_time()
+            begun = clocks()
         draw, packed = feed(number)
         num_bytes += len(packed.buffer) if number >= WARM_UPS else 0
         if number + 1 < num_batches:
             feed.done(number)
-    wall_s, thread_s, cpu_s = (
-        clock() - start
-        for clock, start in zip(
-            (time.perf_counter, time.thread_time, time.process_time), begun, strict=True
-        )
-    )
+    wall_s, thread_s, cpu_s = (end - start for end, start in zip(clocks(), begun, strict=True))
     images = (num_batches - WARM_UPS) * job.batch
     found = {
         "gather_images_per_s": images / wall_s,
@@ -68,10 +60,26 @@ def measure(job: Job) -> dict[str, Any]:
     return found
 
 
+def clocks() -> tuple[float, float, float]:
+    """Seconds of the clock, and CPU time of this thread and of this process."""
+    return time.perf_counter(), time.thread_time(), time.process_time()
+
+
+def feed_of(job: InputJob, split: shards.Split, data: config.Data, num_batches: int) -> Feed:
+    """The reading of a run that gathers batches of raw images."""
+    order = TrainingOrder(split, data, endless(job, split), rank=0)
+    make_reader = partial(Packer, head_bytes=HEAD_BYTES, make=pinned if job.gpu else None)
+    return Feed(order, range(num_batches), windows_only=True, make_reader=make_reader)
+
+
 def on_device(
-    job: Job, draw: Draw, buffer: Any, starts: Any, split: shards.Split
+    job: InputJob, draw: Draw, buffer: Any, starts: Any, split: shards.Split
 ) -> dict[str, float]:
-    """The copy and the kernel for one batch, each alone on the device; medians."""
+    """Median milliseconds of the copy and of the kernel for one batch, each alone on the device.
+
+    Raises:
+        RuntimeError: the kernel does not run here.
+    """
     from fasttrain import resize_gpu
 
     assert resize_gpu.HEAD_BYTES == HEAD_BYTES
@@ -100,7 +108,7 @@ def on_device(
 
 
 def device_ms(work: Callable[[], None]) -> float:
-    """Median time of `work` on the device."""
+    """Median milliseconds of `work` on the device."""
     times = []
     for number in range(WARM_UPS + REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
