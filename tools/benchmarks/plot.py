@@ -62,7 +62,7 @@ def figure_of(rows: Sequence[dict[str, Any]], title: str) -> Any:
     axes.plot(devices, ideal, color="#888", linestyle="--", label="ideal")
     for batch in sorted({row["batch"] for row in rows}):
         draw_batch(axes, [row for row in rows if row["batch"] == batch])
-    axes.legend(title=LEGEND, title_fontsize="small", frameon=False)
+    axes.legend(title=LEGEND, title_fontsize="small", alignment="left", frameon=False)
     return figure
 
 
