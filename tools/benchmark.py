@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import output
 
-from fasttrain import config
+from fasttrain.faults import Fault, stop
 
 # Of each benchmark its module, which is imported only when it is needed, and what it measures.
 BENCHMARKS = {
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.written.clear()
     try:
         importlib.import_module(BENCHMARKS[arguments.part][0]).run(arguments)
-    except config.Fault as fault:
-        config.stop(str(fault))
+    except Fault as fault:
+        stop(str(fault))
     finally:
         if arguments.part != "record":  # whose tables are in a file
             output.show(output.written)

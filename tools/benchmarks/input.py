@@ -32,6 +32,8 @@ from benchmarks.output import machine, medians, paired_ratio, write
 from benchmarks.own_process import Result
 from benchmarks.pipelines import Batches, InputJob
 from fasttrain import config, shards
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError
 from fasttrain.shards import Split
 
 DISTURBED = 0.1  # share of the CPUs taken by other programs
@@ -72,7 +74,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
         ("--repeats", 3, "(default: %(default)s)"),
     )
     for name, number, text in numbers:
-        part.add_argument(name, type=config.positive, default=number, metavar="N", help=text)
+        part.add_argument(name, type=positive, default=number, metavar="N", help=text)
     part.add_argument("--raw", action="store_true", help="reading alone, without decoding")
     part.add_argument("--cold", action="store_true", help="not from the page cache")
     part.add_argument(
@@ -91,19 +93,19 @@ def check(arguments: argparse.Namespace, split: Split) -> None:
     """
     largest, train_set = max(arguments.batch), f"the {split.num_samples:,} training images"
     if largest > split.num_samples:
-        raise config.ConfigError(f"--batch {largest}: more than {train_set}; lower it")
+        raise ConfigError(f"--batch {largest}: more than {train_set}; lower it")
     if arguments.folder and (arguments.raw or arguments.device == "gpu"):
-        raise config.ConfigError(
+        raise ConfigError(
             "--folder: its images are read by torchvision, which has no part in --raw and "
             "--device gpu; leave out the one or the other"
         )
     if arguments.raw and arguments.device == "gpu":
-        raise config.ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
+        raise ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
     choose_device(arguments.device)
     for job in all_jobs(arguments) if arguments.cold else ():
         needed = job.batch * sum(num_batches(job)) + pipelines.SHUFFLED
         if needed > split.num_samples:
-            raise config.ConfigError(
+            raise ConfigError(
                 f"--cold: {needed:,} images at {job.threads} threads and batches of {job.batch}, "
                 f"with those to warm up and shuffle, are more than {train_set}, and the rest would "
                 "come from the page cache; lower --images, --batch or --threads"
@@ -279,13 +281,13 @@ def stored_folder(folder: Path, split: Split) -> Stored:
     root = folder / "train"
     files = sorted(path for path in root.glob("*/*") if path.is_file())
     if not files:
-        raise config.ConfigError(
+        raise ConfigError(
             f"--folder {folder}: no images in {root}/<class>/; name the ImageFolder that the "
             "shards were made of"
         )
     manifest = shards.read_manifest(split.root)["splits"]["train"]
     if len(files) != split.num_samples + len(manifest["rejected"]):
-        raise config.ConfigError(
+        raise ConfigError(
             f"--folder {folder}: {len(files):,} training images, {split.num_samples:,} in the "
             "shards; name the ImageFolder that the shards were made of"
         )

@@ -24,23 +24,21 @@ def measure(job: StepJob) -> Result:
     group = min(group, config.Log().every_steps)  # updates per line, at most those of a run
     updates = max(10, 9 * group)
     plan = steps.plan_of(job, updates)
-    accelerator, learner, updater = steps.built(job, plan)
+    _, _, updater = steps.built(job, plan)
     batch = Batch(*steps.resident_batch(job))
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
         outputs = loop.Outputs(
             checkpoints=Path(folder),
             about={},
-            save_every_steps=10**9,
-            keep=2,
-            log_every_steps=group,
             display=TrainDisplay(plan, enabled=False),
             metrics=JsonLines(metrics),
         )
-        done = loop.fit(
-            accelerator, learner, lambda step: itertools.repeat(batch), [batch], job.batch, plan,
-            outputs, lambda: 0, updater,
-        )  # fmt: skip
+        inputs = loop.Inputs(lambda step: itertools.repeat(batch), [batch], job.batch)
+        reports = config.Recipe(
+            checkpoint=config.Checkpoint(every_steps=10**9), log=config.Log(every_steps=group)
+        )
+        done = loop.Trainer(updater, plan, inputs, outputs, reports).fit()
         assert done
         lines = map(json.loads, metrics.read_text().splitlines())
         speeds = [line["images_per_s"] for line in lines if line["event"] == "train"]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from fasttrain import config
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError
 
 NOT_INSTALLED = "not installed: pip install -e '.[bench]'"
 MODES: tuple[str, ...] = get_args(config.Mode)
@@ -28,7 +30,7 @@ def amount(text: str) -> float:
 
 def counts(text: str) -> list[int]:
     """`64,256`: whole numbers from 1."""
-    return [config.positive(word) for word in text.split(",")]
+    return [positive(word) for word in text.split(",")]
 
 
 def choose_device(asked: str | None) -> Literal["cpu", "gpu"]:
@@ -43,7 +45,7 @@ def choose_device(asked: str | None) -> Literal["cpu", "gpu"]:
 
     found = torch.cuda.is_available()
     if asked == "gpu" and not found:
-        raise config.ConfigError("--device gpu: torch finds no GPU here; leave it out")
+        raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
     return "gpu" if found else "cpu"
 
 
@@ -54,4 +56,4 @@ def check_modes(modes: Sequence[str], device: str) -> None:
         ConfigError: one of the modes needs a GPU, and `device` is "cpu".
     """
     if device == "cpu" and any("graph" in mode for mode in modes):
-        raise config.ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")
+        raise ConfigError("--modes: a CUDA graph needs a GPU; use eager,compile")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fasttrain import config
+from fasttrain.faults import ConfigError
 
 # The marker says what limits a prediction; for every other limit it is a square.
 MARKERS = {"compute": "o", "too few images a device": "o"}
@@ -18,11 +18,11 @@ def check(path: Path) -> None:
         ConfigError: the folder of `path` or matplotlib is missing.
     """
     if not path.parent.is_dir():
-        raise config.ConfigError(f"--plot {path}: there is no such folder; make it")
+        raise ConfigError(f"--plot {path}: there is no such folder; make it")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise config.ConfigError(
+        raise ConfigError(
             f"--plot {path}: matplotlib draws it and is not installed; install it with\n"
             "    pip install -e '.[bench]'"
         ) from None

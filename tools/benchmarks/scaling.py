@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from benchmarks import own_process, step
 from benchmarks.options import amount, counts
 from benchmarks.output import machine, write
-from fasttrain import config
+from fasttrain.arguments import positive
 
 EVAL_SPEED = 3  # over training's, because an evaluation has no backward pass
 RECIPE_BATCH, RECIPE_LR = 1024, 0.4
@@ -63,14 +63,14 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     part.set_defaults(batch=[1024, 4096], repeats=1)
     part.add_argument("--step-ms", type=step_times, metavar="IMAGES:MS,...")
     numbers = (
-        ("--per-node", config.positive, 8, "devices of a node"),
+        ("--per-node", positive, 8, "devices of a node"),
         ("--inside", amount, 0.0, "GB/s between them (default: measured here, with --latency)"),
         ("--between", amount, 12.5, "GB/s between nodes"),
         ("--latency", amount, 20.0, "microseconds of a message"),
         ("--input-rate", amount, None, "images/s of a node's input, as benchmark.py input tells"),
-        ("--images", config.positive, 1_281_167, "training images"),
-        ("--val-images", config.positive, 50_000, "validation images"),
-        ("--epochs", config.positive, 150, "of the run"),
+        ("--images", positive, 1_281_167, "training images"),
+        ("--val-images", positive, 50_000, "validation images"),
+        ("--epochs", positive, 150, "of the run"),
     )
     for name, kind, default, text in numbers:
         text += "" if default is None or name == "--inside" else " (default: %(default)s)"

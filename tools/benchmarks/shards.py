@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.options import NOT_INSTALLED
 from benchmarks.output import machine, paired_ratio, write
-from fasttrain import config, sharding, sources
+from fasttrain import sharding, sources
+from fasttrain.arguments import positive
+from fasttrain.faults import ConfigError
 from fasttrain.listing import Source
 from fasttrain.sharding import Policy
 
@@ -40,7 +42,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py shards`."""
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument(
-        "--repeats", type=config.positive, default=5, metavar="N", help="(default: %(default)s)"
+        "--repeats", type=positive, default=5, metavar="N", help="(default: %(default)s)"
     )
     part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
 
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     root = arguments.source
     if not root.is_dir():
-        raise config.ConfigError(f"{root} is no folder; name an ImageFolder")
+        raise ConfigError(f"{root} is no folder; name an ImageFolder")
     write(machine())
     files = [path for path in root.rglob("*") if path.is_file()]
     num_bytes = sum(len(path.read_bytes()) for path in files)  # loads them into the page cache

@@ -31,7 +31,7 @@ from benchmarks.options import (
 )
 from benchmarks.output import machine, medians, paired_ratio, write
 from benchmarks.own_process import Result
-from fasttrain import config
+from fasttrain.arguments import positive
 
 if typing.TYPE_CHECKING:  # it imports torch, which takes seconds
     from benchmarks.steps import StepJob
@@ -47,7 +47,6 @@ CPUS_TO_COMPILE = 3  # for each process that compiles: one traces, the others ma
 
 def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py step`, `loop` and `scaling`."""
-    positive = config.positive
     part.add_argument("--arch", choices=["large", "small"], default="large")
     part.add_argument("--width", type=amount, default=1.0, metavar="W", help="1 or 0.75 for timm")
     part.add_argument("--crop-px", type=positive, default=224, metavar="N")

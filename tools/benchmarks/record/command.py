@@ -23,7 +23,8 @@ from benchmarks.options import MODES, amount, check_modes, choose_device, counts
 from benchmarks.record import gpu_tests, images, machine, training, updates
 from benchmarks.record.journal import LEAST_S, Failed, Record, Run, Skip, say
 from benchmarks.record.updates import OTHERS, STAGE_S
-from fasttrain import config, runtime, shards
+from fasttrain import runtime, shards
+from fasttrain.arguments import positive
 from fasttrain.shards import Split
 
 # All modes: first eager, which the others are compared with, then those that are probably fastest.
@@ -83,7 +84,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
         ("--updates", None, "of train (default: 300; CPU: 24)"),
     )
     for name, number, text in numbers:
-        part.add_argument(name, type=config.positive, default=number, metavar="N", help=text)
+        part.add_argument(name, type=positive, default=number, metavar="N", help=text)
     part.add_argument("--batch", type=counts, metavar="N,...",
                       help="(default: 1024,128; CPU: 16)")  # fmt: skip
     part.add_argument("--width", type=amount, default=1.0, metavar="W")
