@@ -275,6 +275,16 @@ def test_what_contributors_must_touch_is_there() -> None:
         assert re.search(rf"\b{name}\b", (REPO / file).read_text()), (name, file)
 
 
+def test_what_tests_share_is_listed() -> None:
+    page = PAGES["tests/README.md"]
+    shared = {path.name for path in (REPO / "tests").glob("*.py")}
+    shared = {name for name in shared if not name.startswith("test_") and name != "conftest.py"}
+    assert {name for name in shared if f"`{name}`" not in page} == set()
+    text = (REPO / "tests" / "conftest.py").read_text()
+    fixtures = set(re.findall(r"@pytest\.fixture.*\ndef (\w+)", text))
+    assert {name for name in fixtures if f"`{name}`" not in page} == {"scratch"}
+
+
 def test_the_slowest_tests_exist() -> None:
     between = PAGES["tests/README.md"].partition("slowest: begin -->")[2]
     for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", between.partition("<!--")[0]):
