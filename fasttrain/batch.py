@@ -20,5 +20,14 @@ class Placement(NamedTuple):
     """Where batches are made and in which form."""
 
     device: torch.device
-    half: bool  # images as fp16 rather than fp32
+    half: bool  # images as fp16 rather than fp32: see half_images
     threads: int  # that decode on the CPU
+
+
+def half_images(on_gpu: bool, precision: str) -> bool:
+    """Whether images are fp16: on a GPU under automatic mixed precision.
+
+    Args:
+        precision: `train.precision` of the recipe.
+    """
+    return on_gpu and precision != "no"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fasttrain import config, files, matching, run_folder, weights
 from fasttrain.faults import Fault
-from fasttrain.optim import Learner, TrainState
+from fasttrain.learner import Learner, TrainState
 from fasttrain.weights import Weights
 
 FORMAT_VERSION = 1
@@ -139,7 +139,7 @@ def faults_of(folder: Path) -> list[str]:
     return sorted(faults)
 
 
-def choose(
+def choose_checkpoint(
     root: Path, resume: str, about: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
     """The checkpoint to go on from, as `checkpoint.resume` says; None at the beginning.

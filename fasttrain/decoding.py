@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasttrain import config, files, forecast, reading
+from fasttrain import config, files, launch, measured, reading
 from fasttrain.faults import Fault
 from fasttrain.shards import Split
 
@@ -76,7 +76,7 @@ class Trial:
         )
 
 
-def choose(
+def choose_decoder(
     split: Split,
     data: config.Data,
     job: Job,
@@ -119,7 +119,7 @@ def choose(
     return data.model_copy(update=chosen), why
 
 
-def agree(chosen: Sequence[str]) -> str:
+def surest(chosen: Sequence[str]) -> str:
     """The strategy for all processes of a run, of those that each of them chose: the surest."""
     return min(chosen, key=("cpu", "gpu_full", "gpu_window", "auto").index)
 
@@ -132,14 +132,14 @@ def _once_a_node(
         data.crop_px, data.interpolation, data.hw_decoder_load, data.jpeg_fancy_upsampling,
         data.augment, data.color_jitter, data.erase, data.queue_depth,
     )  # fmt: skip
-    key = forecast.key_of("decode", gpu, versions, split.digest, settings, job)
+    key = measured.key_of("decode", gpu, versions, split.digest, settings, job)
     lock = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}-{key}.lock"
     with files.locked(lock):
-        known = forecast.recall(key) if gpu else None
+        known = measured.recall(key) if gpu else None
         trials = {found["strategy"]: Trial(**found) for found in known or ()}
         tried = [trials.get(strategy) or attempt(strategy) for strategy in STRATEGIES]
         # What failed is tried again by the next run: its memory may have been another's.
-        forecast.remember(key, [asdict(trial) for trial in tried if not trial.fault])
+        measured.remember(key, [asdict(trial) for trial in tried if not trial.fault])
         return tried
 
 
@@ -157,12 +157,6 @@ def _versions() -> dict[str, str]:
     return {n: metadata.version(n) for n in sorted(names) if "dali" in n or "nvimgcodec" in n}
 
 
-def alone(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a launcher says of other processes."""
-    launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
-    return {key: value for key, value in environ.items() if not key.startswith(launchers)}
-
-
 def try_in_a_process(
     split: Split, data: config.Data, strategy: str, job: Job, environ: Mapping[str, str]
 ) -> Trial:
@@ -175,7 +169,7 @@ def try_in_a_process(
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
-            env=alone(environ),
+            env=launch.without_launcher(environ),
         )
     except subprocess.TimeoutExpired:
         return Trial(strategy, 0.0, 0.0, f"no answer in {TIMEOUT_S} s")

@@ -27,7 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fasttrain import config, flat
 from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
-from fasttrain.optim import Learner, WeightAverage, build_optimizer
+from fasttrain.learner import Learner
+from fasttrain.optim import WeightAverage, build_optimizer
 from fasttrain.schedule import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels

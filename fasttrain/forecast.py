@@ -1,8 +1,6 @@
 """What the input can deliver, what limits a run, and what would raise it. Needs no torch."""
 
 import contextlib
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import fasttrain
-from fasttrain import config, files
-from fasttrain.caches import cache_dir
+from fasttrain import config, measured
 from fasttrain.shards import Split
 
 STALLED = 0.03  # share of time waited for data from which on the input is called the limit
@@ -199,30 +195,9 @@ def available_bytes() -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-def key_of(*parts: Any) -> str:
-    """A short name for everything that a measurement depends on; fasttrain's version is added."""
-    text = json.dumps([fasttrain.__version__, *parts], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def recall(key: str) -> Any:
-    """What was remembered under `key`, or None."""
-    try:
-        return json.loads((cache_dir() / f"{key}.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def remember(key: str, value: Any) -> None:
-    """Keeps a measurement. Where nothing can be written, the next run measures again."""
-    with contextlib.suppress(OSError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        files.write_bytes(cache_dir() / f"{key}.json", json.dumps(value).encode())
-
-
 def recall_rate(key: str) -> Rate | None:
     """What `remember_rate` kept under `key`, unless it is too old."""
-    kept = recall(key)
+    kept = measured.recall(key)
     try:
         found = Rate(float(kept["images_per_s"]), float(kept["measured_at"]))
     except (TypeError, KeyError, ValueError):
@@ -232,10 +207,10 @@ def recall_rate(key: str) -> Rate | None:
 
 def remember_rate(key: str, images_per_s: float) -> None:
     """Keeps images/s of a measurement that ends now."""
-    remember(key, {"images_per_s": images_per_s, "measured_at": time.time()})
+    measured.remember(key, {"images_per_s": images_per_s, "measured_at": time.time()})
 
 
 def input_key(split: Split, data: config.Data, *more: Any) -> str:
     """Of the input's speed: shards, settings, machine."""
     settings = data.model_dump(mode="json", exclude={"root"})
-    return key_of("input", split.digest, settings, os.uname().nodename, *more)
+    return measured.key_of("input", split.digest, settings, os.uname().nodename, *more)

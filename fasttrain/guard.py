@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrain.optim import Learner
+from fasttrain.learner import Learner
 from fasttrain.schedule import Plan
 
 

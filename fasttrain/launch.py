@@ -82,6 +82,17 @@ def number_in(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+def on_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether the launch keeps Accelerate from using a GPU."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that belongs to no launch: without the launchers' variables."""
+    launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
+    return {key: value for key, value in environ.items() if not key.startswith(launchers)}
+
+
 def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
     """Removes from the environment what Accelerate must not read, and checks the rest.
 
@@ -149,9 +160,8 @@ def check_kind(environ: Mapping[str, str]) -> None:
             f"ACCELERATE_TORCH_DEVICE = {environ['ACCELERATE_TORCH_DEVICE']}: unset it; "
             "CUDA_VISIBLE_DEVICES chooses GPUs, and ACCELERATE_USE_CPU=1 the CPU"
         )
-    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
     tpu = "torch_xla" in sys.modules or environ.get("PJRT_DEVICE", "").upper() == "TPU"
-    if tpu and not on_cpu:
+    if tpu and not on_cpu(environ):
         raise LaunchError(
             "the launch asks for a TPU, which fasttrain does not train on: launch without --tpu "
             "and PJRT_DEVICE on a machine with NVIDIA GPUs, or set ACCELERATE_USE_CPU=1"
@@ -179,8 +189,8 @@ def check_processes(environ: Mapping[str, str]) -> None:
             f"{', '.join(missing)}: start processes with accelerate launch, or unset LOCAL_RANK "
             "for one process"
         )
-    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE  # where RANK is enough
-    if size != 1 and not on_cpu and not environ.get("LOCAL_RANK"):
+    # With ACCELERATE_USE_CPU, Accelerate needs no LOCAL_RANK.
+    if size != 1 and not on_cpu(environ) and not environ.get("LOCAL_RANK"):
         raise LaunchError(
             f"WORLD_SIZE = {size} and MASTER_ADDR in the environment, but no LOCAL_RANK, as in a "
             "pod of Kubernetes: each process would train alone; start the processes of each "

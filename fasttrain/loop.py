@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, runtime, sampling, schedule
+from fasttrain import checkpoint, config, determinism, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator, Updater
@@ -156,9 +156,9 @@ class Trainer:
             images, labels = batch.images, batch.labels
             group = micro * plan.world_size + rank  # the part of the global batch
             if self.inputs.mix:
-                runtime.seed_torch(plan.seed, Stream.MIX, step, group)
+                determinism.seed_torch(plan.seed, Stream.MIX, step, group)
                 images, labels = self.inputs.mix(images, labels)
-            runtime.seed_torch(plan.seed, Stream.TORCH, step, group)  # dropout
+            determinism.seed_torch(plan.seed, Stream.TORCH, step, group)  # dropout
             self.updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
         if self.outputs.samples:
             self.outputs.samples.write(_sample_record(draws, step))

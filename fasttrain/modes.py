@@ -17,10 +17,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain import config, execution, forecast, runtime, schedule
+from fasttrain import config, determinism, execution, measured, runtime, schedule
+from fasttrain.batch import half_images
 from fasttrain.execution import Batch, Updater
 from fasttrain.faults import Fault
-from fasttrain.optim import Learner
+from fasttrain.learner import Learner
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 
@@ -54,7 +55,7 @@ class Setup:
 
     def images(self, size: int, px: int) -> Tensor:
         """Made-up images `(size, 3, px, px)`, of the type and layout of the loader's."""
-        half = not self.on_cpu and self.recipe.train.precision != "no"
+        half = half_images(not self.on_cpu, self.recipe.train.precision)
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(0)
         images = torch.randn(size, 3, px, px, generator=generator, device=device)
@@ -90,7 +91,9 @@ class Trial:
 # --------------------------------------------------------------------------------------------------
 
 
-def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tuple[str, str]:
+def choose_execution(
+    setup: Setup, before: str | None, say: Callable[[str], object]
+) -> tuple[str, str]:
     """The mode to use, and one sentence on why; the same in all processes.
 
     What was measured without a fault is remembered for later runs on such a machine.
@@ -122,7 +125,7 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
     if train.deterministic:
         return "eager", "execution: eager, as a choice by speed may differ from run to run"
     key = _key(setup)
-    remembered = broadcast_object_list([forecast.recall(key)])[0]
+    remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
         return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
     notice = (
@@ -150,7 +153,7 @@ def choose(setup: Setup, before: str | None, say: Callable[[str], object]) -> tu
     best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
     why = f"{best.mode} ({'; '.join(map(str, trials))})"
     if setup.accelerator.is_main_process and not any(trial.fault for trial in trials):
-        forecast.remember(key, {"mode": best.mode, "why": why})
+        measured.remember(key, {"mode": best.mode, "why": why})
     return best.mode, f"execution: {why}"
 
 
@@ -170,7 +173,7 @@ def _key(setup: Setup) -> str:
     """Of all that decides which mode is the fastest."""
     device = setup.accelerator.device
     recipe, plan = setup.recipe, setup.plan
-    return forecast.key_of(
+    return measured.key_of(
         "execution", runtime.device_name(device), torch.__version__, torch.version.cuda,
         recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
         bool(recipe.optim.ema_decay), recipe.data.crop_px, setup.num_classes,
@@ -280,7 +283,7 @@ def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float
     def updates(number: int) -> float:
         begun = time.perf_counter()
         for _ in range(number):
-            runtime.seed_torch(0, Stream.TORCH, updater.learner.state.step)
+            determinism.seed_torch(0, Stream.TORCH, updater.learner.state.step)
             updater.micro(*batch, is_last=True)
             updater.update(lr)
         updater.guard.loss_sum.item()  # waits for the device

@@ -1,7 +1,6 @@
-"""Parameter groups, the optimizer, the moving average of the weights, and all that is trained."""
+"""Parameter groups, the optimizer, and the moving average of the weights."""
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,27 +69,3 @@ class WeightAverage:
     def update(self, flat: Flat, weight: Tensor) -> None:
         """Takes in the weights and statistics of the network by their part `weight`, 0-d there."""
         self.flat.averaged.lerp_(flat.averaged, weight)
-
-
-@dataclass(slots=True)
-class TrainState:
-    """The counters of a run; `step` is the whole state of its data."""
-
-    step: int = 0  # updates done, or skipped
-    skipped_steps: int = 0  # as their loss or gradient was not finite
-    loss_sum: float = 0.0  # over the images since the last train line
-    loss_images: int = 0
-    last_eval: dict[str, Any] = field(default_factory=dict)  # the record of the last evaluation
-
-
-@dataclass(slots=True)
-class Learner:
-    """All that training changes, and so all that a checkpoint holds."""
-
-    model: nn.Module  # as prepared by Accelerate
-    module: nn.Module  # the network itself
-    flat: Flat  # of the network
-    optimizer: torch.optim.Optimizer
-    ema: WeightAverage | None
-    scaler: torch.amp.GradScaler | None
-    state: TrainState = field(default_factory=TrainState)

@@ -1,15 +1,13 @@
-"""The process: threads, seeds, limits, and a record of the environment."""
+"""The process: threads, limits, and a record of the environment."""
 
 import contextlib
 import ctypes
 import faulthandler
-import hashlib
 import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
@@ -26,8 +24,8 @@ from accelerate.utils import (
 )
 
 import fasttrain
-from fasttrain import caches, config, launch, reading, rng, stopping
-from fasttrain.launch import TRUE, LaunchError
+from fasttrain import caches, config, determinism, launch, reading, rng, stopping
+from fasttrain.launch import LaunchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ def accelerator_for(
 def start(
     accelerator: Accelerator, train: config.Train, data: config.Data, environ: Mapping[str, str]
 ) -> Process:
-    """Settles threads, seeds and limits of this process.
+    """Sets threads, kernels, seeds and limits of this process.
 
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
@@ -98,8 +96,8 @@ def start(
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
     cpu_threads = train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
-    choose_kernels(train.deterministic)
-    seed_torch(train.seed, rng.Stream.INIT)
+    determinism.choose_kernels(train.deterministic)
+    determinism.seed_torch(train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":
         keep_memory()
@@ -151,17 +149,6 @@ def cpus_in(text: str) -> set[int]:
     return {cpu for a, _, b in ranges for cpu in range(int(a), int(b or a) + 1)}
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """The fastest of torch's kernels, or the fastest of those that repeat bit for bit."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 def cpu_share(environ: Mapping[str, str]) -> int:
     """CPUs for this process: those that the launcher or SLURM bound it to, SLURM was asked for, and
     the container's quota allows, shared with the other processes here."""
@@ -179,64 +166,6 @@ def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:
     return data.threads or cpu_share(environ)
 
 
-def has_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether Accelerate will find a GPU; asks without touching one."""
-    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
-    return not on_cpu and torch.cuda.device_count() > 0
-
-
-def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
-    """Whether this machine can train as the recipe asks, in so many processes; touches no GPU.
-
-    Raises:
-        LaunchError: it cannot.
-    """
-    train, decode = recipe.train, recipe.data.decode
-    if has_gpu(environ):
-        processes, gpus = (
-            launch.number_in(environ, "LOCAL_WORLD_SIZE", 1),
-            torch.cuda.device_count(),
-        )
-        if processes > gpus:
-            raise LaunchError(
-                f"{processes} processes were launched here, but there are {gpus} GPUs: launch one "
-                "process per GPU with --num_processes, or see CUDA_VISIBLE_DEVICES"
-            )
-        if train.deterministic and decode.startswith("gpu"):
-            raise LaunchError(
-                "[train] deterministic = true: decoding on a GPU is not known to repeat; use "
-                f"[data] decode = cpu or auto instead of {decode}"
-            )
-        return
-    if train.precision == "fp16":
-        raise LaunchError("[train] precision = fp16: needs a GPU; use bf16 or no")
-    if "graph" in train.execution:
-        raise LaunchError(f"[train] execution = {train.execution}: needs a GPU; use auto")
-
-
-def idle_gpus(environ: Mapping[str, str]) -> list[str]:
-    """A remark where one process was started on a machine with several GPUs."""
-    gpus = torch.cuda.device_count()
-    if not has_gpu(environ) or gpus < 2 or launch.number_in(environ, "WORLD_SIZE", 1) > 1:
-        return []
-    return [
-        f"1 of {gpus} GPUs is used; accelerate launch --multi_gpu --num_processes {gpus} "
-        "fasttrain/train.py uses all of them"
-    ]
-
-
-def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
-    """Seeds torch's generators from counters, so that nothing depends on what was drawn before.
-
-    Those of the CPU and of this process's GPU. `torch.manual_seed` would seed those of all devices
-    there are, and takes 0.2 to 0.8 ms, as it formats a traceback for each kind that is not in use.
-    """
-    number = int(rng.hash64(seed, stream, *counters)[0]) >> 1
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
-
-
 def keep_memory() -> None:
     """Keeps freed memory for the next step, where the C library would return it to the kernel.
 
@@ -248,58 +177,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-CLOCK_S = 60.0  # by which the clocks of two machines may differ
-
-
-def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:
-    """What `check_alike` compares over all processes; call it in all at the same time."""
-    own = config.may_vary(per_machine=True)
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    gpu = process.device.type == "cuda"
-    return {
-        "place": f"rank {process.rank} on {platform.node()}",
-        "gpu": str(torch.cuda.get_device_properties(process.device).uuid) if gpu else None,
-        "clock": time.time(),
-        "fasttrain's code": code.hexdigest()[:12],
-        "torch": torch.__version__,
-        "the data set": [digest[:12] for digest in digests],
-        **{
-            f"{section}.{key}": value
-            for section, table in recipe.model_dump(mode="json").items()
-            for key, value in table.items()
-            if f"{section}.{key}" not in own
-        },
-    }
-
-
-def check_alike(found: Sequence[Mapping[str, Any]]) -> None:
-    """Whether processes belong to one run, given the `facts` of each.
-
-    Raises:
-        LaunchError: they have other code, data or settings, share a GPU, or their clocks differ.
-    """
-    first, faults, gpus = found[0], [], dict[str, str]()
-    for other in found[1:]:
-        where = f"{other['place']}, but {first['place']}"
-        faults += [
-            f"{name}: {other[name]} for {where}: {value}"
-            for name, value in first.items()
-            if name not in ("place", "gpu", "clock") and other[name] != value
-        ]
-        if abs(other["clock"] - first["clock"]) > CLOCK_S:
-            ahead = other["clock"] - first["clock"]
-            faults.append(
-                f"the clock of {other['place']} is {ahead:+.0f} s from the first's: set it"
-            )
-    for each in found:
-        if each["gpu"] and (holder := gpus.setdefault(each["gpu"], each["place"])) != each["place"]:
-            faults.append(f"{each['place']} has the GPU of {holder}: launch one process per GPU")
-    if faults:
-        raise LaunchError("\n  ".join(["these processes do not fit together:", *faults]))
 
 
 def environment(process: Process) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fasttrain import (
     forecast,
     launch,
     matching,
+    measured,
     reading,
     run_folder,
     sampling,
@@ -38,8 +39,8 @@ from fasttrain.shards import Split
 if TYPE_CHECKING:
     from fasttrain import runtime, weights
     from fasttrain.batch import Placement
+    from fasttrain.learner import Learner
     from fasttrain.model import MobileNetV3
-    from fasttrain.optim import Learner
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,9 +89,11 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
 
     from fasttrain import (
+        alike,
         checkpoint,
         decoding,
         display,
+        gpus,
         heartbeat,
         loaders,
         loop,
@@ -98,34 +101,34 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         runtime,
         stopping,
     )  # fmt: skip
-    from fasttrain.batch import Batch, Placement
+    from fasttrain.batch import Batch, Placement, half_images
     from fasttrain.mixing import build_mix
     from fasttrain.model import build_model
     from fasttrain.order import TrainingOrder
 
-    runtime.check_launch(recipe, os.environ)
-    _say(*runtime.idle_gpus(os.environ))
+    gpus.check_launch(recipe, os.environ)
+    _say(*gpus.idle_gpus(os.environ))
     num_classes = len(train_set.classes)
     start = _weights_to_start_from(recipe, num_classes)
     if recipe.train.deterministic and recipe.data.decode == "auto":
         repeats = recipe.data.model_copy(update={"decode": "cpu"})
         recipe = recipe.model_copy(update={"data": repeats})
     # Before anything touches the GPU, as it tries decoders that may crash.
-    gpu, threads = runtime.has_gpu(os.environ), runtime.data_threads(recipe.data, os.environ)
-    half = gpu and recipe.train.precision != "no"
+    gpu, threads = gpus.has_gpu(os.environ), runtime.data_threads(recipe.data, os.environ)
+    half = half_images(gpu, recipe.train.precision)
     job = decoding.Job(gpu, threads, plan.micro_batch_size, half)
-    input_settings, why_decode = decoding.choose(train_set, recipe.data, job, os.environ)
+    input_settings, why_decode = decoding.choose_decoder(train_set, recipe.data, job, os.environ)
     # Longer than the heartbeat's, which names the process at fault.
     timeout = timedelta(seconds=heartbeat.START_S + recipe.train.hang_timeout_s)
     accelerator = runtime.accelerator_for(recipe.train.precision, timeout)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     accelerator.wait_for_everyone()  # as clocks are compared
     digests = train_set.digest, val_set.digest
-    facts = runtime.facts(process, recipe, digests)
+    facts = alike.facts(process, recipe, digests)
     if start:  # the files may differ, as may their paths
         facts["model.weights"] = start.digest()
-    runtime.check_alike(gather_object([facts]))
-    decode = decoding.agree(gather_object([input_settings.decode]))
+    alike.check(gather_object([facts]))
+    decode = decoding.surest(gather_object([input_settings.decode]))
     if decode != input_settings.decode:
         why_decode += f"; but {decode} for all, as that is what works everywhere"
         input_settings = input_settings.model_copy(update={"decode": decode})
@@ -160,7 +163,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
     }
     newest, before = None, None
     if accelerator.is_main_process:
-        newest = checkpoint.choose(root, recipe.checkpoint.resume, about, view.say)
+        newest = checkpoint.choose_checkpoint(root, recipe.checkpoint.resume, about, view.say)
         if newest:
             before = checkpoint.read_state(newest).execution.get(kind)
         run_folder.begin(recipe, runtime.environment(process))
@@ -183,7 +186,7 @@ def train(recipe: Recipe, plan: Plan, train_set: Split, val_set: Split) -> None:
         view.say(started_from)
     view.say(why_decode)
     setup = modes.Setup(accelerator, module, recipe, plan, num_classes)
-    mode, why_mode = modes.choose(setup, before, view.say)
+    mode, why_mode = modes.choose_execution(setup, before, view.say)
     view.say(why_mode)
 
     def restore(learner: "Learner") -> None:
@@ -322,7 +325,7 @@ def _forecast(
     machine = (process.world_size, str(process.device), process.data_threads, process.cpu_threads)
     keys = {
         "input": forecast.input_key(train_set, settings, *machine),
-        "step": forecast.key_of(
+        "step": measured.key_of(
             "updates", recipe.model, recipe.optim, recipe.train, settings.crop_px,
             plan.micro_batch_size, os.uname().nodename, *machine,
         ),

@@ -20,8 +20,9 @@ from fasttrain import checkpoint
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import Optim
 from fasttrain.flat import flatten
+from fasttrain.learner import Learner, TrainState
 from fasttrain.model import mobilenetv3_small
-from fasttrain.optim import Learner, TrainState, WeightAverage, build_optimizer
+from fasttrain.optim import WeightAverage, build_optimizer
 
 ABOUT: dict[str, Any] = {
     "data": {"train": "1", "val": "2"},
@@ -217,14 +218,16 @@ def test_other_data_and_threads(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     other = ABOUT | {"data": {"train": "1", "val": "3"}}
     with pytest.raises(CheckpointError, match="the val index at shards is not the one it saw"):
-        checkpoint.choose(tmp_path, "auto", other, quiet)
+        checkpoint.choose_checkpoint(tmp_path, "auto", other, quiet)
     changed = ABOUT | {"recipe": {"train": {"seed": 1, "global_batch_size": 512}}}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.choose(tmp_path, str(folder), changed, quiet)
+        checkpoint.choose_checkpoint(tmp_path, str(folder), changed, quiet)
     assert "train.global_batch_size: 1024 -> 512\n  train.seed: 0 -> 1" in str(error.value)
     assert "--set checkpoint.resume=force" in str(error.value)
     warnings: list[str] = []
-    assert checkpoint.choose(tmp_path, "force", other | changed, warnings.append) == folder
+    assert (
+        checkpoint.choose_checkpoint(tmp_path, "force", other | changed, warnings.append) == folder
+    )
     assert "was made otherwise" in warnings.pop() and not warnings
     checkpoint.restore(folder, learner(), ABOUT | {"cpu_threads": 4}, warnings.append)
     assert "saved with 1 CPU threads, going on with 4" in warnings[0]
@@ -236,14 +239,16 @@ def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     for names, resume in ((["a", "b", "c"], "force"), (["a", "c"], "auto")):
         with pytest.raises(CheckpointError) as error:
-            checkpoint.choose(tmp_path, resume, ABOUT | {"classes": names}, quiet)
+            checkpoint.choose_checkpoint(tmp_path, resume, ABOUT | {"classes": names}, quiet)
         assert f"its classes are others: 2 classes there, {len(names)} here" in str(error.value)
         assert f"checkpoint.resume=auto --set model.weights={folder}" in str(error.value)
         # A last layer of another size is none to go on with; other names may be.
         assert ("checkpoint.resume=force" in str(error.value)) == (len(names) == 2)
     assert "class 1 is b there and c here" in str(error.value)
     warned: list[str] = []
-    assert checkpoint.choose(tmp_path, "force", ABOUT | {"classes": ["a", "c"]}, warned.append)
+    assert checkpoint.choose_checkpoint(
+        tmp_path, "force", ABOUT | {"classes": ["a", "c"]}, warned.append
+    )
     assert "its classes are others" in warned[0]
 
 

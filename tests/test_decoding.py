@@ -25,7 +25,9 @@ def choose(
     split: Split, gpu: bool, trials: dict[str, Trial], **settings: Any
 ) -> tuple[str, float | str, str]:
     given = config.Data.model_validate({"root": split.root, **settings})
-    chosen, why = decoding.choose(split, given, JOB._replace(gpu=gpu), {}, trials.__getitem__)
+    chosen, why = decoding.choose_decoder(
+        split, given, JOB._replace(gpu=gpu), {}, trials.__getitem__
+    )
     return chosen.decode, chosen.hw_decoder_load, why
 
 
@@ -66,12 +68,12 @@ def test_what_failed_is_tried_again(split: Split, monkeypatch: pytest.MonkeyPatc
     assert choose(split, True, {}, crop_px=48)[0] == "gpu_window"  # all are known
     with pytest.raises(KeyError):  # in another precision, nothing is
         job = JOB._replace(half=False)
-        decoding.choose(split, config.Data(crop_px=48), job, {}, {}.__getitem__)
+        decoding.choose_decoder(split, config.Data(crop_px=48), job, {}, {}.__getitem__)
 
 
 def test_processes_agree_on_the_surest() -> None:
-    assert decoding.agree(["gpu_window", "gpu_full"]) == "gpu_full"
-    assert decoding.agree(["gpu_full", "cpu", "gpu_window"]) == "cpu"
+    assert decoding.surest(["gpu_window", "gpu_full"]) == "gpu_full"
+    assert decoding.surest(["gpu_full", "cpu", "gpu_window"]) == "cpu"
 
 
 def test_one_ruined_image_is_seen() -> None:

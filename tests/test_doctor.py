@@ -235,8 +235,8 @@ def test_cuda_of_driver_and_packages() -> None:
     built = {"torch": "13.0", "DALI": "13"}
     assert probes.cuda_faults(built, "13.1") == []
     assert [fault.split()[0] for fault in probes.cuda_faults(built, "12.8")] == ["torch", "DALI"]
-    assert probes.agree("13.0", "13") is True and probes.agree("12.8", "13") is False
-    assert str(probes.agree("none", "13")).startswith("unknown")
+    assert probes.same_cuda("13.0", "13") is True and probes.same_cuda("12.8", "13") is False
+    assert str(probes.same_cuda("none", "13")).startswith("unknown")
 
 
 def test_gpus_that_torch_does_not_see(
@@ -296,7 +296,7 @@ def test_reading_one_tar(folder: Path, tmp_path: Path) -> None:
 
 def test_the_gpu_of_a_process_alone() -> None:
     def gpu(**environ: str) -> str:
-        kept = probes.alone({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
+        kept = probes.on_own_gpu({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
         assert kept.keys() == {"HOME", "CUDA_VISIBLE_DEVICES"}
         return kept["CUDA_VISIBLE_DEVICES"]
 

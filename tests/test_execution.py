@@ -16,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fasttrain import caches, config, execution, graphs, runtime
+from fasttrain import caches, config, determinism, execution, graphs
 from fasttrain.config import Data, Optim, Recipe, Train
 from fasttrain.execution import Graphed
+from fasttrain.learner import Learner
 from fasttrain.model import mobilenetv3_large, mobilenetv3_small
-from fasttrain.optim import Learner
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan, make_plan
 
@@ -78,7 +78,7 @@ def carry_out(
     losses, given = [], iter(batches)
     for step in range(len(batches) // plan.accumulation):
         for micro in range(plan.accumulation):
-            runtime.seed_torch(0, Stream.TORCH, step, micro)
+            determinism.seed_torch(0, Stream.TORCH, step, micro)
             images, labels = (t.to(accelerator.device) for t in next(given))
             updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
         updater.update(0.02 + 0.001 * step)
@@ -149,7 +149,7 @@ def going_on(first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Bat
     updater = execution.build(mode, accelerator, second, plan, recipe.train)
     for number in range(first.state.step * plan.accumulation, len(batches)):
         step, micro = divmod(number, plan.accumulation)
-        runtime.seed_torch(0, Stream.TORCH, step, micro)
+        determinism.seed_torch(0, Stream.TORCH, step, micro)
         updater.micro(*batches[number], is_last=micro + 1 == plan.accumulation)
         if micro + 1 == plan.accumulation:
             updater.update(0.02 + 0.001 * step)
@@ -423,7 +423,7 @@ def test_on_a_gpu_mixed_precision_evaluations_and_a_restart(mode: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(learner.flat, before, strict=True))
         found: list[Any] = []
         for step, (given, labels) in enumerate(batches * 2):
-            runtime.seed_torch(0, Stream.TORCH, step)
+            determinism.seed_torch(0, Stream.TORCH, step)
             updater.micro(given.to(device), labels.to(device), is_last=True)
             updater.update(0.02)
             found.append(float(updater.guard.loss_sum))
@@ -470,11 +470,11 @@ def test_on_a_gpu_a_capture_that_fails_leaves_no_trace() -> None:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert not weights.any()
         torch.cuda.empty_cache()
-    runtime.seed_torch(0, Stream.TORCH, 1)
+    determinism.seed_torch(0, Stream.TORCH, 1)
     expected = torch.rand(3, device=device)
     for _ in range(2):
         weights.zero_()
-        runtime.seed_torch(0, Stream.TORCH, 1)
+        determinism.seed_torch(0, Stream.TORCH, 1)
         recorder("good", lambda: weights.add_(torch.rand(3, device=device)))
         torch.testing.assert_close(weights, expected)
 

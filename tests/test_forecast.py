@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fasttrain import forecast, shards
+from fasttrain import forecast, measured, shards
 from fasttrain.forecast import Forecast, Rate, Stages
 
 ADVICE = {"decode": "more cores", "storage": "another disk"}
@@ -82,8 +82,8 @@ def test_a_remembered_rate_has_an_age_and_ends(
     forecast.remember_rate("a", 12.5)
     found = forecast.recall_rate("a")
     assert found and found.images_per_s == 12.5 and found.when().endswith("a minute ago")
-    forecast.remember("old", {"images_per_s": 1, "measured_at": time.time() - 31 * 86_400})
-    forecast.remember("other", 60.0)  # as an earlier version kept it
+    measured.remember("old", {"images_per_s": 1, "measured_at": time.time() - 31 * 86_400})
+    measured.remember("other", 60.0)  # as an earlier version kept it
     assert forecast.recall_rate("old") is forecast.recall_rate("other") is None
 
 
@@ -91,14 +91,14 @@ def test_what_was_measured_is_kept_and_a_place_that_is_not_writable_is_no_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    key = forecast.key_of("a", 1, Path("b"))
-    assert forecast.recall(key) is None
-    forecast.remember(key, [1, "x"])
-    assert forecast.recall(key) == [1, "x"]
+    key = measured.key_of("a", 1, Path("b"))
+    assert measured.recall(key) is None
+    measured.remember(key, [1, "x"])
+    assert measured.recall(key) == [1, "x"]
     with monkeypatch.context() as lost:
-        lost.setattr(forecast, "cache_dir", lambda: Path("/proc/nowhere"))
-        forecast.remember(key, 2)
-        assert forecast.recall(key) is None
+        lost.setattr(measured, "cache_dir", lambda: Path("/proc/nowhere"))
+        measured.remember(key, 2)
+        assert measured.recall(key) is None
 
 
 def test_advice_fits_the_shards(dataset: Path) -> None:

@@ -15,8 +15,9 @@ from fasttrain.config import Optim, Recipe, Train
 from fasttrain.execution import Graphed, Updater
 from fasttrain.flat import flatten
 from fasttrain.guard import Guard
+from fasttrain.learner import Learner
 from fasttrain.model import mobilenetv3_small
-from fasttrain.optim import Learner, build_optimizer
+from fasttrain.optim import build_optimizer
 from fasttrain.schedule import Plan, make_plan
 
 

@@ -18,12 +18,15 @@ ROWS = (
     {"checkpoint", "execution"},
     {"guard", "weights"},
     {"loaders"},
-    {"display", "graphs", "makers", "metrics", "mixing", "optim", "runtime"},
+    {"alike", "learner"},
+    {"display", "graphs", "makers", "metrics", "mixing", "runtime"},
+    {"determinism", "gpus", "optim"},
     {"feed", "gather", "pipeline", "resize_gpu"},
     {"batch", "order"},
     {"flat", "heartbeat", "lane", "model", "reading", "resize", "stopping"},
     {"augment", "depthwise", "run_folder", "staging"},
     {"forecast"},
+    {"measured"},
     {"sampling"},
     {"sharding"},
     {"sources"},
@@ -40,8 +43,8 @@ ROWS = (
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
-TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "files", "order"}
-TORCH_FREE |= {"arguments", "faults"}
+TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
+TORCH_FREE |= {"arguments", "faults", "files", "measured"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -17,10 +17,10 @@ from fasttrain.batch import Batch
 from fasttrain.config import Checkpoint, Log, Optim, Recipe, Train
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Evaluator
+from fasttrain.learner import Learner
 from fasttrain.loop import Inputs, Outputs, Trainer
 from fasttrain.mixing import Mix, build_mix
 from fasttrain.model import mobilenetv3_small
-from fasttrain.optim import Learner
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan, lr_at, make_plan
 

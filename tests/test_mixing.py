@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttrain import runtime
+from fasttrain import determinism
 from fasttrain.config import Train
 from fasttrain.mixing import build_mix
 from fasttrain.rng import Stream
@@ -26,7 +26,7 @@ def mixed(
     labels = torch.arange(4)
     mix = build_mix(Train(**alphas), 6)
     assert mix
-    runtime.seed_torch(seed, Stream.MIX, step, place)
+    determinism.seed_torch(seed, Stream.MIX, step, place)
     result = mix(images, labels)
     assert torch.equal(images[:, 0, 0, 0].float(), labels.float())  # left as they were
     return result

@@ -43,7 +43,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         recipe = recipe_for(**{"precision": "bf16"} | train)
         setup = modes.Setup(Device(kind), nn.Identity(), recipe, plan_for(recipe), 4)  # type: ignore[arg-type]
-        mode, why = modes.choose(setup, before, lambda text: None)
+        mode, why = modes.choose_execution(setup, before, lambda text: None)
         return mode, why, tried
 
     return choose
@@ -242,11 +242,11 @@ def test_on_a_gpu_every_mode_can_be_tried(
     held = torch.cuda.memory_allocated()
     scale = accelerator.scaler.get_scale() if accelerator.scaler else None
     said: list[str] = []
-    mode, why = modes.choose(setup, None, said.append)
+    mode, why = modes.choose_execution(setup, None, said.append)
     assert "failed" not in why and "another loss" not in why, why
     assert torch.cuda.memory_allocated() <= held + 2**20
     assert scale == (accelerator.scaler.get_scale() if accelerator.scaler else None)
-    assert modes.choose(setup, None, said.append)[0] == mode
+    assert modes.choose_execution(setup, None, said.append)[0] == mode
     assert all("take minutes" in text for text in said)
     _, _, updater = modes.start(mode, setup, lambda learner: None, said.append)
     updater.micro(*setup.batch(8, 32), is_last=True)

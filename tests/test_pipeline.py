@@ -222,6 +222,8 @@ def test_on_a_gpu_a_decoder_is_chosen(split: Split, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding, "MEASURED_S", 0.3)
     job = decoding.Job(gpu=True, threads=4, batch_size=16, half=True)
     environ = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-    chosen, why = decoding.choose(split, config.Data(root=split.root, crop_px=64), job, environ)
+    chosen, why = decoding.choose_decoder(
+        split, config.Data(root=split.root, crop_px=64), job, environ
+    )
     print(why)
     assert chosen.decode in decoding.STRATEGIES

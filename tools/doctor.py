@@ -33,10 +33,12 @@ import probes
 from probes import Facts
 
 from fasttrain import (
+    alike,
     caches,
     config,
     decoding,
     forecast,
+    gpus,
     launch,
     reading,
     run_folder,
@@ -44,6 +46,7 @@ from fasttrain import (
     staging,
     train,
 )
+from fasttrain.batch import half_images
 from fasttrain.faults import ConfigError, Fault, stop
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
@@ -123,15 +126,14 @@ class Doctor:
     def examine(self) -> None:
         """All processes do all of this, as they wait for each other."""
         self.look(self.launch)
-        from fasttrain import runtime
 
         reading.raise_file_limit()
-        self.num_gpus = probes.torch_gpus() if runtime.has_gpu(self.environ) else 0
+        self.num_gpus = probes.torch_gpus() if gpus.has_gpu(self.environ) else 0
         for probe in (self.versions, self.gpus, self.network):
             self.look(probe)
         with self.told():
             self.world = world_of(self.environ, self.num_gpus)
-            runtime.check_launch(self.recipe, self.environ)
+            gpus.check_launch(self.recipe, self.environ)
         for probe in (self.cpus, self.memory, self.data):
             self.look(probe)
         with self.told():
@@ -242,7 +244,7 @@ class Doctor:
             **{name: attempt(metadata.version, name) for name in names},
             "driver": drivers[0] if drivers else None,
             "cuda": {**built, "driver": newest[1] if newest else None},
-            "torch_and_dali_agree": probes.agree(*built.values()),
+            "torch_and_dali_agree": probes.same_cuda(*built.values()),
         }
 
     def gpus(self) -> Facts:
@@ -250,7 +252,7 @@ class Doctor:
         # Such as "0, NVIDIA H100, 81559 MiB".
         found = probes.smi(query, "--format=csv,noheader").splitlines()
         seen, visible = probes.torch_gpus(), self.environ.get("CUDA_VISIBLE_DEVICES")
-        on_cpu = self.environ.get("ACCELERATE_USE_CPU", "").lower() in launch.TRUE
+        on_cpu = launch.on_cpu(self.environ)
         if found and not seen and not on_cpu and visible not in ("", "-1", "NoDevFiles"):
             self.fault(
                 f"torch finds none of the {len(found)} GPUs and would train on the CPU: install a "
@@ -359,11 +361,13 @@ class Doctor:
         with self.told(unknown):
             for split in self.splits[:1]:
                 gpu = self.num_gpus > 0
-                half = gpu and self.recipe.train.precision != "no"
+                half = half_images(gpu, self.recipe.train.precision)
                 train = self.recipe.train
                 micro = train.micro_batch_size or max(1, train.global_batch_size // self.world.size)
                 job = decoding.Job(gpu, self.threads, micro, half)
-                self.chosen, self.why_decode = decoding.choose(split, settings, job, self.environ)
+                self.chosen, self.why_decode = decoding.choose_decoder(
+                    split, settings, job, self.environ
+                )
                 self.decode = self.chosen.decode
 
     def precision(self) -> Facts:
@@ -399,7 +403,7 @@ class Doctor:
             threads=1,
             seconds=0.5,
         )
-        facts = attempt(probes.run_step, job.model_dump_json(), probes.alone(self.environ))
+        facts = attempt(probes.run_step, job.model_dump_json(), probes.on_own_gpu(self.environ))
         if isinstance(facts, str):
             return {"step": facts}
         if message := facts.get("failed"):
@@ -444,7 +448,7 @@ class Doctor:
 
     def input(self) -> Facts:
         """What the input delivers, what the step asks for, and whether that is enough."""
-        self.decode = decoding.agree(self.gather(self.decode))
+        self.decode = decoding.surest(self.gather(self.decode))
         rates = self.gather(attempt(self.measure))
         facts: Facts = {"decode": self.decode, "why": self.why_decode.removeprefix("decode: ")}
         known = [rate for rate in rates if isinstance(rate, float)]
@@ -480,7 +484,7 @@ class Doctor:
             some = config.Train(global_batch_size=min(64, train_set.num_samples))
             plan, rank = schedule.make_plan(some, config.Optim(), train_set.num_samples, 1), 0
         device = self.process.device if self.process else torch.device("cpu")
-        half = device.type == "cuda" and self.recipe.train.precision != "no"
+        half = half_images(device.type == "cuda", self.recipe.train.precision)
         settings = self.chosen.model_copy(update={"decode": self.decode})
         place = Placement(device, half, self.threads)
         return loaders.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)[0]
@@ -534,9 +538,9 @@ class Doctor:
         about |= {name: speeds[name] for name in of_all if name in speeds}
         facts["processes"] = self.gather(about)
         digests = [split.digest for split in self.splits]
-        found = self.gather(runtime.facts(process, self.recipe, digests))
+        found = self.gather(alike.facts(process, self.recipe, digests))
         with self.told():
-            runtime.check_alike(found)
+            alike.check(found)
         classes = len(self.splits[0].classes) if self.splits else 1000
         exchange = attempt(time_exchange, self.recipe, classes, process.device)
         return facts | (exchange if isinstance(exchange, dict) else {"all_reduce": exchange})

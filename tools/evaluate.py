@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fasttrain import config, display, launch, shards
+from fasttrain import config, display, gpus, launch, shards
 from fasttrain.arguments import positive
+from fasttrain.batch import half_images
 from fasttrain.faults import ConfigError, Fault, stop
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     from fasttrain.execution import Evaluator
 
     model, recipe, told = network
-    gpu = runtime.has_gpu(os.environ)
+    gpu = gpus.has_gpu(os.environ)
     precision = arguments.precision or recipe.train.precision
     if precision == "fp16" and not gpu:
         if arguments.precision:
@@ -102,9 +103,9 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     # Whatever the run decoded with: this may be another machine.
     settings = recipe.data.model_copy(update={"decode": "auto"})
     threads = runtime.data_threads(settings, os.environ)
-    half = gpu and precision != "no"
+    half = half_images(gpu, precision)
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
-    settings, _ = decoding.choose(split, settings, job, os.environ)
+    settings, _ = decoding.choose_decoder(split, settings, job, os.environ)
     accelerator = runtime.accelerator_for(precision)
     process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
     model.to(process.device).to(memory_format=torch.channels_last).eval()

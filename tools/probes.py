@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain import config, decoding, forecast
+from fasttrain import config, forecast, launch
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -72,7 +72,7 @@ def major(version: str) -> int:
     return int(found[0]) if found else 0
 
 
-def agree(torch_cuda: str, dali_cuda: str = "") -> bool | str:
+def same_cuda(torch_cuda: str, dali_cuda: str = "") -> bool | str:
     """Whether torch and DALI are built for the same CUDA."""
     if not major(torch_cuda) or not major(dali_cuda):
         return "unknown (one of them is built without CUDA)"
@@ -251,13 +251,15 @@ def is_cached(file: int, offset: int) -> bool | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def alone(environ: Mapping[str, str]) -> dict[str, str]:
+def on_own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that is no part of the launch, but has this one's GPU."""
     here = int(environ.get("LOCAL_RANK", "0"))
     visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here + 1)))).split(
         ","
     )
-    return decoding.alone(environ) | {"CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]}
+    return launch.without_launcher(environ) | {
+        "CUDA_VISIBLE_DEVICES": visible[min(here, len(visible) - 1)]
+    }
 
 
 def run_step(job: str, environ: Mapping[str, str]) -> Facts:

@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fasttrain import checkpoint, config, loop, modes, runtime
+from fasttrain import checkpoint, config, determinism, loop, modes
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Updater
 from fasttrain.guard import Guard
+from fasttrain.learner import Learner
 from fasttrain.metrics import EvalSums
 from fasttrain.model import mobilenetv3_large, mobilenetv3_small, spatial_mean
-from fasttrain.optim import Learner
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import crop_px_at, make_plan
 
@@ -257,7 +257,7 @@ def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
 
 
 def main(mode: str, folder: Path) -> None:
-    runtime.choose_kernels(deterministic=False)
+    determinism.choose_kernels(deterministic=False)
     EvalSums.result = counted  # type: ignore[method-assign]
     Guard.read = nothing_skipped  # type: ignore[method-assign]
     found: dict[str, Any] = {}

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks import own_process
 from benchmarks.own_process import Result
-from fasttrain import caches, config, execution, runtime
+from fasttrain import caches, config, determinism, execution, runtime
+from fasttrain.batch import half_images
 from fasttrain.model import build_model
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan, make_plan
@@ -106,8 +107,8 @@ def start(job: StepJob) -> None:
     torch.set_num_threads(job.threads)
     if job.name.startswith("fasttrain") and not job.gpu:
         runtime.keep_memory()
-    runtime.choose_kernels(deterministic=job.name == "fasttrain deterministic")
-    runtime.seed_torch(0, Stream.INIT)
+    determinism.choose_kernels(deterministic=job.name == "fasttrain deterministic")
+    determinism.seed_torch(0, Stream.INIT)
 
 
 def update_of(job: StepJob) -> Update:
@@ -156,7 +157,7 @@ def resident_batch(job: StepJob) -> tuple[Tensor, Tensor]:
     shape = job.batch, 3, job.px, job.px
     images = torch.randn(shape, generator=generator, device=job.device)
     labels = torch.randint(job.classes, (job.batch,), generator=generator, device=job.device)
-    half = job.name.startswith("fasttrain") and job.gpu and job.precision != "no"
+    half = job.name.startswith("fasttrain") and half_images(job.gpu, job.precision)
     dtype = torch.float16 if half else torch.float32
     return images.to(dtype, memory_format=layout(job)), labels
 
@@ -221,7 +222,7 @@ def update_with(job: StepJob, learner: execution.Learner, updater: execution.Upd
     images, labels = resident_batch(job)
 
     def update() -> Tensor:
-        runtime.seed_torch(0, Stream.TORCH, learner.state.step, 0)
+        determinism.seed_torch(0, Stream.TORCH, learner.state.step, 0)
         updater.micro(images, labels, is_last=True)
         updater.update(0.1)
         loss = updater.guard.loss_sum / job.batch

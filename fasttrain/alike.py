@@ -1,0 +1,71 @@
+"""Whether processes that were launched together belong to one run."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain import config
+from fasttrain.launch import LaunchError
+from fasttrain.runtime import Process
+
+CLOCK_S = 60.0  # by which the clocks of two machines may differ
+
+
+def code_digest(package: Path = Path(__file__).parent) -> str:
+    """12 hex digits of the names and contents of all modules, also of those in sub-folders."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:
+    """What `check` compares over all processes; call it in all at the same time."""
+    own = config.may_vary(per_machine=True)
+    gpu = process.device.type == "cuda"
+    return {
+        "place": f"rank {process.rank} on {platform.node()}",
+        "gpu": str(torch.cuda.get_device_properties(process.device).uuid) if gpu else None,
+        "clock": time.time(),
+        "fasttrain's code": code_digest(),
+        "torch": torch.__version__,
+        "the data set": [digest[:12] for digest in digests],
+        **{
+            f"{section}.{key}": value
+            for section, table in recipe.model_dump(mode="json").items()
+            for key, value in table.items()
+            if f"{section}.{key}" not in own
+        },
+    }
+
+
+def check(found: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that processes belong to one run, given the `facts` of each.
+
+    Raises:
+        LaunchError: they have other code, data or settings, share a GPU, or their clocks differ.
+    """
+    first, faults, gpus = found[0], [], dict[str, str]()
+    for other in found[1:]:
+        where = f"{other['place']}, but {first['place']}"
+        faults += [
+            f"{name}: {other[name]} for {where}: {value}"
+            for name, value in first.items()
+            if name not in ("place", "gpu", "clock") and other[name] != value
+        ]
+        if abs(other["clock"] - first["clock"]) > CLOCK_S:
+            ahead = other["clock"] - first["clock"]
+            faults.append(
+                f"the clock of {other['place']} is {ahead:+.0f} s from the first's: set it"
+            )
+    for each in found:
+        if each["gpu"] and (holder := gpus.setdefault(each["gpu"], each["place"])) != each["place"]:
+            faults.append(f"{each['place']} has the GPU of {holder}: launch one process per GPU")
+    if faults:
+        raise LaunchError("\n  ".join(["these processes do not fit together:", *faults]))
