@@ -59,7 +59,7 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (benchmark, "step --device gpu", ["--device gpu: torch finds no GPU here; leave it out"]),
     (benchmark, "step --width 0", ["--width: '0' is no number above 0"]),
     (benchmark, "step --seconds -1", ["--seconds: '-1' is no number above 0"]),
-    (benchmark, "shards /nowhere", ["/nowhere is no folder; name an ImageFolder"]),
+    (benchmark, "shards /nowhere", ["/nowhere is not a folder; name an ImageFolder"]),
     (benchmark, "shards {folder} --repeats 0", ["--repeats: '0' is no whole number from 1"]),
     (benchmark, "scaling --step-ms x", ["argument --step-ms: invalid"]),
     (benchmark, "scaling --per-node 0", ["--per-node: '0' is no whole number from 1"]),

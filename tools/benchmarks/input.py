@@ -1,10 +1,10 @@
 """Making batches to train on.
 
 fasttrain is compared with torchvision's ImageFolder (--folder, the images that the shards were made
-of), webdataset, DALI's own reader, and decoding alone with libjpeg-turbo. Each pipeline is measured
-in a new process; its memory is that of the process and its workers. `foreign_cpu` is the share of
-the machine's CPUs that other programs took meanwhile. --threads, --batch and --queue-depth may be
-lists, such as 1,2,4.
+from), webdataset, DALI's own reader, and decoding alone with libjpeg-turbo. Each pipeline is
+measured in a new process; its memory is that of the process and its workers. `foreign_cpu` is the
+share of the machine's CPUs that other programs took meanwhile. --threads, --batch and --queue-depth
+may be lists, such as 1,2,4.
 """
 
 import argparse
@@ -57,31 +57,44 @@ class Stored(NamedTuple):
 def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py input`."""
     cpus = str(len(os.sched_getaffinity(0)))
-    part.add_argument("shards", type=Path, metavar="SHARDS", help="as make_shards.py writes them")
+    part.add_argument("shards", type=Path, metavar="SHARDS", help="folder of the shards")
     part.add_argument(
-        "--folder", type=Path, metavar="DIR", help="what they were made of, for torchvision"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="the ImageFolder that the shards were made from; torchvision reads it",
     )
     lists = (
-        ("--threads", cpus, "workers of everybody (default: the CPUs here, %(default)s)"),
-        ("--batch", "256", "images of a batch (default: %(default)s)"),
-        ("--queue-depth", "2", "of fasttrain: batches kept ready (default: %(default)s)"),
+        (
+            "--threads",
+            cpus,
+            "workers of each pipeline (default: one for each CPU here, %(default)s)",
+        ),
+        ("--batch", "256", "images in a batch (default: %(default)s)"),
+        ("--queue-depth", "2", "batches that fasttrain keeps ready (default: %(default)s)"),
     )
     for name, default, text in lists:
         part.add_argument(name, type=counts, default=default, metavar="N,...", help=text)
     numbers: tuple[tuple[str, int | None, str], ...] = (
-        ("--crop-px", 224, "(default: %(default)s)"),
-        ("--images", None, "timed, at least 4 batches a thread (default: 4096, --raw: 65536)"),
-        ("--repeats", 3, "(default: %(default)s)"),
+        ("--crop-px", 224, "side of the crops, in pixels (default: %(default)s)"),
+        (
+            "--images",
+            None,
+            "images to time, at least 4 batches per thread (default: 4096; --raw: 65536)",
+        ),
+        ("--repeats", 3, "turns (default: %(default)s)"),
     )
     for name, number, text in numbers:
         part.add_argument(name, type=positive, default=number, metavar="N", help=text)
-    part.add_argument("--raw", action="store_true", help="reading alone, without decoding")
-    part.add_argument("--cold", action="store_true", help="not from the page cache")
+    part.add_argument("--raw", action="store_true", help="only read, do not decode")
+    part.add_argument(
+        "--cold", action="store_true", help="read from storage, not from the page cache"
+    )
     part.add_argument(
         "--device",
         choices=["cpu", "gpu"],
         default="cpu",
-        help="where images are made; gpu: every way to decode of fasttrain, and DALI's reader",
+        help="where images are decoded; gpu: fasttrain in every way, and DALI's reader",
     )
 
 
@@ -96,19 +109,19 @@ def check(arguments: argparse.Namespace, split: Split) -> None:
         raise ConfigError(f"--batch {largest}: more than {train_set}; lower it")
     if arguments.folder and (arguments.raw or arguments.device == "gpu"):
         raise ConfigError(
-            "--folder: its images are read by torchvision, which has no part in --raw and "
-            "--device gpu; leave out the one or the other"
+            "--folder: only torchvision reads it, which takes no part in --raw and --device gpu; "
+            "leave out one of them"
         )
     if arguments.raw and arguments.device == "gpu":
-        raise ConfigError("--raw: reading is done on the CPU; leave out --device gpu")
+        raise ConfigError("--raw: the CPU does the reading; leave out --device gpu")
     choose_device(arguments.device)
     for job in all_jobs(arguments) if arguments.cold else ():
         needed = job.batch * sum(num_batches(job)) + pipelines.SHUFFLED
         if needed > split.num_samples:
             raise ConfigError(
-                f"--cold: {needed:,} images at {job.threads} threads and batches of {job.batch}, "
-                f"with those to warm up and shuffle, are more than {train_set}, and the rest would "
-                "come from the page cache; lower --images, --batch or --threads"
+                f"--cold: {job.threads} threads with batches of {job.batch} need {needed:,} "
+                f"images, warm-up and shuffling included. That is more than {train_set}, so some "
+                "would come from the page cache; lower --images, --batch or --threads"
             )
 
 
@@ -192,9 +205,9 @@ def all_jobs(arguments: argparse.Namespace) -> Iterator[InputJob]:
 def why_not(job: InputJob, split: Split) -> str | None:
     """Why a pipeline cannot take part; None if it can."""
     if job.name.startswith("torchvision") and not job.folder:
-        return "reads an ImageFolder: name one with --folder"
+        return "it reads an ImageFolder; name one with --folder"
     if job.name == "decode alone" and split.store == "raw":
-        return "nothing is left to decode in raw shards"
+        return "raw shards need no decoding"
     if job.name == "webdataset" and not importlib.util.find_spec("webdataset"):
         return NOT_INSTALLED
     return None
@@ -274,7 +287,7 @@ def stored_folder(folder: Path, split: Split) -> Stored:
     """The size of an ImageFolder's training images.
 
     Raises:
-        ConfigError: they are not the images that the shards were made of.
+        ConfigError: they are not the images that the shards were made from.
     """
     from PIL import Image
 
@@ -283,13 +296,13 @@ def stored_folder(folder: Path, split: Split) -> Stored:
     if not files:
         raise ConfigError(
             f"--folder {folder}: no images in {root}/<class>/; name the ImageFolder that the "
-            "shards were made of"
+            "shards were made from"
         )
     manifest = shards.read_manifest(split.root)["splits"]["train"]
     if len(files) != split.num_samples + len(manifest["rejected"]):
         raise ConfigError(
-            f"--folder {folder}: {len(files):,} training images, {split.num_samples:,} in the "
-            "shards; name the ImageFolder that the shards were made of"
+            f"--folder {folder}: it has {len(files):,} training images, but the shards have "
+            f"{split.num_samples:,}; name the ImageFolder that the shards were made from"
         )
     pixels = []
     for path in files[:: -(-len(files) // 5000)]:  # enough for a mean

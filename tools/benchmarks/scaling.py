@@ -61,13 +61,18 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py scaling`."""
     step.add_arguments(part)
     part.set_defaults(batch=[1024, 4096], repeats=1)
-    part.add_argument("--step-ms", type=step_times, metavar="IMAGES:MS,...")
+    part.add_argument(
+        "--step-ms",
+        type=step_times,
+        metavar="IMAGES:MS,...",
+        help="milliseconds of an update on one device (default: measured here)",
+    )
     numbers = (
-        ("--per-node", positive, 8, "devices of a node"),
+        ("--per-node", positive, 8, "devices in a node"),
         ("--inside", amount, 0.0, "GB/s between them (default: measured here, with --latency)"),
         ("--between", amount, 12.5, "GB/s between nodes"),
         ("--latency", amount, 20.0, "microseconds of a message"),
-        ("--input-rate", amount, None, "images/s of a node's input, as benchmark.py input tells"),
+        ("--input-rate", amount, None, "images/s of a node's input, from `benchmark.py input`"),
         ("--images", positive, 1_281_167, "training images"),
         ("--val-images", positive, 50_000, "validation images"),
         ("--epochs", positive, 150, "of the run"),
@@ -75,10 +80,19 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     for name, kind, default, text in numbers:
         text += "" if default is None or name == "--inside" else " (default: %(default)s)"
         part.add_argument(name, type=kind, default=default, metavar="N", help=text)
-    part.add_argument("--plot", type=Path, metavar="FILE.svg", help="draws images/s over devices")
-    part.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
+    part.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw images/s over devices")
     part.add_argument(
-        "--devices", type=counts, default=powers(512), metavar="N,...", help="(1 to 512)"
+        "--gradients",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="precision of the all-reduce (default: fp32)",
+    )
+    part.add_argument(
+        "--devices",
+        type=counts,
+        default=powers(512),
+        metavar="N,...",
+        help="(default: powers of 2 to 512)",
     )
 
 

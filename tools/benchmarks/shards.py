@@ -42,9 +42,14 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py shards`."""
     part.add_argument("source", type=Path, metavar="SOURCE", help="an ImageFolder")
     part.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="(default: %(default)s)"
+        "--repeats", type=positive, default=5, metavar="N", help="turns (default: %(default)s)"
     )
-    part.add_argument("--scratch", type=Path, metavar="DIR", help="where results are written")
+    part.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results, which are removed (default: that of the system)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     root = arguments.source
     if not root.is_dir():
-        raise ConfigError(f"{root} is no folder; name an ImageFolder")
+        raise ConfigError(f"{root} is not a folder; name an ImageFolder")
     write(machine())
     files = [path for path in root.rglob("*") if path.is_file()]
     num_bytes = sum(len(path.read_bytes()) for path in files)  # loads them into the page cache

@@ -47,21 +47,37 @@ CPUS_TO_COMPILE = 3  # for each process that compiles: one traces, the others ma
 
 def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py step`, `loop` and `scaling`."""
-    part.add_argument("--arch", choices=["large", "small"], default="large")
-    part.add_argument("--width", type=amount, default=1.0, metavar="W", help="1 or 0.75 for timm")
-    part.add_argument("--crop-px", type=positive, default=224, metavar="N")
+    part.add_argument(
+        "--arch", choices=["large", "small"], default="large", help="(default: large)"
+    )
+    part.add_argument(
+        "--width",
+        type=amount,
+        default=1.0,
+        metavar="W",
+        help="width of the network; timm has 1 and 0.75",
+    )
+    part.add_argument("--crop-px", type=positive, default=224, metavar="N", help="(default: 224)")
     part.add_argument("--device", choices=["cpu", "gpu"], help="(default: a GPU if there is one)")
     cpus = len(os.sched_getaffinity(0))
-    part.add_argument("--threads", type=positive, default=cpus, metavar="N")
-    part.add_argument("--seconds", type=amount, metavar="S", help="timed (default: 4; GPU: 2)")
-    part.add_argument("--repeats", type=positive, metavar="N", help="turns (default: 3; GPU: 2)")
-    part.add_argument("--profile", action="store_true", help="operations of fasttrain by time")
     part.add_argument(
-        "--deterministic", action="store_true", help="what train.deterministic costs, as well"
+        "--threads", type=positive, default=cpus, metavar="N", help="of torch, on a CPU"
     )
-    part.add_argument("--batch", type=counts, metavar="N,...", help="(default: 1024; CPU: 64)")
+    part.add_argument("--seconds", type=amount, metavar="S", help="to time (default: 4; GPU: 2)")
+    part.add_argument("--repeats", type=positive, metavar="N", help="turns (default: 3; GPU: 2)")
+    part.add_argument("--profile", action="store_true", help="list fasttrain's operations by time")
+    part.add_argument(
+        "--deterministic", action="store_true", help="also measure train.deterministic"
+    )
+    part.add_argument(
+        "--batch", type=counts, metavar="N,...", help="images in a batch (default: 1024; CPU: 64)"
+    )
     lists = (
-        ("--modes", MODES, "(default: all; CPU: eager, as compiling takes two minutes each)"),
+        (
+            "--modes",
+            MODES,
+            "of carrying out updates (default: all; CPU: eager, because compiling takes minutes)",
+        ),
         ("--precision", ("bf16", "fp16", "no"), "(default: bf16; CPU: no)"),
     )
     for name, known, text in lists:

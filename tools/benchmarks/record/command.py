@@ -55,32 +55,44 @@ STAGES = {
 
 def add_arguments(part: argparse.ArgumentParser) -> None:
     """Declares the options of `benchmark.py record`."""
-    part.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on with it")
+    part.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the record; an existing record is continued",
+    )
     part.add_argument(
         "--scratch", type=Path, metavar="DIR", help="for pictures and runs (default: that of --out)"
     )
     part.add_argument("--minutes", type=amount, default=10.0, metavar="N")
     part.add_argument(
         "--data", type=Path, nargs="+", action="extend", default=[], metavar="SHARDS",
-        help="data sets; without, raw shards of made-up pictures",
+        help="data sets (default: raw shards of random pictures)",
     )  # fmt: skip
     lists: tuple[tuple[str, Sequence[str], str | None, str], ...] = (
         ("--stages", [*STAGES], ",".join(STAGES), "(default: all)"),
         ("--arch", ["large", "small"], "large,small", "(default: both)"),
-        ("--modes", MODES, None, "of fasttrain (default: all; CPU: eager)"),
-        ("--rivals", [*OTHERS, "none"], ",".join(OTHERS), "(default: both)"),
-        ("--rival-modes", ["eager", "compile"], None, "(default: both; CPU: eager)"),
+        ("--modes", MODES, None, "modes of fasttrain (default: all; CPU: eager)"),
+        ("--rivals", [*OTHERS, "none"], ",".join(OTHERS), "compare with (default: both)"),
+        ("--rival-modes", ["eager", "compile"], None, "modes of these (default: both; CPU: eager)"),
     )
     for name, known, default, text in lists:
         part.add_argument(
             name, type=partial(words, known), default=default, metavar="A,B", help=text
         )
-    part.add_argument("--tests", default="", metavar="EXPRESSION", help="as pytest's -k")
+    part.add_argument(
+        "--tests", default="", metavar="EXPRESSION", help="choose tests as pytest -k does"
+    )
     numbers = (
         ("--crop-px", None, "side of the images (default: 224; CPU: 64)"),
-        ("--threads", len(os.sched_getaffinity(0)), "of the CPU (default: %(default)s)"),
+        (
+            "--threads",
+            len(os.sched_getaffinity(0)),
+            "of torch and of the input (default: %(default)s)",
+        ),
         ("--repeats", 1, "turns of step and loop (default: 1)"),
-        ("--images", None, "timed in each measurement of the input"),
+        ("--images", None, "to time in each measurement of the input"),
         ("--updates", None, "of train (default: 300; CPU: 24)"),
     )
     for name, number, text in numbers:
@@ -89,7 +101,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
                       help="(default: 1024,128; CPU: 16)")  # fmt: skip
     part.add_argument("--width", type=amount, default=1.0, metavar="W")
     part.add_argument("--seconds", type=amount, metavar="S",
-                      help="of updates that are timed (default: 2)")  # fmt: skip
+                      help="of updates to time (default: 2)")  # fmt: skip
     part.add_argument("--precision", choices=["bf16", "no"], help="(default: bf16; CPU: no)")
     part.add_argument("--device", choices=["cpu", "gpu"], help="(default: a GPU if there is one)")
 
