@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -374,13 +374,13 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
     if written_by_run:
         raw = without_former_keys(raw)
     faults = [fault for text in overrides if (fault := _override(raw, text))]
+    log = raw.setdefault("log", {})
+    if isinstance(log, dict):
+        log.setdefault("run_dir", str(Path("runs") / path.stem))
     recipe, faults = _validate(raw, faults)
     if recipe is None:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
         raise ConfigError("\n  ".join([f"{path}: {count}", *faults]))
-    if recipe.log.run_dir is None:
-        log = recipe.log.model_copy(update={"run_dir": Path("runs") / path.stem})
-        recipe = recipe.model_copy(update={"log": log})
     return recipe
 
 
@@ -520,8 +520,12 @@ def _shown(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def dumps(recipe: Recipe) -> str:
-    """The recipe as TOML with every value filled in; `load` of it gives an equal recipe."""
+def dumps(recipe: Recipe, leave_out: Collection[str] = ()) -> str:
+    """The recipe as TOML with every value filled in; `load` of it gives an equal recipe.
+
+    Args:
+        leave_out: fields (`section.key`) that are not written, and so have their defaults later.
+    """
     lines = []
     for name, table in recipe.model_dump(mode="json").items():
         lines.append(f"[{name}]")
@@ -529,7 +533,7 @@ def dumps(recipe: Recipe) -> str:
         lines += [
             f"{key} = {json.dumps(value, ensure_ascii=False)}"
             for key, value in table.items()
-            if value is not None
+            if value is not None and f"{name}.{key}" not in leave_out
         ]
         lines.append("")
     return "\n".join(lines)

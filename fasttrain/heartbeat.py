@@ -57,9 +57,10 @@ class Heartbeat:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.connect, self.end = connect, end
         self.interval_s = min(INTERVAL_S, timeout_s / 10)
-        self.where: Callable[[], str] = lambda: "before the first update"
+        self.where = "before the first update"
         self.place = f"rank {rank} on {os.uname().nodename}"
         self.steps = 0
+        self.asked = False  # `step` was called
         self.started = False  # the first update, which may compile, is done
         self.stepped_at = self.answered_at = time.monotonic()
         self.seen: list[dict[int, Sign]] = []  # by rank; each time the store was asked
@@ -67,9 +68,13 @@ class Heartbeat:
         for target in (self._give_signs, self._watch) if world_size > 1 else ():
             threading.Thread(target=target, daemon=True).start()
 
-    def step(self) -> None:
-        """This process has done another step; called equally often by all."""
-        self.started = True
+    def step(self, where: str) -> None:
+        """Counts a step of this rank, and notes where it is, such as `update 1234`.
+
+        All ranks call it equally often; the first time before the first update, which may compile.
+        """
+        self.started, self.asked = self.asked, True
+        self.where = where
         self._move()
 
     def _move(self) -> None:
@@ -77,8 +82,11 @@ class Heartbeat:
         self.stepped_at = time.monotonic()
 
     def counted(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same; to have got one counts as well, so that who waits for its own does not look
-        like those that wait for it in an exchange."""
+        """Counts each received batch as progress.
+
+        So a rank that waits for its own input can be told from ranks that wait for it in a
+        collective.
+        """
         for batch in batches:
             self._move()
             yield batch
@@ -96,7 +104,7 @@ class Heartbeat:
             ticks += 1
             try:
                 store = store or self.connect()
-                sign = Sign(self.steps, ticks, self.place, self.where())
+                sign = Sign(self.steps, ticks, self.place, self.where)
                 store.set(_key(self.rank), json.dumps(sign))
                 if time.monotonic() - self.stepped_at > self._limit_s() / 2:
                     known |= {r for r in set(range(self.world_size)) - known if _has(store, r)}

@@ -162,9 +162,8 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
         _put_aside(folder, None if resume == "anew" else Path(resume))
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    lasting = recipe.checkpoint.model_copy(update={"resume": "auto"})
-    recipe = recipe.model_copy(update={"checkpoint": lasting})
-    files.write_text(folder / RECIPE, config.dumps(recipe))
+    # `resume` is a wish for one start, so later ones have its default, `auto`.
+    files.write_text(folder / RECIPE, config.dumps(recipe, leave_out=("checkpoint.resume",)))
     starts = []
     if (folder / ENVIRONMENT).exists():
         try:
@@ -172,6 +171,15 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
         except (OSError, ValueError, TypeError):  # not worth a run, nor to be lost
             (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
     files.write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
+
+
+def write_done(folder: Path, record: dict[str, Any]) -> None:
+    """Marks the run as done, with its closing event.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    files.write_text(folder / DONE, json.dumps(record) + "\n")
 
 
 def _put_aside(folder: Path, named: Path | None) -> None:

@@ -37,7 +37,6 @@ class Process:
     device: torch.device
     data_threads: int  # of DALI on the CPU
     cpu_threads: int  # of torch on the CPU
-    follower: stopping.Follower | None = None  # ends it with its launcher
 
 
 def accelerator_for(
@@ -75,9 +74,15 @@ def accelerator_for(
 
 
 def start(
-    accelerator: Accelerator, train: config.Train, data: config.Data, environ: Mapping[str, str]
+    accelerator: Accelerator,
+    recipe: config.Recipe,
+    environ: Mapping[str, str],
+    patience: stopping.Patience | None = None,
 ) -> Process:
     """Sets threads, kernels, seeds and limits of this process.
+
+    Args:
+        patience: how long it may work on without its launcher.
 
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
@@ -89,21 +94,23 @@ def start(
             f"{accelerator.num_processes}: each would train alone. Without a GPU, launch as "
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
-    follower = stopping.Follower(environ)
+    stopping.Follower(environ, patience)
     faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
     reading.raise_file_limit()
     caches.keep_compiled()
     # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
-    cpu_threads = train.cpu_threads or cpu_share(environ)
+    cpu_threads = recipe.train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
-    determinism.choose_kernels(train.deterministic)
-    determinism.seed_torch(train.seed, rng.Stream.INIT)
+    determinism.choose_kernels(recipe.train.deterministic)
+    determinism.seed_torch(recipe.train.seed, rng.Stream.INIT)
     device = accelerator.device
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cuda" and device.index is None:  # of a process alone; DALI wants a number
+    if device.type == "cuda" and device.index is None:  # of one rank; DALI needs a number
         device = torch.device("cuda", torch.cuda.current_device())
-    decoding_threads = data_threads(data, environ)  # shares of all CPUs, as it is not bound yet
+    decoding_threads = data_threads(
+        recipe.data, environ
+    )  # shares of all CPUs, as it is not bound yet
     if device.type == "cuda":
         bind_to_node(device.index, environ)
     return Process(
@@ -112,7 +119,6 @@ def start(
         device=device,
         data_threads=decoding_threads,
         cpu_threads=cpu_threads,
-        follower=follower,
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +170,13 @@ class Split:
         except (OSError, UnicodeDecodeError, tarfile.HeaderError):
             member = "unreadable"
         return f"{path}, key {member.partition('.')[0]} at byte {offset}"
+
+
+class DataSet(NamedTuple):
+    """The splits of a data set."""
+
+    train: Split
+    val: Split
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import distributed
@@ -30,6 +30,16 @@ def leave(status: int, text: str = "") -> NoReturn:
     os._exit(status)
 
 
+class _StandardError:
+    """Speaks before there is a display."""
+
+    def say(self, text: str) -> None:
+        os.write(2, f"{text}\n".encode())
+
+    def quiet(self) -> None:
+        pass
+
+
 def _lose_terminal() -> None:
     """Points output to nowhere where it went to a terminal that is closed: writing would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -39,29 +49,60 @@ def _lose_terminal() -> None:
     os.close(nowhere)
 
 
-class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1, SIGHUP or a file: all processes agree at the next update.
+class Patience:
+    """How long this process may work on without its launcher."""
 
-    Where no update is done yet, so that there is nothing to save, a signal ends the process; as
-    does a second Ctrl-C.
+    def __init__(self) -> None:
+        self.slowest_s = 0.0  # longest time from one update, or batch of an evaluation, to the next
+
+    def seconds(self) -> float:
+        """Time for some updates and a save."""
+        return ORPHAN_S + 3 * self.slowest_s
+
+
+class Speaker(Protocol):
+    """What shows the run on a terminal: `display.TrainDisplay`."""
+
+    def say(self, text: str) -> None:
+        """Prints lines."""
+
+    def quiet(self) -> None:
+        """Ends the live view."""
+
+
+class StopRequest:
+    """A request to stop by SIGTERM, SIGINT, SIGUSR1, SIGHUP or a file. All ranks agree on it.
+
+    Before the first update is done there is nothing to save, and a signal ends the process at once.
+    So does a second Ctrl-C.
     """
 
     def __init__(
-        self, world_size: int, file: Path | None, timeout: timedelta = timedelta(hours=1)
+        self,
+        world_size: int,
+        file: Path | None,
+        timeout: timedelta = timedelta(hours=1),
+        patience: Patience | None = None,
+        speaker: Speaker | None = None,
     ) -> None:
-        """`file` asks to stop as well; for one process, which looks for it and speaks for all."""
+        """
+        Args:
+            file: asks to stop when it exists. Only rank 0 has it: it looks for the file, and speaks
+                for all ranks.
+            timeout: that ranks wait for each other.
+            patience: learns how long updates take.
+            speaker: prints on standard error if unset.
+        """
         self.file = file
         self.file_seen_at = 0.0  # when it was last looked for
         self.received = 0  # the exit status that this process was asked for
         self.decision = 0  # and that all agreed on
         self.interrupted = False  # by Ctrl-C
         self.asked_at = 0.0  # when all were last asked
-        self.slowest_s = 0.0  # longest time from one update, or batch of an evaluation, to the next
+        self.patience = patience or Patience()
         self.warned = False
-        self.unsaved: Callable[[], bool] = lambda: False  # whether there is something to save
-        self.on_step: Callable[[], Any] = lambda: None
-        self.quiet: Callable[[], Any] = lambda: None  # ends the live view
-        self.say: Callable[[str], Any] = lambda text: os.write(2, f"{text}\n".encode())
+        self.unsaved = False  # True once there is something to save
+        self.speaker = speaker or _StandardError()
         self.group: Any = None
         if world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=timeout)
@@ -88,36 +129,36 @@ class StopRequest:
         status = 128 + number
         if number == signal.SIGHUP:
             _lose_terminal()
-        if not self.unsaved() or (number == signal.SIGINT and self.interrupted):
+        if not self.unsaved or (number == signal.SIGINT and self.interrupted):
             leave(status, f"stopped by {number.name}, without saving\n")
         known = self.received
         if number == signal.SIGINT or not self.interrupted:  # whose launcher ends of it, too
             self.received = status
         self.interrupted |= number == signal.SIGINT
         if self.file and not known:
-            self.quiet()
-            self.say(
+            self.speaker.quiet()
+            self.speaker.say(
                 f"{number.name}: stopping when this update has ended{self._usual()}, then saving; "
                 f"process {os.getpid()} works until then, a second Ctrl-C ends it at once"
             )
 
     def _usual(self) -> str:
-        return f", which took up to {self.slowest_s:.0f} s so far" if self.slowest_s >= 2 else ""
+        slowest_s = self.patience.slowest_s
+        return f", which took up to {slowest_s:.0f} s so far" if slowest_s >= 2 else ""
 
-    def patience_s(self) -> float:
-        """Seconds that this process may work on without its launcher: some updates, and a save."""
-        return ORPHAN_S + 3 * self.slowest_s
+    def agreed(self, unsaved: bool) -> int:
+        """The exit status that all ranks agreed to stop with, or 0. To be called once a step.
 
-    def agreed(self) -> int:
-        """The exit status that all processes agreed to stop with, or 0; call it once a step.
+        Several ranks know it one step later: the all-reduce runs on the CPU beside the step, so
+        that nothing waits for the device.
 
-        Over several processes it is known one step later: the exchange runs on the CPU beside the
-        step, and nothing waits for the device.
+        Args:
+            unsaved: True if an update is done, which a signal from now on must not lose.
         """
+        self.unsaved = unsaved
         now = time.monotonic()
         if self.asked_at:
-            self.on_step()
-            self.slowest_s = max(self.slowest_s, now - self.asked_at)
+            self.patience.slowest_s = max(self.patience.slowest_s, now - self.asked_at)
             self._warn_of_launcher()
         self.asked_at = now
         if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
@@ -143,25 +184,27 @@ class StopRequest:
         """Says once that torch's launcher would kill the run before two updates have ended."""
         limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(KILLED_S))
         elastic = self.file and "TORCHELASTIC_RUN_ID" in os.environ and limit.isdecimal()
-        if not elastic or self.warned or 2 * self.slowest_s < int(limit):
+        slowest_s = self.patience.slowest_s
+        if not elastic or self.warned or 2 * slowest_s < int(limit):
             return
         self.warned = True
-        self.say(
-            f"WARNING: updates take up to {self.slowest_s:.0f} s, and the launcher kills processes "
+        self.speaker.say(
+            f"WARNING: updates take up to {slowest_s:.0f} s, and the launcher kills processes "
             f"{limit} s after a Ctrl-C or SIGTERM, before they could save: stop this run by "
             f"touch {self.file}, or launch it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT="
-            f"{10 * round(self.slowest_s)}"
+            f"{10 * round(slowest_s)}"
         )
 
 
 class Follower:
     """Ends this process with `accelerate launch`, which does not pass signals on.
 
-    By the kernel's SIGTERM; where that is not heard, say in an exchange that never ends, for good.
+    The kernel sends SIGTERM when the launcher ends. A process that does not react to it, as it
+    waits in a collective that never ends, is ended when its patience is over.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self.patience_s: Callable[[], float] = lambda: ORPHAN_S
+    def __init__(self, environ: Mapping[str, str], patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
         if "ACCELERATE_MIXED_PRECISION" not in environ:
             return
         pr_set_pdeathsig = 1
@@ -173,7 +216,7 @@ class Follower:
         while os.getppid() == self.parent:
             time.sleep(1)
         gone_at = time.monotonic()
-        while (waited_s := time.monotonic() - gone_at) < self.patience_s():
+        while (waited_s := time.monotonic() - gone_at) < self.patience.seconds():
             time.sleep(1)
         leave(
             128 + signal.SIGTERM,

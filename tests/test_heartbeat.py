@@ -71,7 +71,7 @@ def test_a_stuck_process_is_named_and_shows_where(
     beats = started(store, ended)
     for _ in range(20):  # longer than the timeout, with all of them moving
         for beat in beats:
-            beat.step()
+            beat.step("update 1")
         time.sleep(TIMEOUT / 10)
     assert not ended
     for beat in (beats[0], beats[2]):  # rank 1 waits for its batch, they for its gradients
@@ -80,7 +80,7 @@ def test_a_stuck_process_is_named_and_shows_where(
     time.sleep(TIMEOUT)  # as their threads still use the store
     said = capfd.readouterr().err
     assert re.search(r"rank 0 on \S+: no step for \d+ s: these are stuck, and all others", said)
-    assert re.search(r"\n  rank 1 on \S+, last at before the first update\n", said)
+    assert re.search(r"\n  rank 1 on \S+, last at update 1\n", said)
     assert "is what the others wait for, and is here:" in said and "test_heartbeat.py" in said
 
 
@@ -101,7 +101,7 @@ def test_nothing_is_expected_before_the_first_step_and_after_the_end(
     beats = started(store, ended)
     time.sleep(2 * TIMEOUT)
     for beat in beats:
-        beat.step()
+        beat.step("update 1")
         beat.close()
     time.sleep(2 * TIMEOUT)
     assert not ended

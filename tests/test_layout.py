@@ -14,6 +14,7 @@ MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
 ROWS = (
     {"train"},
+    {"session"},
     {"loop", "decoding", "modes"},
     {"checkpoint", "execution"},
     {"guard", "weights"},
@@ -35,6 +36,7 @@ ROWS = (
     {"imagenet", "spool"},
     {"archives"},
     {"listing"},
+    {"settled"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "rng"},
     {"arguments", "faults"},
@@ -45,6 +47,7 @@ TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matchin
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
 TORCH_FREE |= {"arguments", "faults", "files", "measured"}
+TORCH_FREE |= {"settled"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,10 @@ class StopAfter:
 
     asked: int = sys.maxsize
 
-    def __init__(self, world_size: int, file: Path, timeout: timedelta) -> None:
+    def __init__(self, *_: Any) -> None:
         self.left, self.decision = self.asked, 0
 
-    def patience_s(self) -> float:
-        return 60.0
-
-    def agreed(self) -> int:
+    def agreed(self, unsaved: bool) -> int:
         self.left -= 1
         self.decision = 0 if self.left else 143
         return self.decision
@@ -100,8 +96,8 @@ def test_a_run_that_died_between_checkpoints_ends_bit_for_bit_equal(
     recipe = str(tiny(**ALL))
 
     class Dies(StopAfter):
-        def agreed(self) -> int:
-            if super().agreed():
+        def agreed(self, unsaved: bool) -> int:
+            if super().agreed(unsaved):
                 raise KeyboardInterrupt
             return 0
 

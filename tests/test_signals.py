@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TIMEOUT_S
@@ -130,13 +131,14 @@ def test_with_nothing_to_save_ctrl_c_ends_the_process_at_once(
     def work() -> None:
         os.dup2(os.open(tmp_path / "errors", os.O_WRONLY | os.O_CREAT), 2)
         stop = stopping.StopRequest(1, tmp_path / "stop")
-        stop.say = lambda text: None
+        stop.speaker = SimpleNamespace(say=lambda text: None, quiet=lambda: None)
         if training:
-            stop.unsaved = lambda: True
-            assert stop.agreed() == 0
+            assert stop.agreed(unsaved=True) == 0
             for number in (signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
-                wait_until(lambda number=number: stop.agreed() == 128 + number, "the signal")
+                wait_until(
+                    lambda number=number: stop.agreed(unsaved=True) == 128 + number, "the signal"
+                )
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(TIMEOUT_S)
 

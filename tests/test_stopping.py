@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -35,7 +36,7 @@ def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopReques
 
 
 def test_until_an_update_is_done_nothing_is_saved(stop: StopRequest) -> None:
-    stop.agreed()  # training begins
+    stop.agreed(unsaved=False)  # training begins
     with pytest.raises(Left) as left:
         stop.receive(signal.SIGINT)
     assert left.value.args == (130, "stopped by SIGINT, without saving\n")
@@ -45,54 +46,54 @@ def test_a_request_is_told_at_once_and_a_second_ctrl_c_leaves(
     stop: StopRequest,
 ) -> None:
     said: list[str] = []
-    stop.unsaved, stop.say, stop.quiet = lambda: True, said.append, lambda: said.append("quiet")
-    stop.slowest_s = 61.0
+    stop.unsaved, stop.patience.slowest_s = True, 61.0
+    stop.speaker = SimpleNamespace(say=said.append, quiet=lambda: said.append("quiet"))
     stop.receive(signal.SIGINT)
     assert said[0] == "quiet" and said[1].startswith(
         "SIGINT: stopping when this update has ended, which took up to 61 s so far, then saving; "
         f"process {os.getpid()} works until then"
     )
     stop.receive(signal.SIGTERM)  # of the launcher's end
-    assert stop.agreed() == 130 and len(said) == 2
+    assert stop.agreed(unsaved=True) == 130 and len(said) == 2
     with pytest.raises(Left):
         stop.receive(signal.SIGINT)
 
 
 def test_signals_are_heard_while_torch_computes(stop: StopRequest) -> None:
     """Here a call that holds up Python's own handlers, as a backward pass does."""
-    stop.unsaved, heard = lambda: True, threading.Event()
-    stop.say = lambda text: heard.set()
+    stop.unsaved, heard = True, threading.Event()
+    stop.speaker = SimpleNamespace(say=lambda text: heard.set(), quiet=lambda: None)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert heard.wait(20) and stop.agreed() == 128 + signal.SIGUSR1
+    assert heard.wait(20) and stop.agreed(unsaved=True) == 128 + signal.SIGUSR1
 
 
 def test_slow_updates_are_waited_for(stop: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
-    stop.agreed()
-    assert stop.patience_s() == stopping.ORPHAN_S
+    stop.agreed(unsaved=True)
+    assert stop.patience.seconds() == stopping.ORPHAN_S
     for seconds in (70, 50):
         now += seconds
-        stop.agreed()
-    assert stop.slowest_s == 70 and stop.patience_s() > 3 * 70
+        stop.agreed(unsaved=True)
+    assert stop.patience.slowest_s == 70 and stop.patience.seconds() > 3 * 70
 
 
 def test_a_launcher_that_would_kill_a_slow_run_is_told(
     stop: StopRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    stop.say, now = said.append, 100.0
+    stop.speaker, now = SimpleNamespace(say=said.append), 100.0
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for seconds in (0, 10, 20, 20):
         now += seconds
-        stop.agreed()
+        stop.agreed(unsaved=True)
     (warning,) = said
     assert "updates take up to 20 s, and the launcher kills processes 30 s after" in warning
     assert f"touch {stop.file}" in warning and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=200" in warning
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "200")
     stop.warned = False
-    stop.agreed()
+    stop.agreed(unsaved=True)
     assert len(said) == 1
 
 
@@ -121,12 +122,12 @@ def test_a_terminal_that_closes_lets_the_run_save() -> None:
             os.dup2(theirs, 1)
             os.dup2(theirs, 2)
             stop = StopRequest(1, None)
-            stop.unsaved = lambda: True
+            stop.unsaved = True
             os.kill(os.getpid(), signal.SIGHUP)
             while not stop.received:
                 time.sleep(0.01)
             os.write(1, b"goes nowhere")
-            os.write(write, str(stop.agreed()).encode())
+            os.write(write, str(stop.agreed(unsaved=True)).encode())
         finally:
             os._exit(0)
     os.close(ours)

@@ -43,6 +43,7 @@ from fasttrain import (
     reading,
     run_folder,
     schedule,
+    settled,
     staging,
     train,
 )
@@ -109,6 +110,7 @@ class Doctor:
 
     def __init__(self, recipe: config.Recipe, environ: MutableMapping[str, str]) -> None:
         self.recipe, self.environ = recipe, environ
+        self.changes: list[str] = []  # of the recipe, as it is settled
         self.prints = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
         self.found: dict[str, Facts] = {}
         self.faults: list[str] = []
@@ -125,6 +127,8 @@ class Doctor:
 
     def examine(self) -> None:
         """All processes do all of this, as they wait for each other."""
+        with self.told():
+            self.recipe, self.changes = settled.for_training(self.recipe, self.environ)
         self.look(self.launch)
 
         reading.raise_file_limit()
@@ -220,7 +224,7 @@ class Doctor:
                 self.environ.pop(name, None)
             self.environ["USE_TORCH_XLA"] = "0"
         launch.check_processes(environ)
-        return {"remarks": remarks}
+        return {"remarks": remarks + self.changes}
 
     def versions(self) -> Facts:
         import torch
@@ -352,8 +356,6 @@ class Doctor:
     def choose_decoder(self) -> None:
         """As train.py does."""
         settings = self.recipe.data
-        if self.recipe.train.deterministic and settings.decode == "auto":
-            settings = settings.model_copy(update={"decode": "cpu"})
 
         def unknown(why: str) -> None:
             self.why_decode = f"unknown ({why})"
@@ -429,9 +431,7 @@ class Doctor:
         where = "see network above"
         with self.told(lambda why: self.fault(f"the processes cannot join ({why}): {where}")):
             self.accelerator = runtime.accelerator_for("no", timedelta(seconds=JOIN_S))
-            self.process = runtime.start(
-                self.accelerator, self.recipe.train, self.recipe.data, self.environ
-            )
+            self.process = runtime.start(self.accelerator, self.recipe, self.environ)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes that joined, in order."""
@@ -496,9 +496,6 @@ class Doctor:
         recipe, plan, folder = self.recipe, self.plan, run_folder.run_dir(self.recipe)
         done = None
         with self.told():
-            if launch.number_in(self.environ, "SLURM_RESTART_COUNT", 0):  # as train.py does
-                again = recipe.checkpoint.model_copy(update={"resume": "auto"})
-                recipe = recipe.model_copy(update={"checkpoint": again})
             done = run_folder.check(recipe)
         if message := probes.cannot_write(folder):
             self.fault(

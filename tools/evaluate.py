@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fasttrain import config, display, gpus, launch, shards
+from fasttrain import config, display, launch, settled, shards
 from fasttrain.arguments import positive
-from fasttrain.batch import half_images
 from fasttrain.faults import ConfigError, Fault, stop
 
 if TYPE_CHECKING:
@@ -89,25 +88,22 @@ class Network(NamedTuple):
 def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Network) -> None:
     import torch
 
-    from fasttrain import decoding, loaders, loop, runtime
-    from fasttrain.batch import Placement
+    from fasttrain import decoding, gpus, loaders, loop, runtime
+    from fasttrain.batch import Placement, half_images
     from fasttrain.execution import Evaluator
 
     model, recipe, told = network
     gpu = gpus.has_gpu(os.environ)
-    precision = arguments.precision or recipe.train.precision
-    if precision == "fp16" and not gpu:
-        if arguments.precision:
-            raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
-        precision = "no"
-    # Whatever the run decoded with: this may be another machine.
-    settings = recipe.data.model_copy(update={"decode": "auto"})
+    if arguments.precision == "fp16" and not gpu:
+        raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
+    recipe, changes = settled.for_evaluation(recipe, arguments.precision, gpu)
+    settings, precision = recipe.data, recipe.train.precision
     threads = runtime.data_threads(settings, os.environ)
     half = half_images(gpu, precision)
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
     settings, _ = decoding.choose_decoder(split, settings, job, os.environ)
     accelerator = runtime.accelerator_for(precision)
-    process = runtime.start(accelerator, recipe.train, recipe.data, os.environ)
+    process = runtime.start(accelerator, recipe, os.environ)
     model.to(process.device).to(memory_format=torch.channels_last).eval()
     why = ""
     if precision == "bf16" and not gpu and not arguments.precision:
@@ -118,7 +114,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     )
     if accelerator.is_main_process:
         how = PRECISIONS["no" if why else precision] + why
-        say(f"{told}\n{process.world_size} x {process.device.type}, {how}")
+        say("\n".join([told, *changes, f"{process.world_size} x {process.device.type}, {how}"]))
         batches = shown(batches, split.num_samples, process.world_size)
     (result,) = loop.evaluate(accelerator, [Evaluator(model)], batches, split.num_samples)
     if accelerator.is_main_process:
