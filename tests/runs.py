@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fasttrain import checkpoint
 
-ALL = {
+ALL: dict[str, dict[str, Any]] = {
     "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
     "optim": {"ema_decay": 0.9},
     "train": {
@@ -48,7 +48,7 @@ def start(recipe: Path, *settings: str, world: int = 1) -> subprocess.Popen[str]
     )
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[..., object], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

@@ -36,7 +36,7 @@ def _changed(given: Augment, settings: config.Data, half: bool) -> tuple[Any, An
     """The photograph changed, the same normalised, and the same erased."""
     extra = augment.inputs(settings)
     rows = [column for column in given if column is not None]
-    images, *nodes = fn.external_source(
+    images, *columns = fn.external_source(
         lambda _: ([PHOTO] * len(rows[0]), *rows),
         num_outputs=1 + len(extra),
         batch=True,
@@ -44,7 +44,7 @@ def _changed(given: Augment, settings: config.Data, half: bool) -> tuple[Any, An
         ndim=[3] + [dimensions for _, dimensions in extra.values()],
         layout=["HWC"] + [""] * len(extra),
     )
-    nodes = Augment(**{name: nodes[place] for place, name in enumerate(extra)})
+    nodes = Augment(**{name: columns[place] for place, name in enumerate(extra)})
     images = augment.augment(images, nodes, settings)
     normal = fn.crop_mirror_normalize(
         images,
@@ -227,7 +227,7 @@ def test_erased_is_zero_and_nothing_else_is_touched(half: bool) -> None:
 # In the loader
 # --------------------------------------------------------------------------------------------------
 
-ALL = {"augment": "rand", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5}
+ALL: dict[str, Any] = {"augment": "rand", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5}
 
 
 def batches(root: Path, micro: int, first_step: int = 0, rank: int = 0, **changes: Any) -> list:

@@ -103,7 +103,11 @@ def test_who_is_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figures_of_several_turns() -> None:
-    turns = [{"a": 1.0, "b": None}, {"a": 3.00004, "b": None}, {"a": 8.0, "c": 2}]
+    turns: list[dict[str, Any]] = [
+        {"a": 1.0, "b": None},
+        {"a": 3.00004, "b": None},
+        {"a": 8.0, "c": 2},
+    ]
     assert output.medians(turns, ("a", "b", "c", "d")) == {"a": 3.0, "b": None, "c": 2.0}
     # Both sides of a pair slow down together, so the ratio is that of each turn.
     assert output.paired_ratio([10, 5, 20], [5, 2.5, 11]) == 2.0
@@ -209,11 +213,12 @@ def test_the_page_cache_is_seen(tmp_path: Path) -> None:
 
 
 def step_job(name: str, **changes: Any) -> steps.StepJob:
-    settings = {
+    settings: dict[str, Any] = {
+        "name": name,
         "arch": "small", "width": 0.75, "batch": 4, "px": 32, "precision": "no", "seconds": 0.1,
         "execution": "eager", "layout": "channels_last", "device": "cpu", "threads": 1,
     }  # fmt: skip
-    return steps.StepJob(name=name, **settings | changes)
+    return steps.StepJob(**settings | changes)
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "plain loop", "torchvision", "timm"])

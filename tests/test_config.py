@@ -1,6 +1,7 @@
 """Recipes: the shipped ones, overrides, and the message of every kind of fault."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from conftest import REPO, run
@@ -30,7 +31,7 @@ def test_shipped_recipes_load_and_survive_writing(path: Path, tmp_path: Path) ->
     ],
 )
 def test_the_published_recipe(
-    name: str, arch: str, width: float, dropout: float, smoothing: float
+    name: str, arch: Literal["large", "small"], width: float, dropout: float, smoothing: float
 ) -> None:
     recipe = config.load(REPO / "recipes" / f"{name}.toml")
     assert recipe.model == config.Model(arch=arch, width=width, dropout=dropout)

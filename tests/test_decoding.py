@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -68,7 +68,8 @@ def test_what_failed_is_tried_again(split: Split, monkeypatch: pytest.MonkeyPatc
     assert choose(split, True, {}, crop_px=48)[0] == "gpu_window"  # all are known
     with pytest.raises(KeyError):  # in another precision, nothing is
         job = JOB._replace(half=False)
-        decoding.choose_decoder(split, config.Data(crop_px=48), job, {}, {}.__getitem__)
+        none: dict[str, Trial] = {}
+        decoding.choose_decoder(split, config.Data(crop_px=48), job, {}, none.__getitem__)
 
 
 def test_processes_agree_on_the_surest() -> None:
@@ -100,7 +101,7 @@ def test_loads_are_tried_while_there_is_time(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("strategy", ["gpu_full", "gpu_window"])
 def test_a_trial_compares_images_and_measures(
-    split: Split, strategy: str, monkeypatch: pytest.MonkeyPatch
+    split: Split, strategy: Literal["gpu_full", "gpu_window"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "MEASURED_S", 0.2)
     settings = config.Data(root=split.root, crop_px=32, decode=strategy, erase=1.0)

@@ -357,7 +357,13 @@ def test_whether_the_input_is_enough(tiny: Callable[..., Path]) -> None:
 
 
 def test_words() -> None:
-    facts = {"speed_mb_per_s": 1234.5, "X_Y": None, "a_b": [], "of": {"c_ms": 0.1}, "d": True}
+    facts: dict[str, Any] = {
+        "speed_mb_per_s": 1234.5,
+        "X_Y": None,
+        "a_b": [],
+        "of": {"c_ms": 0.1},
+        "d": True,
+    }
     assert [*doctor.rows(facts)] == [
         ("speed", "1,234 MB/s"), ("X_Y", "not set"), ("a b", "none"), ("of", "c 0.1 ms"),
         ("d", "yes"),

@@ -37,6 +37,8 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (make_shards, "{folder} {folder}", ["holds files of other origin (", "choose another"]),
     (make_shards, "{folder} {recipe}/new", ["cannot go on: [Errno 20] Not a directory"]),
     (make_shards, "{folder} {new} --part 9/8", ["--part: 9/8: expected I/N with I from 1 to N"]),
+    (make_shards, "{folder} {new} --part 0/2", ["--part: 0/2: expected I/N with I from 1 to N"]),
+    (make_shards, "{folder} {new} --part 1", ["--part: 1: expected I/N with I from 1 to N"]),
     (make_shards, "{folder} {new} --part x", ["--part: x: expected I/N", "such as 3/8"]),
     (make_shards, "{folder} {new} --quality 0", ["--quality: invalid choice: 0 (choose from 50"]),
     (make_shards, "{folder} {new} --seed -1", ["--seed -1: must not be negative"]),

@@ -94,7 +94,9 @@ def test_a_training_state_of_another_form(
     going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run" / STEP
-    for content in ({}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, [1]):
+    no_state: dict[str, Any] = {"optimizer": {"state": {}, "param_groups": []}}
+    contents: list[Any] = [{}, {"optimizer": {}}, no_state, [1]]
+    for content in contents:
         torch.save(content, folder / "training.pt")
         change_state(folder, lambda state: None)
         refused(train.main, going_on, "training.pt does not fit this run", "restore it from a copy")

@@ -4,7 +4,9 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from fasttrain import files
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is done to files and folders, in order."""
     found: list[str] = []
-    fsync, replace, rename = os.fsync, os.replace, os.rename
+    fsync = os.fsync
 
     def synced(file: int) -> None:
         kind = "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"
@@ -23,8 +25,16 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", lambda a, b: (found.append("rename"), replace(a, b)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (found.append("rename"), rename(a, b)))
+
+    def renamed(real: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def call(source: Any, target: Any) -> None:
+            found.append("rename")
+            real(source, target)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", renamed(os.replace))
+    monkeypatch.setattr(os, "rename", renamed(os.rename))
     return found
 
 

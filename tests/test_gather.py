@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def feed_for(split: Split, num_batches: int, verify: bool = False, **settings: A
         TrainingOrder(split, chosen, plan, 0),
         range(num_batches),
         windows_only=True,
-        make_reader=lambda *arguments: Packer(*arguments, head_bytes=HEAD),
+        make_reader=partial(Packer, head_bytes=HEAD),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import Accelerator
-from test_execution import everything
+from test_execution import everything, run_at_once
 from torch import Tensor, nn
 
 from fasttrain import execution
@@ -38,9 +38,7 @@ def built(mode: str, max_skipped: int = 100, micro: int = 8) -> tuple[Learner, U
     accelerator = Accelerator(cpu=True)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
     if mode == "graph":  # what would be recorded, without a GPU
-        return learner, Graphed(
-            accelerator, learner, plan, recipe.train, run=lambda key, function: function()
-        )
+        return learner, Graphed(accelerator, learner, plan, recipe.train, run=run_at_once)
     return learner, execution.build(mode, accelerator, learner, plan, recipe.train)
 
 

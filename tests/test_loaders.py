@@ -263,7 +263,7 @@ def batches_of(
     rank: int = 0,
     step: int = 0,
     warn: Callable[[str], object] = print,
-    **settings: object,
+    **settings: Any,
 ) -> list[Batch]:
     chosen = config.Data.model_validate({"root": split.root, "crop_px": 40, **settings})
     plan = make_plan(
@@ -297,7 +297,7 @@ def test_checksums_find_what_the_decoder_does_not(copied: Path, read: str) -> No
 
 @pytest.mark.parametrize("settings", [{}, {"verify": "always"}, {"read": "pread"}, {"erase": 0.5}])
 def test_a_damaged_sample_is_replaced_and_always_by_the_same(
-    copied: Path, settings: dict[str, object]
+    copied: Path, settings: dict[str, Any]
 ) -> None:
     split = shards.open_split(copied, "train")
     intact = batches_of(split, **settings)
@@ -374,11 +374,13 @@ def test_an_index_that_lies_is_an_error(
     values[5] = claim(split)
     if values[5] == getattr(split, column)[5]:
         pytest.skip("there is one shard")
-    lying = replace(split, **{column: values})
+    changed: dict[str, Any] = {column: values}
+    lying = replace(split, **changed)
 
     def number_of_batches(read: str, verify: str) -> int:
         # Every window: the whole image, so that DALI has to find all of it.
-        chosen = {"read": read, "verify": verify, "crop_area": (1.0, 1.0), "crop_ratio": (0.2, 5.0)}
+        chosen: dict[str, Any] = {"read": read, "verify": verify}
+        chosen |= {"crop_area": (1.0, 1.0), "crop_ratio": (0.2, 5.0)}
         if name == "train":
             return len(batches_of(lying, **chosen))
         settings = config.Data.model_validate({"root": split.root, **chosen})

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import lines
 from torch import nn
 
-from fasttrain import checkpoint, execution, loop
+from fasttrain import checkpoint, execution, files, loop
 from fasttrain.batch import Batch
 from fasttrain.config import Checkpoint, Log, Optim, Recipe, Train
 from fasttrain.display import TrainDisplay
@@ -227,7 +227,8 @@ def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
 ) -> None:
     """Fails twice and is mended; then fails until it must stop."""
     failing = {4, 6, 10, 12, 14}
-    real, tried = checkpoint._write, []
+    tried: list[int] = []
+    real = files._write_new
 
     def write(path: Path, data: bytes) -> None:
         step = int(path.parent.name[5:13])
@@ -237,7 +238,7 @@ def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
             raise OSError(number, os.strerror(number))
         real(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(files, "_write_new", write)
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
     with pytest.raises(loop.Unsaved, match="that was saved is that of update 8;") as error:
         run_fit(

@@ -18,7 +18,7 @@ def ten_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     grey = np.arange(10 * 64).reshape(10, 8, 8) % 17.0
     found = SimpleNamespace(images=grey, target=np.arange(10) % 2)
     library = SimpleNamespace(load_digits=lambda: found)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", library)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", library)
 
 
 def test_photographs_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

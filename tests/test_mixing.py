@@ -1,6 +1,7 @@
 """MixUp and CutMix: what is mixed is in the labels, and is a function of the seed alone."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from fasttrain.config import Train
 from fasttrain.mixing import build_mix
 from fasttrain.rng import Stream
 
-BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+BOTH: dict[str, Any] = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 GOLDEN_WEIGHTS = [0.582765, 0.126623, 0.611126, 0.260011]
 
 
 def mixed(
-    seed: int, step: int, place: int, dtype: torch.dtype = torch.float32, **alphas: float
+    seed: int, step: int, place: int, dtype: torch.dtype = torch.float32, **alphas: Any
 ) -> tuple[Tensor, Tensor]:
     """Four images, each of one value, its label, after a mix at (seed, step, place)."""
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 40, 32)
@@ -64,10 +65,10 @@ def test_labels_say_how_much_of_each_image_there_is(kind: str, dtype: torch.dtyp
 def test_a_mix_depends_on_seed_step_and_place_alone() -> None:
     expected, _ = mixed(3, 5, 1, **BOTH)
     torch.rand(7), np.random.rand(), random.random()
-    states = random.getstate(), np.random.get_state()[1].tolist()
+    states = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     found, _ = mixed(3, 5, 1, **BOTH)
     assert torch.equal(found, expected)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+    assert states == (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist())
     others = [mixed(*key, **BOTH)[0] for key in ((4, 5, 1), (3, 6, 1), (3, 5, 2))]
     assert not any(torch.equal(other, expected) for other in others)
 

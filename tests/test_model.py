@@ -3,6 +3,7 @@
 import math
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import reference_model as reference
@@ -11,6 +12,7 @@ from torch import nn
 
 from fasttrain.model import build_model, count_macs, mobilenetv3_large, mobilenetv3_small
 
+Arch = Literal["large", "small"]
 NETWORKS = {
     ("large", 1.0): (5_483_032, 216.59),
     ("large", 0.75): (3_993_528, 154.56),
@@ -20,7 +22,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("arch", "width"), NETWORKS)
-def test_size(arch: str, width: float) -> None:
+def test_size(arch: Arch, width: float) -> None:
     parameters, mmacs = NETWORKS[arch, width]
     model = build_model(arch, width, 1000, 0.2)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -29,14 +31,14 @@ def test_size(arch: str, width: float) -> None:
 
 @pytest.mark.parametrize("arch", ["large", "small"])
 @pytest.mark.parametrize("width", [1.0, 0.75, 0.5, 1.25])
-def test_names_and_shapes_are_the_published_ones(arch: str, width: float) -> None:
+def test_names_and_shapes_are_the_published_ones(arch: Arch, width: float) -> None:
     state = build_model(arch, width, 1000, 0.2).state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == reference.shapes(arch, width)
     assert list(state) == list(reference.shapes(arch, width))
 
 
 @pytest.mark.parametrize(("arch", "width"), [*NETWORKS, ("large", 1.25), ("small", 0.5)])
-def test_logits_equal_the_reference(arch: str, width: float) -> None:
+def test_logits_equal_the_reference(arch: Arch, width: float) -> None:
     values = {k: reference.formula(k, s) for k, s in reference.shapes(arch, width).items()}
     images = reference.formula_images(2, 64)
     expected = torch.from_numpy(reference.logits(arch, width, values, images))
@@ -56,6 +58,7 @@ def test_logits_equal_the_reference(arch: str, width: float) -> None:
 
 def test_squeeze_excite_stands_before_the_activation() -> None:
     block = mobilenetv3_large().features[11].conv
+    assert isinstance(block, nn.Sequential)
     kinds = [type(layer).__name__ for layer in block]
     assert kinds == [
         *("Conv2d", "BatchNorm2d", "Hardswish", "DepthwiseConv2d", "BatchNorm2d"),
@@ -87,7 +90,7 @@ def test_head_follows_the_data() -> None:
 
 
 @pytest.mark.parametrize("arch", ["large", "small"])
-def test_stages_begin_where_the_image_is_halved(arch: str) -> None:
+def test_stages_begin_where_the_image_is_halved(arch: Arch) -> None:
     model = build_model(arch, 0.35, 4, 0.2)
     blocks = {"large": (2, 4, 7, 13, 16), "small": (1, 2, 4, 9, 12)}[arch]
     for stages, number in enumerate(blocks, start=1):

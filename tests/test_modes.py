@@ -42,7 +42,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
         (tmp_path / cache).mkdir(exist_ok=True)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         recipe = recipe_for(**{"precision": "bf16"} | train)
-        setup = modes.Setup(Device(kind), nn.Identity(), recipe, plan_for(recipe), 4)  # type: ignore[arg-type]
+        accelerator: Any = Device(kind)
+        setup = modes.Setup(accelerator, nn.Identity(), recipe, plan_for(recipe), 4)
         mode, why = modes.choose_execution(setup, before, lambda text: None)
         return mode, why, tried
 
@@ -138,7 +139,12 @@ def test_lost_layouts_are_found_in_compiled_code() -> None:
 @pytest.mark.slow
 def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(modes, "lost_channels_last", lambda code: seen.extend(code) or ["one"])
+
+    def one_lost(code: list[str]) -> list[str]:
+        seen.extend(code)
+        return ["one"]
+
+    monkeypatch.setattr(modes, "lost_channels_last", one_lost)
     recipe = recipe_for()
     torch.manual_seed(0)
     block = Block().to(memory_format=torch.channels_last)
@@ -192,7 +198,8 @@ def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
 
 def test_a_run_falls_back_on_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a capture fails, or a resumed run finds no compiler any more."""
-    tried, said = [], []
+    tried: list[str] = []
+    said: list[str] = []
     recipe = recipe_for()
     setup = modes.Setup(Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4)
 
@@ -214,7 +221,8 @@ def test_a_run_falls_back_on_what_works(monkeypatch: pytest.MonkeyPatch) -> None
     restored: list[Any] = []
     mode, learner, updater = modes.start("compile_graph_fuse", setup, restored.append, said.append)
     assert mode == "eager" and tried == ["compile_graph_fuse", "compile_graph", "compile"]
-    assert restored[-1] is learner and len(restored) == 4 and updater.mode == "eager"  # type: ignore[comparison-overlap]
+    assert restored[-1] is learner and len(restored) == 4 and isinstance(updater, Updater)
+    assert updater.mode == "eager"
     assert said[0] == "preparing updates by compile_graph_fuse, which can take minutes"
     assert said[1] == (
         "WARNING: train.execution = compile_graph_fuse failed: RuntimeError: no compiler here; "

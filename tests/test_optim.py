@@ -89,7 +89,7 @@ def test_decay_grows() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = WeightAverage(model, decay=0.9)
     with torch.no_grad():
-        average.module.weight.zero_()  # type: ignore[operator, union-attr]
+        average.module.weight.zero_()  # type: ignore[operator]
         model.weight.fill_(1.0)
     average.update(flatten(model), torch.tensor(average.weight(1)))
     assert average.module.weight.item() == pytest.approx(1 - 2 / 11)  # type: ignore[operator]

@@ -55,7 +55,7 @@ class Node:
         self.regular = spec.NumRegularInput()
         self.inputs = [(spec.InputName(i), spec.InputDevice(i)) for i in range(spec.NumInput())]
         self.outputs = [spec.OutputName(i) for i in range(spec.NumOutput())]
-        self.schema = backend.GetSchema(self.name)
+        self.schema = backend.GetSchema(self.name)  # type: ignore[attr-defined]
 
 
 def test_no_generated_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_what_a_decoder_on_a_gpu_is_told() -> None:
 def test_pixels_by_a_capsule_are_the_same() -> None:
     # `tensor_of` uses one on a GPU.
     images = pipeline.pixels_of([memoryview(bytes(range(12)))], [2])
-    (capsule,) = (images.as_tensor().__dlpack__(),)
+    capsule = images.as_tensor().__dlpack__()  # type: ignore[attr-defined]
     assert torch.from_dlpack(capsule).flatten().tolist() == list(range(12))
     assert pipeline.tensor_of(images).shape == (1, 2, 2, 3)
 

@@ -119,7 +119,7 @@ def likely(annotation: Any, default: Any) -> st.SearchStrategy[Any]:
     if isinstance(default, float):
         return st.floats(0, 1) | st.floats()
     if isinstance(default, Path | str) or "Path" in str(annotation):
-        letters = st.sampled_from("ab /.~$'\"\\#=é日") | st.characters(exclude_categories=("Cs",))
+        letters = st.sampled_from("ab /.~$'\"\\#=é日") | st.characters(exclude_categories=["Cs"])
         return st.text(letters, min_size=1, max_size=9)
     return st.integers(0, 300) | st.integers()
 
@@ -252,9 +252,11 @@ def test_any_epoch_is_a_permutation(
     """Of all samples, whatever the shards hold; in blocks, each block's follow one another."""
     shard_of = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint16)
     made = dataclasses.replace(
-        split, shard=shard_of, offset=np.arange(sum(sizes)), shard_paths=split.shard_paths[:1]
-        * len(sizes),
-    )  # fmt: skip
+        split,
+        shard=shard_of,
+        offset=np.arange(sum(sizes), dtype=np.uint64),
+        shard_paths=split.shard_paths[:1] * len(sizes),
+    )
     order = sampling.epoch_order(seed, epoch, made, block)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     assert np.array_equal(order, sampling.epoch_order.__wrapped__(seed, epoch, made, block))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -83,7 +84,9 @@ def test_mapped_and_copied_bytes_give_the_same_pixels(split: Split) -> None:
 
 
 @pytest.mark.parametrize("read", ["mmap", "pread"])
-def test_a_shard_that_shrinks_in_use_is_named(dataset: Path, tmp_path: Path, read: str) -> None:
+def test_a_shard_that_shrinks_in_use_is_named(
+    dataset: Path, tmp_path: Path, read: Literal["mmap", "pread"]
+) -> None:
     root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
     split = shards.open_split(root, "train")
     reader = ShardReader(split, config.Data(root=root, read=read), num_buffers=4)
@@ -163,12 +166,18 @@ def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
     reader.close()
 
 
-def test_a_kernel_without_populate_reads_ahead(split: Split) -> None:
+def test_a_kernel_without_populate_reads_ahead(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     feed = feed_for(split, 3)
     real = feed.reader.madvise
-    feed.reader.madvise = lambda start, length, advice: real(  # EINVAL
-        start, length, -1 if advice == reading._MADV_POPULATE_READ else advice
-    )
+
+    def without_populate(start: Any, length: Any, advice: Any) -> Any:
+        return real(
+            start, length, -1 if advice == reading._MADV_POPULATE_READ else advice
+        )  # EINVAL
+
+    monkeypatch.setattr(feed.reader, "madvise", without_populate)
     draw, views = feed(0)
     assert [len(view) for view in views] == split.size[draw.ids].tolist()
     feed.close()

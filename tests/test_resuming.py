@@ -211,7 +211,7 @@ def test_a_deterministic_run_resumed_ends_bit_for_bit_equal(
 
 
 def check_deterministic(
-    tiny: Callable[..., Path], tmp_path: Path, precision: str, **changes: str
+    tiny: Callable[..., Path], tmp_path: Path, precision: str, **changes: Any
 ) -> None:
     """Compares a run without a stop with one that ends after 3 updates and is resumed."""
     settings = {"deterministic": True, "precision": precision, "cpu_threads": 1}

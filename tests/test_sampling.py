@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ def plan_for(split: Split, world: int, micro: int, batch: int = 12) -> Plan:
     return make_plan(train, Optim(), split.num_samples, world)
 
 
-def global_batch(split: Split, plan: Plan, step: int) -> list[tuple]:
+def global_batch(split: Split, plan: Plan, step: int) -> list[tuple[Any, ...]]:
     """What all processes together are fed, in the order of the groups."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for micro in range(plan.accumulation):
         for rank in range(plan.world_size):
             draw = sampling.train_draw(split, config.Data(), plan, step, rank, micro)
@@ -162,6 +163,7 @@ def assert_uniform(drawn: np.ndarray, number: int) -> None:
 
 def test_golden_augmentation() -> None:
     drawn = sampling.augment_draw(0, 1, np.array(GOLDEN_IDS[:2]), FULL, 224)
+    assert drawn.operations is not None and drawn.erase is not None
     assert drawn.operations.tolist() == GOLDEN_OPERATIONS
     assert drawn.jitter == pytest.approx(np.array(GOLDEN_JITTER), abs=1e-4)
     assert drawn.erase.tolist() == GOLDEN_ERASE
@@ -170,9 +172,9 @@ def test_golden_augmentation() -> None:
 def test_operations_are_drawn_evenly() -> None:
     ids = np.arange(NUMBER)
     rand = sampling.augment_draw(0, 3, ids, RAND, 224).operations
-    assert rand.shape == (NUMBER, 2, 3) and (rand[..., 1] == 7).all()
+    assert rand is not None and rand.shape == (NUMBER, 2, 3) and (rand[..., 1] == 7).all()
     trivial = sampling.augment_draw(0, 3, ids, TRIVIAL, 224).operations
-    assert trivial.shape == (NUMBER, 1, 3)
+    assert trivial is not None and trivial.shape == (NUMBER, 1, 3)
     assert_uniform(trivial[..., 1], sampling.MAGNITUDE_BINS)
     for drawn in (rand, trivial):
         assert_uniform(drawn[..., 0], sampling.NUM_OPERATIONS)
@@ -184,6 +186,7 @@ def test_operations_are_drawn_evenly() -> None:
 
 def test_jitter_fills_its_ranges() -> None:
     drawn = sampling.augment_draw(0, 3, np.arange(NUMBER), FULL, 224).jitter
+    assert drawn is not None
     low, high = np.array([0.6, 0.7, 0.0, -36.0]), np.array([1.4, 1.3, 2.2, 36.0])
     width = high - low
     assert (drawn.min(0) >= low - 1e-5).all() and (drawn.max(0) <= high + 1e-5).all()
@@ -193,6 +196,7 @@ def test_jitter_fills_its_ranges() -> None:
     assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.03
     only_hue = config.Data(color_jitter=(0, 0, 0, 0.5))
     drawn = sampling.augment_draw(0, 3, np.arange(100), only_hue, 224).jitter
+    assert drawn is not None
     assert (drawn[:, :3] == 1).all() and np.abs(drawn[:, 3]).max() > 150
 
 
@@ -231,7 +235,7 @@ def test_a_sample_is_changed_alike_in_any_batch_and_otherwise_in_another_epoch()
 
     whole = draws(0, 1, ids)
     for one, other in zip(whole, draws(0, 1, *np.split(ids, 20)), strict=True):
-        assert np.array_equal(one, other)
+        assert one is not None and other is not None and np.array_equal(one, other)
     for one, other in zip(whole, draws(0, 1, ids[::-1]), strict=True):
         assert np.array_equal(one, other[::-1])
     for key in ((1, 1), (0, 2)):
@@ -245,7 +249,7 @@ def test_the_draw_of_a_step_holds_what_the_settings_ask_for(split: Split) -> Non
     draw = sampling.train_draw(split, FULL, plan, 4, 0, 0)
     expected = sampling.augment_draw(plan.seed, 1, draw.ids, FULL, 224)
     for one, other in zip(draw.augment, expected, strict=True):
-        assert np.array_equal(one, other)
+        assert one is not None and other is not None and np.array_equal(one, other)
 
 
 def test_blocks_hold_each_sample_once_and_read_each_tar_once(split: Split) -> None:
@@ -280,7 +284,10 @@ def test_size_of_crops_follows_the_epoch(split: Split) -> None:
 
 def test_how_well_blocks_shuffle(split: Split) -> None:
     """Pairs of a batch that come from one tar: 1 in as many as are shuffled together."""
-    order, shard_of = np.arange(64 * 100), np.repeat(np.arange(64), 100).astype(np.uint16)
+    order, shard_of = (
+        np.arange(64 * 100, dtype=np.uint64),
+        np.repeat(np.arange(64), 100).astype(np.uint16),
+    )
     many = dataclasses.replace(
         split, shard=shard_of, offset=order, shard_paths=split.shard_paths[:1] * 64
     )

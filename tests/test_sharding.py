@@ -232,13 +232,11 @@ def test_parts_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert "finished once the other parts are" in first.stderr
     assert json.loads(first.stdout)["part"] == "1/2" and not json.loads(first.stdout)["splits"]
     assert json.loads(run([*command, "2/2"]).stdout)["splits"]["train"]["samples"] == 45
-    for wrong in ("0/2", "3/2", "x", "1"):
-        assert "expected I/N with I from 1 to N" in run([*command, wrong], code=2).stderr
 
 
 def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
     script = BUILD.replace("workers=2", "part=(int(sys.argv[3]), 3)")
-    command = ["python", "-c", script, larger, tmp_path / "parts"]
+    command: list[str | Path] = ["python", "-c", script, larger, tmp_path / "parts"]
     parts = [
         subprocess.Popen([*command, str(part)], cwd=CHECKOUT, env=environment())
         for part in (1, 2, 3)
@@ -329,7 +327,7 @@ sharding.write_dataset(
 @pytest.mark.slow
 def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
-        command = ["python", "-c", BUILD, larger, out]
+        command: list[str | Path] = ["python", "-c", BUILD, larger, out]
         return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), start_new_session=True)
 
     begun = time.monotonic()

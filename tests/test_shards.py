@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,16 +133,19 @@ def test_dali_reads_them(dataset: Path, indexed: bool) -> None:
     from nvidia.dali import fn, pipeline_def
 
     tars = [str(p) for p in sorted(dataset.glob("train-*.tar"))]
-    indices = {"index_paths": [t.replace(".tar", ".idx") for t in tars]} if indexed else {}
+    indices: dict[str, Any] = (
+        {"index_paths": [t.replace(".tar", ".idx") for t in tars]} if indexed else {}
+    )
 
     @pipeline_def(batch_size=45, num_threads=1, device_id=None)
-    def pipeline() -> tuple:
-        images, labels = fn.readers.webdataset(
+    def pipeline() -> Any:
+        return fn.readers.webdataset(
             paths=tars, ext=["jpg", "cls"], missing_component_behavior="error", **indices
         )
-        return images, labels
 
-    images, labels = pipeline().run()
+    outputs = pipeline().run()
+    assert outputs
+    images, labels = outputs
     # One width for all labels: a DALI pipeline can turn the four digits into a number.
     digits = np.asarray(labels.as_tensor()) - ord("0")
     found = [
@@ -213,7 +217,10 @@ def test_a_member_whose_name_is_no_text(dataset: Path, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[header] = 0xFF
     data[header + 148 : header + 156] = (
-        b"%06o\0 " % tarfile.calc_chksums(data[header : header + 512])[0]
+        b"%06o\0 "
+        % tarfile.calc_chksums(  # type: ignore[attr-defined]
+            data[header : header + 512]
+        )[0]
     )
     path.write_bytes(data)
     assert split.describe(2) == f"{path}, key unreadable at byte {header + 512}"

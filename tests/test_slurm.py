@@ -39,7 +39,12 @@ class Cluster:
         self.call("start", "2")
 
     def call(self, *words: str) -> None:
-        command = [REPO / "tests" / "mini_cluster.sh", words[0], self.folder, *words[1:]]
+        command: list[str | Path] = [
+            REPO / "tests" / "mini_cluster.sh",
+            words[0],
+            self.folder,
+            *words[1:],
+        ]
         nodes = {"FT_CPUS": "64", "FT_GPUS": "8"}  # which are not there
         env = environment(FT_OWNER_PID=str(os.getpid()), **nodes)
         env["PATH"] += ":/usr/sbin"

@@ -67,13 +67,13 @@ def test_labels_and_counts_are_true(made: dict[str, Path], photos: list[Photo], 
         assert manifest["classes"] == list(WNIDS)
         assert repaired == {forms.ODD["cmyk"], forms.ODD["png"]}
     assert len(repaired) == 2 and not manifest["splits"]["train"]["rejected"]
-    for split in shards.SPLITS:
-        expected = {p.data: p.label for p in photos if p.split == split}
-        found = expected_samples(root, split)
-        assert len(found) == len(expected) == {"train": 18, "val": 9}[split]
+    for name in shards.SPLITS:
+        expected = {p.data: p.label for p in photos if p.split == name}
+        found = expected_samples(root, name)
+        assert len(found) == len(expected) == {"train": 18, "val": 9}[name]
         kept = [(label, image) for label, image in found if image in expected]
         assert all(expected[image] == label for label, image in kept)
-        assert len(found) - len(kept) == (2 if split == "train" else 0)
+        assert len(found) - len(kept) == (2 if name == "train" else 0)
         labels = sorted(label for label, _ in found)
         assert labels == sorted(expected.values())
 
@@ -92,9 +92,9 @@ def test_odd_images_come_out_as_pil_sees_them(made: dict[str, Path], photos: lis
         photo = by_bytes.get(stored)
         image = Image.open(io.BytesIO(stored)).convert("RGB")
         short, long = min(image.size), max(image.size)
-        size = tuple(32 if side == short else 32 * long // short for side in image.size)
-        left, top = (round((side - 32) / 2) for side in size)
-        resized = image.resize(size, Image.Resampling.BILINEAR)
+        width, height = (32 if side == short else 32 * long // short for side in image.size)
+        left, top = round((width - 32) / 2), round((height - 32) / 2)
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
         expected = np.asarray(resized.crop((left, top, left + 32, top + 32)), np.float32)
         difference = (found - torch.from_numpy(expected)).abs()
         assert difference.mean() < 0.3 and difference[1:-1, 1:-1].max() <= 2
@@ -147,11 +147,11 @@ def test_in_place_leaves_the_tars_and_indexes_them(photos: list[Photo], tmp_path
     assert "cannot stay as it is: leave out --in-place" in done.stderr
     after = files_of(root)
     assert {name: after[name] for name in before} == before
-    for split in shards.SPLITS:
-        expected = {p.data: p.label for p in photos if p.split == split}
-        found = expected_samples(root, split)
+    for name in shards.SPLITS:
+        expected = {p.data: p.label for p in photos if p.split == name}
+        found = expected_samples(root, name)
         assert {image: label for label, image in found}.items() <= expected.items()
-        assert len(found) == {"train": 16, "val": 9}[split]
+        assert len(found) == {"train": 16, "val": 9}[name]
     split = shards.open_split(root, "val")
     assert "imagenet1k-validation-00.tar, key ILSVRC2012_val_0000000" in split.describe(0)
     batches = loaders.eval_loader(split, config.Data(root=root), 4, 0, 1, CPU)

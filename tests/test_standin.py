@@ -53,7 +53,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("standin") / "libcuda.so.1"
     included = [f"-I{folder}" for folder in folders]
     options = ["-O1", "-Wall", "-fPIC", "-shared", "-std=c++17", *included]
-    command = [compiler, *options, "-Wl,-soname,libcuda.so.1", STANDIN / "standin.cpp", "-o", built]
+    command: list[str | Path] = [
+        compiler,
+        *options,
+        "-Wl,-soname,libcuda.so.1",
+        STANDIN / "standin.cpp",
+        "-o",
+        built,
+    ]
     subprocess.run(command, check=True)
     return built
 

@@ -112,8 +112,8 @@ def _batch_norm_backward(
     images: Tensor, gradient: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_layout("batch_norm_backward", images, gradient)
-    *others, epsilon, _ = others
-    return ATEN.native_batch_norm_backward(gradient, images, *others, True, epsilon, [True] * 3)
+    *statistics, epsilon, _ = others
+    return ATEN.native_batch_norm_backward(gradient, images, *statistics, True, epsilon, [True] * 3)
 
 
 for _name, _function in {

@@ -258,8 +258,8 @@ def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
 
 def main(mode: str, folder: Path) -> None:
     determinism.choose_kernels(deterministic=False)
-    EvalSums.result = counted  # type: ignore[method-assign]
-    Guard.read = nothing_skipped  # type: ignore[method-assign]
+    EvalSums.result = counted  # type: ignore[method-assign, assignment]
+    Guard.read = nothing_skipped  # type: ignore[method-assign, assignment]
     found: dict[str, Any] = {}
     for part in (whole_run, one_update, trials, *([failing_capture] if "graph" in mode else [])):
         name = part.__name__
