@@ -88,7 +88,7 @@ def test_reading_alone(name: str, dataset: Path) -> None:
     assert inputs.measure(job(name, dataset, raw=True))["loader_us_per_image"] > 0
 
 
-def test_who_is_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipelines_that_cannot_take_part(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     split = shards.open_split(dataset, "train")
     reasons = {name: inputs.why_not(job(name, dataset), split) for name in pipelines.PIPELINES}
@@ -100,6 +100,23 @@ def test_who_is_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons["webdataset"] == "not installed: pip install -e '.[bench]'"
     raw = inputs.why_not(job("decode alone", dataset), dataclasses.replace(split, store="raw"))
     assert raw == "raw shards need no decoding"
+
+
+def test_contestants_take_turns(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order: list[str] = []
+
+    def measure(job: own_process.Job, part: str) -> own_process.Result:
+        order.append(job.name)
+        return {"images_per_s": len(order)}
+
+    monkeypatch.setattr(own_process, "measure", measure)
+    jobs = [job("fasttrain", dataset), job("webdataset", dataset)]
+    turns = own_process.take_turns(jobs, "input", 2, lambda job: {"cached": 0.5})
+    assert order == ["fasttrain", "webdataset"] * 2
+    assert turns[jobs[1]] == [{"images_per_s": n, "cached": 0.5} for n in (2, 4)]
+    assert capsys.readouterr().err.splitlines()[-1] == "2/2 webdataset"
 
 
 def test_figures_of_several_turns() -> None:

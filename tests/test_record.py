@@ -1,4 +1,4 @@
-"""benchmark.py record: writes as it goes, survives what fails, and goes on with what is there."""
+"""benchmark.py record: it writes as it goes, survives failures, and continues a record."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import benchmark
 import pytest
 from benchmarks import kernels, steps, traffic
-from benchmarks.record import command, tables, updates
+from benchmarks.record import command, gpu_tests, tables, updates
 from benchmarks.record.journal import Record, Run
 
 TINY = ("--arch", "small", "--width", "0.35", "--batch", "4", "--crop-px", "32", "--threads", "1",
@@ -43,7 +43,9 @@ def test_a_record_in_two_parts(tmp_path: Path) -> None:
     assert "Bound: " in text and "imagenette: needs Imagenette's shards" in text
 
 
-def test_what_fails_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_does_not_end_the_other_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crash = tmp_path / "python"
     crash.write_text("#!/bin/sh\necho 'last words' >&2\nkill -SEGV $$\n")
     crash.chmod(0o755)
@@ -59,7 +61,7 @@ def test_what_fails_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "SIGSEGV" in (out / "record.md").read_text()
 
 
-def test_time_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, float] = {}
 
     def stage(run: Run, data: Any) -> None:
@@ -70,7 +72,7 @@ def test_time_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     })  # fmt: skip
     benchmark.main(["record", "--out", str(tmp_path), "--stages", "step,loop", *TINY])
     assert given["step"] == pytest.approx(600 * 8 / 10, abs=5)
-    assert given["loop"] == pytest.approx(600, abs=5)  # what was not used is left
+    assert given["loop"] == pytest.approx(600, abs=5)  # the first stage left its time
 
 
 @pytest.mark.slow
@@ -134,7 +136,7 @@ def run_of() -> Run:
     return Run(arguments, None, 0.0)  # type: ignore[arg-type]
 
 
-def test_what_a_profiler_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_from_the_trace_of_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [
         {"cat": "kernel", "name": "a", "dur": 300.0}, {"cat": "kernel", "name": "a", "dur": 300.0},
         {"cat": "gpu_memset", "name": "b", "dur": 30.0}, {"cat": "cpu_op", "name": "c", "dur": 9},
@@ -158,7 +160,7 @@ def test_what_a_profiler_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3
 
 
-def test_what_an_update_must_move() -> None:
+def test_bytes_that_an_update_must_move() -> None:
     job = steps.StepJob(
         name="fasttrain", arch="large", width=1.0, batch=2, px=224, precision="bf16",
         execution="eager", layout="channels_last", device="cpu", threads=1, seconds=1,
@@ -170,3 +172,16 @@ def test_what_an_update_must_move() -> None:
 
 def test_tables_of_nothing() -> None:
     assert tables.markdown([]).startswith("## Record of unknown")
+
+
+def test_what_pytest_printed_becomes_counts_and_failures(tmp_path: Path) -> None:
+    text = (
+        "tests/test_a.py::test_x[a b] PASSED [ 50%]\ntests/test_a.py::test_y FAILED [100%]\n"
+        "FAILED tests/test_a.py::test_y - AssertionError: 1 == 2\n"
+    )
+    run = Run(run_of().arguments, Record(tmp_path), 0.0, stage="tests")
+    gpu_tests.report(run, text, {"tests/test_a.py::test_x[a b]": "passed"}, ended=True)
+    counts, failure = lines_of(tmp_path)
+    assert (counts["passed"], counts["failed"], counts["in_time"]) == (1, 0, True)
+    assert failure["test"] == "tests/test_a.py::test_y"
+    assert failure["failed"] == "AssertionError: 1 == 2"
