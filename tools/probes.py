@@ -1,5 +1,8 @@
-"""What a machine has and how fast its storage is: probes of `doctor.py`, which say unknown rather
-than raise."""
+"""The probes of `doctor.py`: what a machine has, how fast its storage is, how fast it trains.
+
+A probe that cannot find something out returns "unknown" and does not raise. The stage `machine` of
+`benchmark.py record` uses the probes of the GPU and of storage too.
+"""
 
 import contextlib
 import json
@@ -24,15 +27,15 @@ from fasttrain import config, forecast, launch
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
-Facts = dict[str, Any]  # the name of a quantity ends in its unit
+Facts = dict[str, Any]  # by name; the name of a quantity ends with its unit
 
-SMI_S = 30  # that nvidia-smi may take
-STEP_S = 120  # that a trial of training steps may take
-READ_S = 1.5  # of each way of reading
-IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # read at most
-TARS = 32  # read from at most
+SMI_S = 30  # time limit of nvidia-smi
+STEP_S = 120  # time limit of a trial of training steps
+READ_S = 1.5  # duration of each way of reading
+IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # to read at most
+TARS = 32  # to read from at most
 PIECE_BYTES = 4 << 20
-FOLIO_BYTES = 256 << 10  # the page cache drops no part of a folio, few of which are larger
+FOLIO_BYTES = 256 << 10  # the page cache drops whole folios only, and few are larger than this
 NETWORK = (
     "nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "cifs", "smb", "9p", "afs", "panfs",
     "wekafs", "glusterfs", "pvfs", "orangefs", "virtiofs",
@@ -44,7 +47,7 @@ NETWORK = (
 
 
 def text_of(path: Path) -> str:
-    """What a small file says, or unknown."""
+    """The content of a small file; "unknown" where it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, ValueError):
@@ -52,7 +55,7 @@ def text_of(path: Path) -> str:
 
 
 def smi(*arguments: str) -> str:
-    """What nvidia-smi says; empty where there is none or it fails."""
+    """The output of nvidia-smi; empty where it is missing or fails."""
     command = ["nvidia-smi", *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_S)
@@ -61,13 +64,14 @@ def smi(*arguments: str) -> str:
 
 
 def torch_gpus() -> int:
+    """How many GPUs torch sees."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def major(version: str) -> int:
-    """13 of `13.0`; 0 of no version."""
+    """The first number of a version: 13 for `13.0`, 0 for a text without a number."""
     found = re.match(r"\d+", version)
     return int(found[0]) if found else 0
 
@@ -80,7 +84,7 @@ def same_cuda(torch_cuda: str, dali_cuda: str = "") -> bool | str:
 
 
 def cuda_faults(built: Mapping[str, str], driver: str) -> list[str]:
-    """What was built for a newer CUDA than the driver has."""
+    """A message for each package that was built for a newer CUDA than the driver has."""
     return [
         f"{name} is built for CUDA {version}, but the driver has CUDA {driver}: update the driver, "
         'or install what suits it (README.md, "CUDA 12")'
@@ -90,7 +94,11 @@ def cuda_faults(built: Mapping[str, str], driver: str) -> list[str]:
 
 
 def link_counts(text: str) -> list[str]:
-    """`["28 x NV18, NVLink"]`: kinds of links between two GPUs, of `nvidia-smi topo -m`."""
+    """The kinds of links between pairs of GPUs, such as `["28 x NV18, NVLink"]`.
+
+    Args:
+        text: the output of `nvidia-smi topo -m`.
+    """
     lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()  # the heading is underlined
     table = [line.split() for line in lines if re.match(r"GPU\d+\s", line)]
     kinds = Counter(row[1 + column] for n, row in enumerate(table) for column in range(n))
@@ -101,7 +109,7 @@ def link_counts(text: str) -> list[str]:
 
 
 def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, str]:
-    """`{"eth0": "up, 25,000 Mbit/s"}`, without the loopback."""
+    """The state and speed of network interfaces: `{"eth0": "up, 25,000 Mbit/s"}`, no loopback."""
     found = {}
     for path in sorted(root.glob("*/operstate")):
         if (name := path.parent.name) != "lo":
@@ -112,7 +120,7 @@ def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, str]:
 
 
 def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """`["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
+    """The ports of InfiniBand adapters: `["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
     return [
         f"{port.parent.parent.name} port {port.name}: "
         f"{text_of(port / 'state').rpartition(': ')[2]}, {text_of(port / 'rate')}"
@@ -121,7 +129,7 @@ def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
 
 
 def quota_in(text: str) -> float | None:
-    """CPUs that a container's quota amounts to, of `cpu.max`; None without one."""
+    """The CPUs that a container's quota allows, from the text of `cpu.max`; None without one."""
     quota, _, period = text.partition(" ")
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
 
@@ -132,17 +140,18 @@ def quota_in(text: str) -> float | None:
 
 
 def num_bytes(splits: Sequence[Split]) -> int:
+    """Bytes of all tars of some splits."""
     return sum(sum(split.shard_bytes) for split in splits)
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path if it exists, else the nearest folder above it that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def cannot_write(folder: Path) -> str:
-    """Why a folder cannot be made or written in; empty if it can."""
+    """Why a folder cannot be made or written to; empty if it can."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return ""
@@ -151,13 +160,18 @@ def cannot_write(folder: Path) -> str:
 
 
 def advice(kind: str, data: config.Data, size: int) -> list[str]:
-    """What makes reading over a network faster or safer; `size` in bytes, of all shards."""
+    """Settings that make reading over a network faster or safer; none for a local disk.
+
+    Args:
+        kind: of the file system.
+        size: bytes of all shards.
+    """
     if not kind.startswith(NETWORK) or data.stage:
         return []
     fits = size < min(shutil.disk_usage("/dev/shm").free, forecast.available_bytes()) / 2
-    place = "/dev/shm/fasttrain" if fits else "/a/local/disk"
+    folder = "/dev/shm/fasttrain" if fits else "/a/local/disk"
     found = [
-        f"--set data.stage={place} copies the {size / 1e9:,.1f} GB to each node before it runs"
+        f"--set data.stage={folder} copies the {size / 1e9:,.1f} GB to each node before it runs"
     ]
     if data.shuffle == "full":
         found.append("without a copy, --set data.shuffle=blocks reads in large pieces")
@@ -167,14 +181,14 @@ def advice(kind: str, data: config.Data, size: int) -> list[str]:
 
 
 def forget(file: int, offset: int, size: int) -> None:
-    """Drops a range of a file from the page cache, where nothing holds it there."""
+    """Drops a range of a file from the page cache, unless something holds it there."""
     first = offset - offset % FOLIO_BYTES
     end = -(-(offset + size) // FOLIO_BYTES) * FOLIO_BYTES
     os.posix_fadvise(file, first, end - first, os.POSIX_FADV_DONTNEED)
 
 
 def read_in_order(split: Split) -> Facts:
-    """Opens tars, taken at random, and reads each in large pieces."""
+    """The time to open a tar and the speed of reading in large pieces, over random tars."""
     done, reading_s, opening_s = 0, 0.0, []
     for path in random.sample(split.shard_paths, min(TARS, len(split.shard_paths))):
         begun = time.perf_counter()
@@ -196,7 +210,7 @@ def read_in_order(split: Split) -> Facts:
 
 
 def read_at_random(split: Split, threads: int) -> Facts:
-    """Reads single images, by as many threads as the loader has."""
+    """The speed of reading single images, with as many threads as the loader has."""
     tars = random.sample(range(len(split.shard_paths)), min(TARS, len(split.shard_paths)))
     there = np.flatnonzero(np.isin(split.shard, tars)).tolist()
     samples = random.sample(there, min(1024, len(there)))
@@ -211,12 +225,14 @@ def read_at_random(split: Split, threads: int) -> Facts:
             if shard not in files:
                 opened = stack.enter_context(split.shard_paths[shard].open("rb", buffering=0))
                 files[shard] = opened.fileno()
-                os.posix_fadvise(files[shard], 0, 0, os.POSIX_FADV_RANDOM)  # what is not asked for
+                os.posix_fadvise(
+                    files[shard], 0, 0, os.POSIX_FADV_RANDOM
+                )  # reads no more than is asked for
             ranges.append((files[shard], int(split.offset[sample]), int(split.size[sample])))
             forget(*ranges[-1])
 
-        def read(place: tuple[int, int, int]) -> None:
-            file, offset, size = place
+        def read(piece: tuple[int, int, int]) -> None:
+            file, offset, size = piece
             start = time.perf_counter()
             if start - begun < READ_S:
                 if (at_once := is_cached(file, offset)) is not None:
@@ -237,7 +253,7 @@ def read_at_random(split: Split, threads: int) -> Facts:
 
 
 def is_cached(file: int, offset: int) -> bool | None:
-    """Whether a byte of a file is in the page cache; None where the file system does not tell."""
+    """Whether a byte of a file is in the page cache; None where the file system cannot say."""
     try:
         return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:
@@ -263,7 +279,7 @@ def on_own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_step(job: str, environ: Mapping[str, str]) -> Facts:
-    """Speed and memory of updates as `benchmark.py` measures them; or `failed`, and why."""
+    """Speed and memory of updates as `benchmark.py` measures them; or `failed` with the reason."""
     script = str(Path(__file__).with_name("benchmark.py"))
     command = [sys.executable, script, "measure", "step", job]
     try:
@@ -284,6 +300,6 @@ def run_step(job: str, environ: Mapping[str, str]) -> Facts:
 
 
 def smaller_batch(plan: Plan) -> int:
-    """The largest micro-batch, of at most half the images, that divides evenly; 0 for none."""
+    """The largest micro-batch of at most half the size that divides the images; 0 for none."""
     images = plan.micro_batch_size * plan.accumulation
     return max((n for n in range(1, plan.micro_batch_size // 2 + 1) if images % n == 0), default=0)
