@@ -142,22 +142,25 @@ def faults_of(folder: Path) -> list[str]:
 def choose_checkpoint(
     root: Path, resume: str, about: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
-    """The checkpoint to go on from, as `checkpoint.resume` says; None at the beginning.
+    """The checkpoint to resume from; None if the run begins.
 
+    Args:
+        root: the folder of the run's checkpoints.
+        resume: `checkpoint.resume` of the recipe.
+        about: what this start trains on and with, as `save` stores it.
+        warn: is told of damaged checkpoints that are passed over, and of differences if forced.
     Raises:
         CheckpointError: it is damaged; or, unless it is forced, it was trained on other data or
             with another recipe than `about` says.
     """
-    if resume == "anew":
+    asked = run_folder.ResumeRule(resume)
+    if asked.anew:
         return None
-    if resume in run_folder.RESUME:
-        found = newest_good(root, warn)
-    else:
-        found = Path(resume)
-        if faults := faults_of(found):
-            raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
+    found = asked.named or newest_good(root, warn)
+    if asked.named and (faults := faults_of(asked.named)):
+        raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
     if found:
-        _check_fits(found, about, warn, force=resume == "force")
+        _check_fits(found, about, warn, asked.forced)
     return found
 
 

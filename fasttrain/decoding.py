@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fasttrain import config, files, launch, measured, reading
 from fasttrain.faults import Fault
 from fasttrain.shards import Split
+from fasttrain.trials import fastest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class DecoderTrial:
     """What came of trying one strategy."""
 
     strategy: str
@@ -81,7 +82,7 @@ def choose_decoder(
     data: config.Data,
     job: Job,
     environ: Mapping[str, str],
-    attempt: Callable[[str], Trial] | None = None,
+    attempt: Callable[[str], DecoderTrial] | None = None,
 ) -> tuple[config.Data, str]:
     """`data` with the `decode` and `hw_decoder_load` to use, and one sentence on why.
 
@@ -103,19 +104,18 @@ def choose_decoder(
     if data.decode != "auto":
         return data, f"decode: {data.decode}, as the recipe says"
 
-    def trial(strategy: str) -> Trial:
+    def trial(strategy: str) -> DecoderTrial:
         return try_in_a_process(split, data, strategy, job, environ)
 
-    trials = _once_a_node(split, data, job, attempt or trial)
-    working = [trial for trial in trials if not trial.fault]
-    if not working:
-        faults = "\n  ".join(str(trial) for trial in trials)
+    tried = _once_a_node(split, data, job, attempt or trial)
+    best = fastest(tried)
+    if best is None:
+        faults = "\n  ".join(str(trial) for trial in tried)
         raise DecodeError(f"no way of decoding works here:\n  {faults}")
-    best = max(working, key=lambda trial: trial.images_per_s)
     chosen: dict[str, Any] = {"decode": best.strategy}
     if best.load is not None:
         chosen["hw_decoder_load"] = best.load
-    why = f"decode: {best.strategy} ({'; '.join(str(trial) for trial in trials)})"
+    why = f"decode: {best.strategy} ({'; '.join(str(trial) for trial in tried)})"
     return data.model_copy(update=chosen), why
 
 
@@ -125,8 +125,8 @@ def surest(chosen: Sequence[str]) -> str:
 
 
 def _once_a_node(
-    split: Split, data: config.Data, job: Job, attempt: Callable[[str], Trial]
-) -> list[Trial]:
+    split: Split, data: config.Data, job: Job, attempt: Callable[[str], DecoderTrial]
+) -> list[DecoderTrial]:
     gpu, versions = _gpu(), _versions()
     settings = (
         data.crop_px, data.interpolation, data.hw_decoder_load, data.jpeg_fancy_upsampling,
@@ -136,7 +136,7 @@ def _once_a_node(
     lock = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}-{key}.lock"
     with files.locked(lock):
         known = measured.recall(key) if gpu else None
-        trials = {found["strategy"]: Trial(**found) for found in known or ()}
+        trials = {found["strategy"]: DecoderTrial(**found) for found in known or ()}
         tried = [trials.get(strategy) or attempt(strategy) for strategy in STRATEGIES]
         # What failed is tried again by the next run: its memory may have been another's.
         measured.remember(key, [asdict(trial) for trial in tried if not trial.fault])
@@ -159,7 +159,7 @@ def _versions() -> dict[str, str]:
 
 def try_in_a_process(
     split: Split, data: config.Data, strategy: str, job: Job, environ: Mapping[str, str]
-) -> Trial:
+) -> DecoderTrial:
     """Tries one strategy in a fresh interpreter, and says what became of it."""
     settings = data.model_copy(update={"decode": strategy, "root": split.root})
     command = [sys.executable, "-m", "fasttrain.decoding", settings.model_dump_json()]
@@ -172,14 +172,14 @@ def try_in_a_process(
             env=launch.without_launcher(environ),
         )
     except subprocess.TimeoutExpired:
-        return Trial(strategy, 0.0, 0.0, f"no answer in {TIMEOUT_S} s")
+        return DecoderTrial(strategy, 0.0, 0.0, f"no answer in {TIMEOUT_S} s")
     if done.returncode < 0:
-        return Trial(strategy, 0.0, 0.0, f"crashed with signal {-done.returncode}")
+        return DecoderTrial(strategy, 0.0, 0.0, f"crashed with signal {-done.returncode}")
     last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:]
     if done.returncode or not last:
         reason = last[0] if last else "nothing said"
-        return Trial(strategy, 0.0, 0.0, f"failed: {reason}"[:300])
-    return Trial(**json.loads(last[0]))
+        return DecoderTrial(strategy, 0.0, 0.0, f"failed: {reason}"[:300])
+    return DecoderTrial(**json.loads(last[0]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def loads_to_try(settings: config.Data, threads: int) -> list[float]:
     return [load, round(load / 2, 2), min(0.9, round(2 * load, 2))]
 
 
-def fastest(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[float, float]:
+def fastest_load(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[float, float]:
     """The load with the most images/s, and those; the first is tried, the others in `LOADS_S`."""
     end = time.monotonic() + LOADS_S
     found: list[tuple[float, float]] = []
@@ -236,7 +236,7 @@ def fastest(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[
     return load, rate
 
 
-def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") -> Trial:
+def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") -> DecoderTrial:
     """Tries the strategy `settings.decode` in this process, which it may crash."""
     import torch
 
@@ -262,7 +262,7 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") 
         batches.close()  # type: ignore[attr-defined]
     mean = sum(differences) / len(differences)
     if fault := verdict(differences):
-        return Trial(settings.decode, 0.0, mean, fault)
+        return DecoderTrial(settings.decode, 0.0, mean, fault)
 
     def rate_of(load: float) -> float:
         loaded = settings.model_copy(update={"hw_decoder_load": load})
@@ -270,8 +270,8 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") 
 
     on_gpu = settings.decode.startswith("gpu") and place.device.type == "cuda"
     loads = loads_to_try(settings, job.threads) if on_gpu else [0.0]
-    load, rate = fastest(loads, rate_of)
-    return Trial(settings.decode, rate, mean, load=load if on_gpu else None)
+    load, rate = fastest_load(loads, rate_of)
+    return DecoderTrial(settings.decode, rate, mean, load=load if on_gpu else None)
 
 
 def _main(argv: list[str]) -> None:

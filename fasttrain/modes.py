@@ -24,6 +24,7 @@ from fasttrain.faults import Fault
 from fasttrain.learner import Learner
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
+from fasttrain.trials import fastest
 
 AGREES = 0.01  # relative difference of the mean loss from eager's
 COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
@@ -73,7 +74,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class ModeTrial:
     """What became of an attempt at a mode: `fault` is empty where it worked."""
 
     mode: str
@@ -92,14 +93,14 @@ class Trial:
 
 
 def choose_execution(
-    setup: Setup, before: str | None, say: Callable[[str], object]
+    setup: Setup, previous_mode: str | None, say: Callable[[str], object]
 ) -> tuple[str, str]:
     """The mode to use, and one sentence on why; the same in all processes.
 
     What was measured without a fault is remembered for later runs on such a machine.
 
     Args:
-        before: the mode that the run had before it was stopped, if any, on this kind of device.
+        previous_mode: the mode of the run before it was stopped, on this kind of device; or None.
         say: is told what takes long.
     Raises:
         ExecutionError: not even eager works, or bfloat16 is far slower than float32 on this CPU.
@@ -120,8 +121,8 @@ def choose_execution(
             f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
             "--set train.precision=no\nexecution: eager"
         )
-    if before:
-        return before, f"execution: {before}, as before the stop"
+    if previous_mode:
+        return previous_mode, f"execution: {previous_mode}, as before the stop"
     if train.deterministic:
         return "eager", "execution: eager, as a choice by speed may differ from run to run"
     key = _key(setup)
@@ -150,7 +151,8 @@ def choose_execution(
         trials.append(trial)
         if trial.fault:
             modes += [simpler for simpler in _simpler(mode)[:-1] if simpler not in modes]
-    best = max((t for t in trials if not t.fault), key=lambda t: t.images_per_s)
+    best = fastest(trials)
+    assert best  # eager worked
     why = f"{best.mode} ({'; '.join(map(str, trials))})"
     if setup.accelerator.is_main_process and not any(trial.fault for trial in trials):
         measured.remember(key, {"mode": best.mode, "why": why})
@@ -227,7 +229,7 @@ def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-def try_mode(mode: str, setup: Setup) -> Trial:
+def try_mode(mode: str, setup: Setup) -> ModeTrial:
     """A few updates of a copy of the network, on made-up images of the recipe's largest size."""
     size, plan = setup.plan.micro_batch_size, setup.plan
     size = min(size, CPU_IMAGES) if setup.on_cpu else size
@@ -239,7 +241,7 @@ def try_mode(mode: str, setup: Setup) -> Trial:
     # A process that fails would have the others wait for it in an exchange: each tries alone first.
     if plan.world_size > 1 and mode != "eager":
         if fault := _first(_fault_alone(mode, tried, (images, labels))):
-            return Trial(mode, fault=fault)
+            return ModeTrial(mode, fault=fault)
     warm_up, timed = (1, 2) if setup.on_cpu else (5, 20)
     seconds, loss, fault, remark = math.inf, 0.0, "", ""
     scaler = setup.accelerator.scaler
@@ -274,7 +276,7 @@ def try_mode(mode: str, setup: Setup) -> Trial:
     faults = [text for _, _, text in results if text]
     rate = timed * plan.global_batch_size / max(taken for taken, _, _ in results)
     mean = sum(found for _, found, _ in results) / len(results)
-    return Trial(mode, rate, mean, faults[0] if faults else "", remark)
+    return ModeTrial(mode, rate, mean, faults[0] if faults else "", remark)
 
 
 def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float]:

@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ DONE = "DONE"
 LOCK = "lock"
 STOP = "stop"
 STEP = re.compile(r"step_(\d{8,})")  # a finished checkpoint, by the updates before it
-RESUME = ("auto", "force", "anew")
+WORDS = ("auto", "force", "anew")  # that checkpoint.resume may be; else it names a checkpoint
 LOCK_WAIT_S = 30.0  # for the process of a stopped job to leave
 
 
@@ -45,47 +46,96 @@ def samples_file(rank: int) -> str:
     return f"samples-rank{rank}.jsonl"
 
 
-def check(recipe: Recipe) -> dict[str, Any] | None:
-    """Whether the recipe may run in its folder; returns the closing event if it already has.
+@dataclass(frozen=True, slots=True)
+class ResumeRule:
+    """What `checkpoint.resume` means. Nobody else reads that setting."""
 
+    text: str
+
+    @property
+    def newest(self) -> bool:
+        """Continue from the newest good checkpoint, if there is one (`auto`, `force`)."""
+        return self.text in ("auto", "force")
+
+    @property
+    def forced(self) -> bool:
+        """Continue although the recipe or the data changed (`force`)."""
+        return self.text == "force"
+
+    @property
+    def anew(self) -> bool:
+        """Begin, and move aside what is in the run folder (`anew`)."""
+        return self.text == "anew"
+
+    @property
+    def named(self) -> Path | None:
+        """Continue from this checkpoint, and move aside what came after it."""
+        return None if self.text in WORDS else Path(self.text)
+
+    @property
+    def expects_same_run(self) -> bool:
+        """The run folder must hold this run or none, and a finished run is left alone (`auto`)."""
+        return self.text == "auto"
+
+
+def resume_of(recipe: Recipe) -> ResumeRule:
+    """How a start of this recipe resumes."""
+    return ResumeRule(recipe.checkpoint.resume)
+
+
+def check(recipe: Recipe) -> dict[str, Any] | None:
+    """Checks that the recipe may run in its folder.
+
+    Returns:
+        The closing event of the run if it is complete; else None.
     Raises:
-        ConfigError: the folder holds a run of another recipe, its `DONE` is damaged, or the
-            checkpoint to go on from is none.
+        ConfigError: the folder holds a run of another recipe, its `DONE` is damaged, or there is no
+            such checkpoint or file of weights.
     """
-    folder, resume = run_dir(recipe), recipe.checkpoint.resume
-    if resume not in RESUME and Path(resume).is_file():
+    folder, resume = run_dir(recipe), resume_of(recipe)
+    if resume.named and resume.named.is_file():
         raise ConfigError(
-            f'[checkpoint] resume = "{resume}": is a file, not the folder of a checkpoint; to '
+            f'[checkpoint] resume = "{resume.text}": is a file, not the folder of a checkpoint; to '
             "start a new run from these weights: --set checkpoint.resume=auto --set "
-            f"model.weights={resume}"
+            f"model.weights={resume.text}"
         )
     if (start := weights_to_read(recipe)) and not start.exists():
         raise ConfigError(
             f'[model] weights = "{start}": there is no such file or folder; name a run folder, a '
             "checkpoint or a file of weights"
         )
-    if resume not in RESUME and not Path(resume).is_dir():
+    if resume.named and not resume.named.is_dir():
         raise ConfigError(
-            f'[checkpoint] resume = "{resume}": there is no such checkpoint; must be '
-            f"{', '.join(RESUME)}, or the folder of a checkpoint"
+            f'[checkpoint] resume = "{resume.text}": there is no such checkpoint; must be '
+            f"{', '.join(WORDS)}, or the folder of a checkpoint"
         )
-    if resume != "auto":
+    if not resume.expects_same_run:
         return None
-    # A start that saved nothing, as it was refused say, leaves nothing to mix up.
-    if (folder / RECIPE).exists() and any((folder / CHECKPOINTS).glob("step_*")):
-        changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
-        if changed:
-            raise ConfigError(
-                "\n  ".join([f"{folder} holds a run of another recipe:", *changed])
-                + "\nuse the old values, or another folder with --set log.run_dir=..., or go on "
-                "regardless with --set checkpoint.resume=force"
-            )
+    _check_same_run(folder, recipe)
+    return _closing_event(folder, recipe.train.max_steps)
+
+
+def _check_same_run(folder: Path, recipe: Recipe) -> None:
+    # A start that saved nothing leaves nothing that could be mixed up: it may have been refused.
+    if not (folder / RECIPE).exists() or not any((folder / CHECKPOINTS).glob("step_*")):
+        return
+    changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
+    if changed:
+        raise ConfigError(
+            "\n  ".join([f"{folder} holds a run of another recipe:", *changed])
+            + "\nuse the old values, or another folder with --set log.run_dir=..., or go on "
+            "regardless with --set checkpoint.resume=force"
+        )
+
+
+def _closing_event(folder: Path, max_steps: int | None) -> dict[str, Any] | None:
+    """What `DONE` says; None if there is none, or `max_steps` was raised since."""
     if not (folder / DONE).exists():
         return None
     try:
         done: dict[str, Any] = json.loads((folder / DONE).read_bytes())
-        total_steps = min(done["schedule_steps"], recipe.train.max_steps or done["schedule_steps"])
-        reached = done["step"] + 1 >= total_steps  # max_steps may have been raised
+        total_steps = min(done["schedule_steps"], max_steps or done["schedule_steps"])
+        reached = done["step"] + 1 >= total_steps
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{folder / DONE} is damaged; remove it, and the same command goes on from the newest "
@@ -95,11 +145,11 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def weights_to_read(recipe: Recipe) -> Path | None:
-    """`model.weights` where the run starts from them; None where it goes on from a checkpoint."""
-    resume = recipe.checkpoint.resume
+    """`model.weights` if the run starts from them; None if it resumes from a checkpoint."""
+    resume = resume_of(recipe)
     found = any(STEP.fullmatch(p.name) for p in (run_dir(recipe) / CHECKPOINTS).glob("step_*"))
-    goes_on = found if resume in ("auto", "force") else resume != "anew"
-    return None if goes_on else recipe.model.weights
+    resumes = found if resume.newest else not resume.anew
+    return None if resumes else recipe.model.weights
 
 
 def run_dir(recipe: Recipe) -> Path:
@@ -151,15 +201,18 @@ def _take(file: int, folder: Path) -> None:
 
 
 def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Notes a start in the folder, and clears the way for it. For one process of the run.
+    """Notes a start in the folder, and moves aside what is in its way. For one process of the run.
+
+    Args:
+        environment: is added to `environment.json`.
 
     Raises:
         OSError: the file system refused.
     """
-    folder, resume = run_dir(recipe), recipe.checkpoint.resume
+    folder, resume = run_dir(recipe), resume_of(recipe)
     files.clear(folder)
-    if resume not in ("auto", "force"):
-        _put_aside(folder, None if resume == "anew" else Path(resume))
+    if not resume.newest:
+        _put_aside(folder, resume.named)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     # `resume` is a wish for one start, so later ones have its default, `auto`.

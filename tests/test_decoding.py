@@ -13,7 +13,7 @@ import torch
 
 from fasttrain import config, decoding, loaders
 from fasttrain.batch import Placement
-from fasttrain.decoding import DecodeError, Job, Trial
+from fasttrain.decoding import DecodeError, DecoderTrial, Job
 from fasttrain.shards import Split
 
 JOB = Job(gpu=True, threads=1, batch_size=12, half=True)
@@ -22,7 +22,7 @@ CPU = Placement(torch.device("cpu"), half=False, threads=1)
 
 
 def choose(
-    split: Split, gpu: bool, trials: dict[str, Trial], **settings: Any
+    split: Split, gpu: bool, trials: dict[str, DecoderTrial], **settings: Any
 ) -> tuple[str, float | str, str]:
     given = config.Data.model_validate({"root": split.root, **settings})
     chosen, why = decoding.choose_decoder(
@@ -33,17 +33,17 @@ def choose(
 
 def test_the_fastest_that_works_is_taken(split: Split) -> None:
     trials = {
-        "gpu_window": Trial("gpu_window", 0, 0, "crashed with signal 11"),
-        "gpu_full": Trial("gpu_full", 5000, 0.4, load=0.3),
-        "cpu": Trial("cpu", 900, 0),
+        "gpu_window": DecoderTrial("gpu_window", 0, 0, "crashed with signal 11"),
+        "gpu_full": DecoderTrial("gpu_full", 5000, 0.4, load=0.3),
+        "cpu": DecoderTrial("cpu", 900, 0),
     }
     decode, load, why = choose(split, True, trials)
     assert (decode, load) == ("gpu_full", 0.3)
     assert "gpu_window: crashed with signal 11" in why and "cpu: 900 images/s, 0" in why
     assert "gpu_full: 5,000 images/s with hw_decoder_load 0.3, 0.40/255" in why
-    trials["gpu_full"] = Trial("gpu_full", 0, 9, "wrong pixels")
+    trials["gpu_full"] = DecoderTrial("gpu_full", 0, 9, "wrong pixels")
     assert choose(split, True, trials)[:2] == ("cpu", "auto")
-    trials["cpu"] = Trial("cpu", 0, 0, "failed: no")
+    trials["cpu"] = DecoderTrial("cpu", 0, 0, "failed: no")
     with pytest.raises(DecodeError, match="no way of decoding works here"):
         choose(split, True, trials)
 
@@ -58,17 +58,17 @@ def test_without_a_gpu_or_a_choice_nothing_is_tried(split: Split) -> None:
 def test_what_failed_is_tried_again(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_gpu", lambda: "a GPU")
     trials = {
-        "gpu_window": Trial("gpu_window", 0, 0, "no answer in 180 s"),
-        "gpu_full": Trial("gpu_full", 5000, 0.4, load=0.3),
-        "cpu": Trial("cpu", 900, 0),
+        "gpu_window": DecoderTrial("gpu_window", 0, 0, "no answer in 180 s"),
+        "gpu_full": DecoderTrial("gpu_full", 5000, 0.4, load=0.3),
+        "cpu": DecoderTrial("cpu", 900, 0),
     }
     assert choose(split, True, trials, crop_px=48)[0] == "gpu_full"
-    again = {"gpu_window": Trial("gpu_window", 9000, 0.2, load=0.1)}
+    again = {"gpu_window": DecoderTrial("gpu_window", 9000, 0.2, load=0.1)}
     assert choose(split, True, again, crop_px=48)[:2] == ("gpu_window", 0.1)
     assert choose(split, True, {}, crop_px=48)[0] == "gpu_window"  # all are known
     with pytest.raises(KeyError):  # in another precision, nothing is
         job = JOB._replace(half=False)
-        none: dict[str, Trial] = {}
+        none: dict[str, DecoderTrial] = {}
         decoding.choose_decoder(split, config.Data(crop_px=48), job, {}, none.__getitem__)
 
 
@@ -94,9 +94,9 @@ def test_loads_are_tried_while_there_is_time(monkeypatch: pytest.MonkeyPatch) ->
     assert decoding.loads_to_try(config.Data(), 16) == [0.3, 0.15, 0.6]
     assert decoding.loads_to_try(config.Data(hw_decoder_load=0.7), 16) == [0.7]
     rates = {0.3: 10.0, 0.15: 20.0, 0.6: 5.0}
-    assert decoding.fastest(list(rates), rates.__getitem__) == (0.15, 20.0)
+    assert decoding.fastest_load(list(rates), rates.__getitem__) == (0.15, 20.0)
     monkeypatch.setattr(decoding, "LOADS_S", -1)
-    assert decoding.fastest(list(rates), rates.__getitem__) == (0.3, 10.0)
+    assert decoding.fastest_load(list(rates), rates.__getitem__) == (0.3, 10.0)
 
 
 @pytest.mark.parametrize("strategy", ["gpu_full", "gpu_window"])
@@ -143,7 +143,7 @@ def test_a_crash_is_a_finding(
 def test_a_crash_dumps_no_core(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
     monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
-    monkeypatch.setattr(decoding, "try_here", lambda *_: Trial("cpu", 1.0, 0.0))
+    monkeypatch.setattr(decoding, "try_here", lambda *_: DecoderTrial("cpu", 1.0, 0.0))
     settings = config.Data(root=split.root).model_dump_json()
     decoding._main([settings, "train", json.dumps(ON_CPU)])
     assert limits[0] == (resource.RLIMIT_CORE, (0, 0))

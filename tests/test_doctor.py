@@ -12,6 +12,7 @@ import benchmark
 import doctor
 import probes
 import pytest
+import torch
 from benchmarks import steps
 from conftest import REPO, run, shard
 
@@ -368,3 +369,10 @@ def test_words() -> None:
         ("speed", "1,234 MB/s"), ("X_Y", "not set"), ("a b", "none"), ("of", "c 0.1 ms"),
         ("d", "yes"),
     ]  # fmt: skip
+
+
+def test_an_all_reduce_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: calls.append(values.shape))
+    assert 0 < probes.all_reduce_s(7, "cpu", times=3) < 1
+    assert calls == [(7,)] * 8  # 5 of them to warm up

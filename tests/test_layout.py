@@ -39,15 +39,14 @@ ROWS = (
     {"settled"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "rng"},
-    {"arguments", "faults"},
+    {"arguments", "faults", "trials"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
-TORCH_FREE |= {"arguments", "faults", "files", "measured"}
-TORCH_FREE |= {"settled"}
+TORCH_FREE |= {"arguments", "faults", "files", "measured", "settled", "trials"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

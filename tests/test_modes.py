@@ -11,7 +11,7 @@ from test_execution import Block, network, plan_for, recipe_for
 from torch import nn
 
 from fasttrain import modes, runtime
-from fasttrain.modes import Trial
+from fasttrain.modes import ModeTrial
 
 
 class Device:
@@ -29,11 +29,11 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
     monkeypatch.setattr(runtime, "device_name", str)
 
     def choose(
-        trials: dict[str, Trial], kind: str = "cuda", before: str | None = None, **train: Any
+        trials: dict[str, ModeTrial], kind: str = "cuda", before: str | None = None, **train: Any
     ) -> tuple[str, str, list[str]]:
         tried: list[str] = []
 
-        def attempt(mode: str, setup: modes.Setup) -> Trial:
+        def attempt(mode: str, setup: modes.Setup) -> ModeTrial:
             tried.append(mode)
             return trials[mode]
 
@@ -51,9 +51,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
 
 
 GOOD = {
-    "eager": Trial("eager", 2000, 1.5),
-    "graph": Trial("graph", 4000, 1.5),
-    "compile_graph_fuse": Trial("compile_graph_fuse", 5000, 1.499),
+    "eager": ModeTrial("eager", 2000, 1.5),
+    "graph": ModeTrial("graph", 4000, 1.5),
+    "compile_graph_fuse": ModeTrial("compile_graph_fuse", 5000, 1.499),
 }
 Chosen = Callable[..., tuple[str, str, list[str]]]
 
@@ -72,11 +72,11 @@ def test_the_fastest_that_agrees_is_taken_and_remembered(chosen: Chosen) -> None
 
 
 def test_what_is_wrong_or_fails_is_not_taken_nor_remembered(chosen: Chosen) -> None:
-    wrong = Trial("compile_graph", 5000, 1.6)
-    broken = Trial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
-    nan = Trial("compile_graph_fuse", 3000, float("nan"))
+    wrong = ModeTrial("compile_graph", 5000, 1.6)
+    broken = ModeTrial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
+    nan = ModeTrial("compile_graph_fuse", 3000, float("nan"))
     trials = GOOD | {"graph": broken, "compile_graph_fuse": nan}
-    trials |= {"compile_graph": wrong, "compile": Trial("compile", 1000, 1.5)}
+    trials |= {"compile_graph": wrong, "compile": ModeTrial("compile", 1000, 1.5)}
     mode, why, tried = chosen(trials, cache="one")
     assert mode == "eager" and tried == list(trials)
     assert chosen(GOOD, cache="one")[0] == "compile_graph_fuse"
@@ -85,7 +85,7 @@ def test_what_is_wrong_or_fails_is_not_taken_nor_remembered(chosen: Chosen) -> N
 
 
 def test_fp16_takes_no_graph(chosen: Chosen) -> None:
-    trials = GOOD | {"compile": Trial("compile", 3000, 1.5)}
+    trials = GOOD | {"compile": ModeTrial("compile", 3000, 1.5)}
     assert chosen(trials, precision="fp16")[2] == ["eager", "compile"]
     with pytest.raises(ValueError, match="a CUDA graph cannot skip updates"):
         recipe_for(precision="fp16", execution="graph")
@@ -98,7 +98,7 @@ def test_a_run_keeps_its_mode_and_the_recipe_rules(chosen: Chosen) -> None:
 
 
 def test_a_fault_of_eager_itself_is_said(chosen: Chosen) -> None:
-    broken = {"eager": Trial("eager", 0.0, 0.0, "failed: no memory")}
+    broken = {"eager": ModeTrial("eager", 0.0, 0.0, "failed: no memory")}
     for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
         with pytest.raises(modes.ExecutionError, match="carried out: eager failed: no memory"):
             chosen(broken, kind, precision=precision)
@@ -108,7 +108,7 @@ def test_a_short_run_on_a_cpu_is_not_compiled(chosen: Chosen) -> None:
     mode, why, tried = chosen(GOOD, "cpu", precision="no")
     assert (mode, tried) == ("eager", ["eager"])
     assert why == "execution: eager, as compiling would take longer than it could save"
-    slow = {"eager": Trial("eager", 0.1, 1.5), "compile": Trial("compile", 0.2, 1.5)}
+    slow = {"eager": ModeTrial("eager", 0.1, 1.5), "compile": ModeTrial("compile", 0.2, 1.5)}
     assert chosen(slow, "cpu", precision="no")[0] == "compile"
 
 
@@ -156,7 +156,7 @@ def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bf16_that_is_slow_is_warned_of(chosen: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.001 < modes.bf16_ratio(network(), 32) < 10
-    trials = {"eager": Trial("eager", 1e9, 1.0)}
+    trials = {"eager": ModeTrial("eager", 1e9, 1.0)}
     for ratio, said in (
         (0.8, "WARNING: bfloat16 takes 1.2 times as long as float32 on this CPU: use --set "),
         (1.5, "execution: eager, as compiling would take longer than it could save"),
@@ -171,7 +171,7 @@ def test_bf16_that_is_far_slower_is_refused(
 ) -> None:
     monkeypatch.setattr(modes, "bf16_ratio", lambda module, px: 1 / 12)
     with pytest.raises(modes.ExecutionError, match=r"bf16: takes 12.0 times as long as float32 "):
-        chosen({"eager": Trial("eager", 1e9, 1.0)}, "cpu")
+        chosen({"eager": ModeTrial("eager", 1e9, 1.0)}, "cpu")
 
 
 def test_a_look_at_bf16_is_short_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,3 +84,37 @@ def test_a_crash_at_any_file_system_call_of_a_start(
         if not crashed:
             break
     assert number > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "newest", "forced", "anew", "named", "expects_same_run"),
+    [
+        ("auto", True, False, False, None, True),
+        ("force", True, True, False, None, False),
+        ("anew", False, False, True, None, False),
+        ("runs/a/checkpoints/step_00000004", False, False, False, "step_00000004", False),
+    ],
+)
+def test_what_each_way_to_resume_means(
+    text: str, newest: bool, forced: bool, anew: bool, named: str | None, expects_same_run: bool
+) -> None:
+    resume = run_folder.ResumeRule(text)
+    assert (resume.newest, resume.forced, resume.anew) == (newest, forced, anew)
+    assert (resume.named and resume.named.name) == named
+    assert resume.expects_same_run == expects_same_run
+
+
+def test_weights_are_read_only_by_a_run_that_begins(tmp_path: Path) -> None:
+    folder, start = tmp_path / "run", tmp_path / "weights.pth"
+
+    def read(resume: str) -> Path | None:
+        recipe = recipe_for(folder, resume).model_copy(
+            update={"model": config.Model(weights=start)}
+        )
+        return run_folder.weights_to_read(recipe)
+
+    assert [read(resume) for resume in ("auto", "force", "anew")] == [start] * 3
+    named = folder / run_folder.CHECKPOINTS / "step_00000004"
+    named.mkdir(parents=True)
+    assert [read(resume) for resume in ("auto", "force", "anew")] == [None, None, start]
+    assert read(str(named)) is None

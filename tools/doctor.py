@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -640,27 +639,16 @@ def slurm(environ: Mapping[str, str], now: float) -> Facts:
 
 def time_exchange(recipe: config.Recipe, classes: int, device: Any) -> Facts:
     """Medians of adding up all gradients over the processes, in float32, and a single number."""
-    import torch
-
     from fasttrain.model import build_model
 
     network = build_model(**recipe.model.network(), num_classes=classes)
     numbers = sum(parameter.numel() for parameter in network.parameters())
-    medians = []
-    for count in (1, numbers):
-        values = torch.zeros(count, device=device)
-        seconds = []
-        for _ in range(15):
-            begun = time.perf_counter()
-            torch.distributed.all_reduce(values)
-            float(values[0])  # waits for the device
-            seconds.append(time.perf_counter() - begun)
-        medians.append(statistics.median(seconds[5:]))
+    of_one_s, of_all_s = (probes.all_reduce_s(count, device, times=10) for count in (1, numbers))
     return {
         "gradients_mb": 4 * numbers / 1e6,
-        "all_reduce_ms": 1e3 * medians[1],
-        "all_reduce_rate_gb_per_s": 4 * numbers / 1e9 / medians[1],
-        "all_reduce_of_one_ms": 1e3 * medians[0],
+        "all_reduce_ms": 1e3 * of_all_s,
+        "all_reduce_rate_gb_per_s": 4 * numbers / 1e9 / of_all_s,
+        "all_reduce_of_one_ms": 1e3 * of_one_s,
     }
 
 

@@ -76,6 +76,23 @@ def major(version: str) -> int:
     return int(found[0]) if found else 0
 
 
+def all_reduce_s(numbers: int, device: Any, times: int) -> float:
+    """Median seconds of adding up so many float32 numbers over all processes.
+
+    Args:
+        times: how often it is timed, after 5 more to warm up.
+    """
+    import torch
+
+    values, seconds = torch.zeros(numbers, device=device), []
+    for _ in range(5 + times):
+        begun = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        float(values[0])  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[5:])
+
+
 def same_cuda(torch_cuda: str, dali_cuda: str = "") -> bool | str:
     """Whether torch and DALI are built for the same CUDA."""
     if not major(torch_cuda) or not major(dali_cuda):

@@ -17,10 +17,11 @@ import os
 import socket
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import probes
 
 from benchmarks import own_process, step
 from benchmarks.options import amount, counts
@@ -266,16 +267,7 @@ def _exchange(rank: int, port: int, num_bytes: int, device: str, out: Path) -> N
     torch.set_num_threads(1)
     torch.distributed.init_process_group(kind, rank=rank, world_size=2)
     own = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
-    found = []
-    for size in (1024, num_bytes):
-        values = torch.zeros(size // 4, device=own)
-        seconds = []
-        for _ in range(30):
-            start = time.perf_counter()
-            torch.distributed.all_reduce(values)
-            float(values[0])  # waits for the device
-            seconds.append(time.perf_counter() - start)
-        found.append(statistics.median(seconds[5:]))
+    found = [probes.all_reduce_s(size // 4, own, times=25) for size in (1024, num_bytes)]
     if rank == 0:
         out.write_text(" ".join(map(str, found)))
     torch.distributed.destroy_process_group()
