@@ -5,14 +5,14 @@ compile  the same with forward, loss and backward compiled by torch.compile
 graph    all of an update recorded once as a CUDA graph and replayed, so that the host launches one
          thing instead of a thousand; exchanges one flat gradient instead of DDP's buckets
 compile_graph  the graph of the compiled update
-..._fuse       the compiler computes cheap results again rather than write and read them: see FUSE
+..._fuse       the compiler computes cheap results again and stores none of them: compiling.FUSE
 
 `modes` tries them on made-up images, and takes the fastest.
 """
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -21,18 +21,17 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasttrain import config, flat
+from fasttrain.compiling import compiler_options, loss_function
+from fasttrain.evaluator import Run, evaluators_of, rehearse_all
 from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
 from fasttrain.learner import Learner
 from fasttrain.optim import WeightAverage, build_optimizer
 from fasttrain.schedule import Plan
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels
-Run = Callable[[Any, Callable[[], object]], None]  # runs a function under a key
 Batch = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -54,7 +53,7 @@ class Eager:
         self.guard = Guard(learner, plan, train.max_skipped_steps)
         self.compiled = options is not None
         self.loss_of = loss_function(learner.model, train, options)
-        self.evaluators = _evaluators(learner, options, None)
+        self.evaluators = evaluators_of(learner, options, None)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """Adds the gradients of a micro-batch; only with the `is_last` are they exchanged.
@@ -102,45 +101,12 @@ class Eager:
         with torch.no_grad():
             for tensor, before in zip(learner.flat, kept, strict=True):
                 tensor.copy_(before)
-        _rehearse_evaluators(self.accelerator, self.evaluators, evaluation)
+        rehearse_all(self.accelerator, self.evaluators, evaluation)
 
     def close(self) -> None:
         """Frees what only updates need."""
         for parameter in self.learner.module.parameters():
             parameter.grad = None
-
-
-# Inductor writes a result that several kernels read, BatchNorm's output in the backward of
-# hard-swish among them, in float32: 18 of 165 GB an update of Large at batch 1024 (counted from its
-# schedule, torch 2.14.1). Above these numbers of reads and operations it does so only later.
-FUSE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
-MOST_SIZES = 64  # of images in a run, each compiled once
-
-
-def compiler_options(mode: str) -> dict[str, Any] | None:
-    """The compiler's options for a mode; None where it compiles nothing."""
-    if "compile" not in mode:
-        return None
-    # Dropout is drawn as eager draws it.
-    return {"fallback_random": True, **(FUSE if "fuse" in mode else {})}
-
-
-def loss_function(model: nn.Module, train: config.Train, options: dict[str, Any] | None) -> Loss:
-    """Mean cross-entropy of a batch; compiled, if there are options, for each size of image."""
-
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
-
-    return loss_of if options is None else _compiled(loss_of, options)
-
-
-def _compiled(function: Any, options: dict[str, Any]) -> Any:
-    from torch._dynamo import config as dynamo  # takes seconds
-
-    # Beyond its limit, 8, the compiler would run further sizes eagerly without a word.
-    dynamo.recompile_limit = MOST_SIZES
-    dynamo.fail_on_recompile_limit_hit = True
-    return torch.compile(function, dynamic=False, options=options)
 
 
 class ComputeCopy:
@@ -229,7 +195,7 @@ class Graphed:
         self.recorder = None if run else Recorder(self._touched())
         self.run: Run = run or self.recorder  # type: ignore[assignment]
         self.loss_of = loss_function(self.compute.module, train, options)
-        self.evaluators = _evaluators(learner, options, self.run)
+        self.evaluators = evaluators_of(learner, options, self.run)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """As of `Eager`; the last one is carried out with the update."""
@@ -265,7 +231,7 @@ class Graphed:
             if self.accumulation > 1:
                 self.recorder.record(("micro", key), partial(self._backward, key))
             self.recorder.record(("update", key), partial(self._whole, key))
-        _rehearse_evaluators(self.accelerator, self.evaluators, evaluation)
+        rehearse_all(self.accelerator, self.evaluators, evaluation)
 
     def close(self) -> None:
         """Frees the graphs, and the memory that only they need."""
@@ -338,71 +304,6 @@ class Graphed:
 
 
 Updater = Eager | Graphed
-
-
-class Evaluator:
-    """The logits of a network in evaluation, carried out as the updates are.
-
-    Batches of the size that was rehearsed are compiled, or recorded, or both; the last batch of an
-    evaluation may be smaller, and is carried out eagerly.
-    """
-
-    def __init__(
-        self, module: nn.Module, options: dict[str, Any] | None = None, run: Run | None = None
-    ) -> None:
-        self.module = module
-        self.forward: Callable[[Tensor], Tensor] = module
-        if options is not None:
-            self.forward = _compiled(lambda images: module(images), options)
-        self.run = run
-        self.plain = options is None and run is None
-        self.rehearsed: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # images and logits
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, S, S)` to logits `(B, C)`, which the next call may overwrite."""
-        if images.shape not in self.rehearsed:
-            logits: Tensor = self.module(images)
-            return logits
-        if self.run is None:
-            return self.forward(images)
-        place, logits = self.rehearsed[images.shape]
-        place.copy_(images, non_blocking=True)
-        self.run((id(self), images.shape), lambda: logits.copy_(self.forward(place)))
-        return logits
-
-    @torch.no_grad()
-    def rehearse(self, images: Tensor) -> None:
-        """Compiles and records for batches of this shape."""
-        if self.plain or images.shape in self.rehearsed:
-            return
-        was_training, was_cached = self.module.training, torch.is_autocast_cache_enabled()
-        self.module.eval()
-        # What autocast keeps of weights that it has cast would not be in the recording.
-        torch.set_autocast_cache_enabled(False)
-        try:
-            logits = self.forward(images)
-            self.rehearsed[images.shape] = images.clone(), torch.empty_like(logits)
-            self(images)
-        finally:
-            torch.set_autocast_cache_enabled(was_cached)
-            self.module.train(was_training)
-
-
-def _evaluators(
-    learner: Learner, options: dict[str, Any] | None, run: Run | None
-) -> list[Evaluator]:
-    """Of the network, and of its moving average if there is one."""
-    modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
-    return [Evaluator(module, options, run) for module in modules]
-
-
-def _rehearse_evaluators(
-    accelerator: Accelerator, evaluators: Sequence[Evaluator], batches: Sequence[Tensor]
-) -> None:
-    for evaluator in evaluators:
-        for images in batches:
-            with accelerator.autocast():
-                evaluator.rehearse(images)
 
 
 def prepare(

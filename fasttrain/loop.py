@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fasttrain import checkpoint, config, determinism, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
-from fasttrain.execution import Evaluator, Updater
+from fasttrain.evaluator import Evaluator
+from fasttrain.execution import Updater
 from fasttrain.faults import Fault
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums

@@ -105,20 +105,12 @@ def choose_execution(
     Raises:
         ExecutionError: not even eager works, or bfloat16 is far slower than float32 on this CPU.
     """
-    train, plan = setup.recipe.train, setup.plan
+    train = setup.recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
-    ratio = math.inf
-    if train.precision == "bf16" and setup.on_cpu:
-        say("measuring bfloat16 beside float32 on this CPU")
-        ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
-    # All decide alike: those that go on exchange results, and must not wait for one that does not.
-    ratio = min(gather_object([ratio]))
-    if ratio < TOO_SLOW:
-        raise ExecutionError(slow_bf16(ratio))
-    if ratio < 1:
+    if train.precision == "bf16" and (slower := _bf16_slowdown(setup, say)) > 1:
         return "eager", (
-            f"WARNING: bfloat16 takes {1 / ratio:.1f} times as long as float32 on this CPU: use "
+            f"WARNING: bfloat16 takes {slower:.1f} times as long as float32 on this CPU: use "
             "--set train.precision=no\nexecution: eager"
         )
     if previous_mode:
@@ -129,6 +121,29 @@ def choose_execution(
     remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
         return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
+    return _choose_by_trials(setup, key, say)
+
+
+def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
+    """Time of bfloat16 over that of float32, the same in all processes; 0 on a GPU.
+
+    Raises:
+        ExecutionError: bfloat16 is far slower.
+    """
+    ratio = math.inf
+    if setup.on_cpu:
+        say("measuring bfloat16 beside float32 on this CPU")
+        ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
+    # All ranks take the slowest one's ratio: a rank that decided otherwise would leave the others
+    # waiting in a collective.
+    ratio = min(gather_object([ratio]))
+    if ratio < TOO_SLOW:
+        raise ExecutionError(slow_bf16(ratio))
+    return 1 / ratio
+
+
+def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> tuple[str, str]:
+    """As `choose_execution`, by trials; remembers under `key` what was measured without a fault."""
     notice = (
         "trying ways to carry out updates, which can take minutes; the fastest is remembered for "
         "later runs, and --set train.execution=MODE tries none"
@@ -138,25 +153,31 @@ def choose_execution(
     if eager.fault:
         raise ExecutionError(f"no update could be carried out: {eager}")
     if setup.on_cpu:
-        left_s = plan.total_steps * plan.global_batch_size / eager.images_per_s
-        if left_s * GAIN < COMPILE_S:
+        images = setup.plan.total_steps * setup.plan.global_batch_size
+        if images / eager.images_per_s * GAIN < COMPILE_S:
             return "eager", "execution: eager, as compiling would take longer than it could save"
         say(notice)
-    trials, modes = [eager], _candidates(setup)
-    for mode in modes:
-        trial = try_mode(mode, setup)
-        if not trial.fault and not abs(trial.loss - eager.loss) <= AGREES * eager.loss:
-            fault = f"has another loss ({trial.loss:.4f}, eager {eager.loss:.4f})"
-            trial = replace(trial, fault=fault)
-        trials.append(trial)
-        if trial.fault:
-            modes += [simpler for simpler in _simpler(mode)[:-1] if simpler not in modes]
+    trials = [eager, *_try_others(setup, eager.loss)]
     best = fastest(trials)
     assert best  # eager worked
     why = f"{best.mode} ({'; '.join(map(str, trials))})"
     if setup.accelerator.is_main_process and not any(trial.fault for trial in trials):
         measured.remember(key, {"mode": best.mode, "why": why})
     return best.mode, f"execution: {why}"
+
+
+def _try_others(setup: Setup, eager_loss: float) -> list[ModeTrial]:
+    """Tries the modes beside eager, and the simpler forms of each mode that fails."""
+    trials, modes = [], _candidates(setup)
+    for mode in modes:
+        trial = try_mode(mode, setup)
+        if not trial.fault and not abs(trial.loss - eager_loss) <= AGREES * eager_loss:
+            fault = f"has another loss ({trial.loss:.4f}, eager {eager_loss:.4f})"
+            trial = replace(trial, fault=fault)
+        trials.append(trial)
+        if trial.fault:
+            modes += [simpler for simpler in _simpler(mode)[:-1] if simpler not in modes]
+    return trials
 
 
 def _candidates(setup: Setup) -> list[str]:

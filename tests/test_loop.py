@@ -16,7 +16,7 @@ from fasttrain import checkpoint, execution, files, loop
 from fasttrain.batch import Batch
 from fasttrain.config import Checkpoint, Log, Optim, Recipe, Train
 from fasttrain.display import TrainDisplay
-from fasttrain.execution import Evaluator
+from fasttrain.evaluator import Evaluator
 from fasttrain.learner import Learner
 from fasttrain.loop import Inputs, Outputs, Trainer
 from fasttrain.mixing import Mix, build_mix

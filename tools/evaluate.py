@@ -90,7 +90,7 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
 
     from fasttrain import decoding, gpus, loaders, loop, runtime
     from fasttrain.batch import Placement, half_images
-    from fasttrain.execution import Evaluator
+    from fasttrain.evaluator import Evaluator
 
     model, recipe, told = network
     gpu = gpus.has_gpu(os.environ)

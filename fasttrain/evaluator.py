@@ -1,0 +1,79 @@
+"""The logits of a network in evaluation: eagerly, compiled, or as a CUDA graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fasttrain.compiling import compiled
+from fasttrain.learner import Learner
+
+Run = Callable[[Any, Callable[[], object]], None]  # runs a function under a key
+
+
+class Evaluator:
+    """The logits of a network in evaluation, carried out as the updates are.
+
+    Batches of the size that was rehearsed are compiled, or recorded, or both; the last batch of an
+    evaluation may be smaller, and is carried out eagerly.
+    """
+
+    def __init__(
+        self, module: nn.Module, options: dict[str, Any] | None = None, run: Run | None = None
+    ) -> None:
+        self.module = module
+        self.forward: Callable[[Tensor], Tensor] = module
+        if options is not None:
+            self.forward = compiled(lambda images: module(images), options)
+        self.run = run
+        self.plain = options is None and run is None
+        self.rehearsed: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # images and logits
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, S, S)` to logits `(B, C)`, which the next call may overwrite."""
+        if images.shape not in self.rehearsed:
+            logits: Tensor = self.module(images)
+            return logits
+        if self.run is None:
+            return self.forward(images)
+        place, logits = self.rehearsed[images.shape]
+        place.copy_(images, non_blocking=True)
+        self.run((id(self), images.shape), lambda: logits.copy_(self.forward(place)))
+        return logits
+
+    @torch.no_grad()
+    def rehearse(self, images: Tensor) -> None:
+        """Compiles and records for batches of this shape."""
+        if self.plain or images.shape in self.rehearsed:
+            return
+        was_training, was_cached = self.module.training, torch.is_autocast_cache_enabled()
+        self.module.eval()
+        # What autocast keeps of weights that it has cast would not be in the recording.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            logits = self.forward(images)
+            self.rehearsed[images.shape] = images.clone(), torch.empty_like(logits)
+            self(images)
+        finally:
+            torch.set_autocast_cache_enabled(was_cached)
+            self.module.train(was_training)
+
+
+def evaluators_of(
+    learner: Learner, options: dict[str, Any] | None, run: Run | None
+) -> list[Evaluator]:
+    """The evaluators of the network, and of its moving average if there is one."""
+    modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
+    return [Evaluator(module, options, run) for module in modules]
+
+
+def rehearse_all(
+    accelerator: Accelerator, evaluators: Sequence[Evaluator], batches: Sequence[Tensor]
+) -> None:
+    """Rehearses each evaluator for batches of these shapes, under the accelerator's autocast."""
+    for evaluator in evaluators:
+        for images in batches:
+            with accelerator.autocast():
+                evaluator.rehearse(images)
