@@ -164,6 +164,22 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Benchmarks measure their contestants in the test's own process, which saves its start."""
+    import benchmark
+    import torch
+    from benchmarks import own_process
+
+    def measure(job: own_process.Job, part: str, *_: Any) -> own_process.Result:
+        return benchmark.measured(part, job.model_dump_json())
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(own_process, "measure", measure)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def tiny(dataset: Path, tmp_path: Path, known_rates: None) -> Callable[..., Path]:
     """Writes a tiny recipe, changed by `section={key: value}`; its run folder is in tmp_path."""
 

@@ -20,7 +20,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
 
 
-def test_a_record_in_two_parts(tmp_path: Path) -> None:
+def test_a_record_in_two_parts(tmp_path: Path, measured_here: None) -> None:
     for part in (
         ("--stages", "machine,tests,step", "--rivals", "torchvision"),
         ("--stages", "imagenette"),
