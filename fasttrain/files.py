@@ -37,7 +37,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
@@ -64,6 +64,19 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
+def sync(file: int) -> None:
+    """Makes what was written to an open file survive a loss of power.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # devices, and folders of some network file systems
+            raise
+
+
 def clear(folder: Path) -> None:
     """Removes the files that an interrupted `atomic` left in a folder; no other process may write.
 
@@ -87,10 +100,7 @@ def sync_folder(folder: Path) -> None:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems of networks cannot sync a folder
-            raise
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -143,7 +153,7 @@ def _write_new(path: Path, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
-        os.fsync(file)
+        sync(file)
     finally:
         os.close(file)
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, determinism, sampling, schedule
+from fasttrain import checkpoint, config, determinism, files, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.evaluator import Evaluator
@@ -212,7 +212,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             samples = keys_of(step) if keys_of else []
             with contextlib.suppress(OSError):  # the metrics have most of it
-                path.write_text(json.dumps(record | {"samples": samples}, indent=1) + "\n")
+                text = json.dumps(record | {"samples": samples}, indent=1)
+                files.write_text(path, f"{text}\n")
         return path
 
     # ---- evaluation

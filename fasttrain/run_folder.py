@@ -290,13 +290,17 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         self.rest += json.dumps(record).encode() + b"\n"
         with contextlib.suppress(OSError):  # `flush` tells
-            self.flush()
+            self._write_rest()
 
     def flush(self) -> None:
-        """Writes what is left.
+        """Writes what is left, and has all lines survive a loss of power.
 
         Raises:
             OSError: the file system refused.
         """
+        self._write_rest()
+        files.sync(self.file)
+
+    def _write_rest(self) -> None:
         while self.rest:
             self.rest = self.rest[os.write(self.file, self.rest) :]

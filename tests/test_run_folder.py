@@ -86,6 +86,20 @@ def test_a_crash_at_any_file_system_call_of_a_start(
     assert number > 20
 
 
+def test_lines_are_on_the_disk_when_a_checkpoint_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(path.read_bytes()))
+    lines = run_folder.JsonLines(path)
+    lines.write({"step": 0})
+    lines.write({"step": 1})
+    assert not synced  # a sync for each line would take longer than many an update
+    lines.flush()
+    assert synced == [b'{"step": 0}\n{"step": 1}\n']
+
+
 @pytest.mark.parametrize(
     ("text", "newest", "forced", "anew", "named", "expects_same_run"),
     [
