@@ -23,7 +23,7 @@ def found(number: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def test_equal_processes_fit() -> None:
+def test_processes_that_are_alike_may_train_together() -> None:
     alike.check(found())
     several = [one | {"gpu": f"GPU-{rank}"} for rank, one in enumerate(found())]
     alike.check(several)
@@ -42,7 +42,7 @@ def test_equal_processes_fit() -> None:
         ({"clock": 0.0}, r"the clock of rank 2 on .* is -\d+ s from the first's: set it"),
     ],
 )
-def test_others_are_refused(change: dict[str, Any], message: str) -> None:
+def test_processes_that_differ_are_refused(change: dict[str, Any], message: str) -> None:
     some = copy.deepcopy(found())
     some[0]["gpu"], some[1]["gpu"] = "GPU-0", "GPU-1"
     some[2] |= change

@@ -119,7 +119,7 @@ def by_operation() -> dict[tuple[str, str, int, int], np.ndarray]:
 
 @pytest.mark.parametrize("suite", SETTINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_are_torchvisions(
+def test_operations_give_torchvisions_pixels(
     by_operation: dict[tuple[str, str, int, int], np.ndarray], name: str, suite: str
 ) -> None:
     image = torch.from_numpy(PHOTO).permute(2, 0, 1).contiguous()
@@ -142,7 +142,7 @@ def test_operations_are_torchvisions(
             assert difference.mean() <= FAR[name][0] and difference.max() <= FAR[name][1]
 
 
-def test_operations_are_as_many_as_are_drawn() -> None:
+def test_as_many_operations_are_applied_as_are_drawn() -> None:
     assert len(augment.OPERATIONS) == sampling.NUM_OPERATIONS
     assert augment.OPERATIONS.keys() == TORCHVISION.keys()
 
@@ -166,7 +166,7 @@ def jittered(*rows: tuple[float, float, float, float]) -> np.ndarray:
     return changed(Augment(jitter=np.array(rows, np.float32)), settings)[0].astype(float)
 
 
-def test_jitter_of_one_kind_is_torchvisions() -> None:
+def test_jitter_of_one_kind_gives_torchvisions_pixels() -> None:
     image = torch.from_numpy(PHOTO).permute(2, 0, 1)
 
     def far(found: np.ndarray, expected: torch.Tensor) -> float:
@@ -184,7 +184,7 @@ def test_jitter_of_one_kind_is_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25])
-def test_the_hue_turns_the_way_of_torchvisions(turns: float) -> None:
+def test_the_hue_turns_in_torchvisions_direction(turns: float) -> None:
     """By about as much, but in YIQ, so that the luma stays; torchvision turns in HSV."""
 
     def hue(pixels: np.ndarray) -> np.ndarray:
@@ -269,7 +269,7 @@ def test_the_erased_window_lies_in_the_mirrored_image(dataset: Path) -> None:
     assert len(seen) == 4
 
 
-def test_off_there_is_nothing() -> None:
+def test_augmentation_that_is_off_adds_no_inputs() -> None:
     off = config.Data()
     assert augment.inputs(off) == {}
     assert sampling.augment_draw(0, 0, np.arange(4), off, 224) == Augment(None, None, None)

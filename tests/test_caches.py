@@ -39,7 +39,7 @@ def test_a_home_that_can_be_written_is_used(
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "Read-only"), (errno.EDQUOT, "quota")])
-def test_another_one_is_replaced_and_told(
+def test_a_cache_folder_that_cannot_be_written_is_replaced_with_a_warning(
     number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full quota shows only when a file is filled."""
@@ -62,7 +62,9 @@ def test_another_one_is_replaced_and_told(
     assert os.environ["TRITON_CACHE_DIR"] == str(expected / "triton")
 
 
-def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_a_temporary_folder_is_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As for a user without a name in a container."""
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -71,7 +73,9 @@ def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not Path("~").exists()
 
 
-def test_a_user_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_called_by_the_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.setenv(name, "")

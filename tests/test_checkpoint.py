@@ -77,7 +77,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_100000000", "step_00000012"]
 
 
-def test_what_cannot_be_cleared_up_does_not_keep_it_from_saving(tmp_path: Path) -> None:
+def test_leftovers_that_cannot_be_removed_do_not_prevent_a_save(tmp_path: Path) -> None:
     left = [tmp_path / f"step_00000008.{number}.tmp" for number in range(2)]
     for path in left:  # each stands in for a folder with a file in use, over NFS
         path.touch()
@@ -99,7 +99,7 @@ def test_saving_the_same_step_again_replaces_a_damaged_one(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004"]
 
 
-def test_killed_at_any_file_system_call_of_a_save(tmp_path: Path) -> None:
+def test_a_save_killed_at_any_file_system_call_leaves_two_good_checkpoints(tmp_path: Path) -> None:
     """With everything that a save does: clearing up, writing, renaming, pruning."""
     steps = (4, 8, 12, 16)
     learners = {step: learner(seed, step) for seed, step in enumerate(steps)}
@@ -140,7 +140,9 @@ def test_killed_at_any_file_system_call_of_a_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_call_of_a_save_that_fails_leaves_what_was(tmp_path: Path, code: int) -> None:
+def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoints(
+    tmp_path: Path, code: int
+) -> None:
     saved, root = learner(0, 8), tmp_path / "checkpoints"
     root.mkdir()
     checkpoint.save(root, learner(1, 4), ABOUT, keep=2)
@@ -167,7 +169,7 @@ def test_a_call_of_a_save_that_fails_leaves_what_was(tmp_path: Path, code: int) 
         shutil.rmtree(root / "step_00000008", ignore_errors=True)
 
 
-def test_pruning_leaves_two_good_ones(tmp_path: Path) -> None:
+def test_pruning_leaves_two_good_checkpoints(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         checkpoint.save(tmp_path, learner(step=step), ABOUT, keep=3)
     (tmp_path / "step_00000012" / "model.safetensors").unlink()
@@ -181,7 +183,9 @@ def test_pruning_leaves_two_good_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_one_is_passed_over_loudly(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     for step in (4, 8):
         checkpoint.save(tmp_path, learner(step=step), ABOUT, keep=2)
     path = tmp_path / "step_00000008" / name
@@ -197,7 +201,7 @@ def test_a_damaged_one_is_passed_over_loudly(tmp_path: Path, name: str, damage: 
     assert "step_00000008" in warnings[0]
 
 
-def test_none_good_stops_and_names_each_fault(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_the_run_stops_and_names_each_fault(tmp_path: Path) -> None:
     for step in (4, 8):
         folder = checkpoint.save(tmp_path, learner(step=step), ABOUT, keep=2)
         (folder / "training.pt").unlink()
@@ -208,13 +212,15 @@ def test_none_good_stops_and_names_each_fault(tmp_path: Path) -> None:
     assert "start anew in another folder: --set log.run_dir=" in str(error.value)
 
 
-def test_none_at_all_starts_anew(tmp_path: Path) -> None:
+def test_without_any_checkpoint_a_run_starts_from_step_0(tmp_path: Path) -> None:
     (tmp_path / "step_00000004.tmp").mkdir()
     assert checkpoint.newest_good(tmp_path, quiet) is None
     assert checkpoint.newest_good(tmp_path / "nowhere", quiet) is None
 
 
-def test_other_data_and_threads(tmp_path: Path) -> None:
+def test_other_data_is_refused_and_another_number_of_threads_gives_a_warning(
+    tmp_path: Path,
+) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     other = ABOUT | {"data": {"train": "1", "val": "3"}}
     with pytest.raises(CheckpointError, match="the val index at shards is not the one it saw"):
@@ -263,7 +269,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["none", "digits"])
-def test_a_key_that_went_since_it_was_saved(value: str, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_key_that_was_removed_since_opens(value: str, tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     now = checkpoint.read_state(folder)
     state = json.loads((folder / "state.json").read_text())

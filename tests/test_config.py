@@ -127,7 +127,7 @@ def test_faults_name_the_place_and_the_remedy(override: str, message: str) -> No
     assert message in str(error.value)
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "windows.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\r\nepochs = 7\r\n")
     assert config.load(path).train.epochs == 7
@@ -145,7 +145,7 @@ def test_nesterov_needs_momentum() -> None:
         config.load(REPO / "recipes/large.toml", ["optim.nesterov=true", "optim.momentum=0"])
 
 
-def test_all_faults_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text('data = 3\n[train]\nepochs = "300"\nseed = -1\n[optim]\nlearning_rate = 1\n')
     with pytest.raises(ConfigError) as error:

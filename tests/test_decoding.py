@@ -31,7 +31,7 @@ def choose(
     return chosen.decode, chosen.hw_decoder_load, why
 
 
-def test_the_fastest_that_works_is_taken(split: Split) -> None:
+def test_the_fastest_decoder_that_works_is_chosen(split: Split) -> None:
     trials = {
         "gpu_window": DecoderTrial("gpu_window", 0, 0, "crashed with signal 11"),
         "gpu_full": DecoderTrial("gpu_full", 5000, 0.4, load=0.3),
@@ -48,14 +48,16 @@ def test_the_fastest_that_works_is_taken(split: Split) -> None:
         choose(split, True, trials)
 
 
-def test_without_a_gpu_or_a_choice_nothing_is_tried(split: Split) -> None:
+def test_without_a_gpu_or_a_choice_no_decoder_is_tried(split: Split) -> None:
     assert choose(split, False, {})[0] == "cpu"
     assert choose(split, True, {}, decode="gpu_window")[0] == "gpu_window"
     with pytest.raises(DecodeError, match="decode = gpu_window: this process has no GPU"):
         choose(split, False, {}, decode="gpu_window")
 
 
-def test_what_failed_is_tried_again(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_failed_is_tried_again(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decoding, "_gpu", lambda: "a GPU")
     trials = {
         "gpu_window": DecoderTrial("gpu_window", 0, 0, "no answer in 180 s"),
@@ -72,7 +74,7 @@ def test_what_failed_is_tried_again(split: Split, monkeypatch: pytest.MonkeyPatc
         decoding.choose_decoder(split, config.Data(crop_px=48), job, {}, none.__getitem__)
 
 
-def test_processes_agree_on_the_surest() -> None:
+def test_processes_agree_on_a_decoder_that_works_on_all() -> None:
     assert decoding.surest(["gpu_window", "gpu_full"]) == "gpu_full"
     assert decoding.surest(["gpu_full", "cpu", "gpu_window"]) == "cpu"
 
@@ -123,13 +125,13 @@ def test_a_trial_compares_images_and_measures(
     assert "more than 12 in" in trial.fault and trial.images_per_s == 0
 
 
-def test_a_fresh_interpreter_tries(split: Split) -> None:
+def test_a_decoder_is_tried_in_a_new_process(split: Split) -> None:
     settings = config.Data(root=split.root, crop_px=32)
     trial = decoding.try_in_a_process(split, settings, "gpu_full", ON_CPU, dict(os.environ))
     assert not trial.fault and trial.images_per_s > 0 and trial.difference < 0.5
 
 
-def test_a_crash_is_a_finding(
+def test_a_crash_of_a_decoder_is_recorded(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"

@@ -11,7 +11,7 @@ from fasttrain.depthwise import DepthwiseConv2d
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (3, 4), (4, 3), (4, 4), (5, 5), (9, 6)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_equals_conv2d(
+def test_a_depthwise_convolution_equals_conv2d(
     kernel: int, stride: int, size: tuple[int, int], layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def finished(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     return checkpoint.find(tmp_path / "run" / "checkpoints")[0]
 
 
-def test_gives_what_the_run_measured(
+def test_an_evaluation_gives_the_accuracy_that_the_run_measured(
     finished: Path, dataset: Path, tmp_path: Path, evaluated: Evaluate
 ) -> None:
     done = json.loads((tmp_path / "run" / "DONE").read_text())

@@ -114,7 +114,7 @@ def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: flo
 
 @pytest.mark.parametrize("micro", [8, 4])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_what_is_recorded_equals_eager_over_20_updates(micro: int, nesterov: bool) -> None:
+def test_a_recorded_update_equals_eager_over_20_updates(micro: int, nesterov: bool) -> None:
     recipe = recipe_for(micro_batch_size=micro)
     recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update={"nesterov": nesterov})})
     plan = plan_for(recipe)
@@ -166,7 +166,7 @@ def going_on(first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Bat
     return second
 
 
-def test_a_learner_goes_on_in_another_mode() -> None:
+def test_a_learner_resumes_in_another_mode() -> None:
     recipe = recipe_for()
     plan = plan_for(recipe)
     batches = batches_for(plan, 12)
@@ -213,7 +213,7 @@ def one_of_three(rank: int, world: int, port: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_processes_that_go_on_end_bit_for_bit_equal(tmp_path: Path) -> None:
+def test_three_processes_that_resume_end_bit_for_bit_equal(tmp_path: Path) -> None:
     """Of three and more, the order in which gradients are added up can differ."""
     spawn(one_of_three, 3, tmp_path)
 
@@ -240,7 +240,7 @@ def one_of_two(rank: int, world: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_exchange_the_same_in_every_mode(tmp_path: Path) -> None:
+def test_two_processes_reduce_the_same_gradients_in_every_mode(tmp_path: Path) -> None:
     spawn(one_of_two, 2, tmp_path)
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     for exchange, close in (("fp32", 1e-3), ("bf16", 0.1)):
@@ -302,7 +302,7 @@ def test_the_compiled_network_equals_eager_over_20_updates() -> None:
             assert_same(compiled, eager)
 
 
-def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiled_code_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name, kept = "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "fasttrain" / "inductor")
     monkeypatch.delenv(name, raising=False)

@@ -76,7 +76,7 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
 @pytest.mark.parametrize(
     ("tool", "words", "said"), TOOLS, ids=[f"{tool.__name__} {words}" for tool, words, _ in TOOLS]
 )
-def test_tools(
+def test_each_wrong_command_line_is_refused(
     tool: Any,
     words: str,
     said: list[str],

@@ -107,7 +107,9 @@ MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(MANIFESTS)))
-def test_manifests(number: int, copied: Path, tiny: Callable[..., Path], refused: Refused) -> None:
+def test_each_damaged_manifest_is_refused(
+    number: int, copied: Path, tiny: Callable[..., Path], refused: Refused
+) -> None:
     change, message = MANIFESTS[number]
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -117,13 +119,13 @@ def test_manifests(number: int, copied: Path, tiny: Callable[..., Path], refused
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"\xff\xfe", b"{", b"[" * 100_000, b"null"])
-def test_manifests_that_are_none(content: bytes, copied: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused(content: bytes, copied: Path) -> None:
     (copied / "manifest.json").write_bytes(content)
     with pytest.raises(shards.ShardError, match=f"manifest.json is damaged; {AGAIN}"):
         shards.read_manifest(copied)
 
 
-def test_a_split_that_is_not_there(copied: Path) -> None:
+def test_a_missing_split_is_refused(copied: Path) -> None:
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["splits"]["train"]
@@ -157,7 +159,7 @@ def change_index(path: Path, column: str, sample: int, value: int, count: int) -
 
 
 @pytest.mark.parametrize(("column", "sample", "value", "message", "first"), INDEXES)
-def test_indexes(
+def test_each_damaged_index_is_refused(
     column: str,
     sample: int,
     value: int,
@@ -183,7 +185,9 @@ def test_indexes(
         lambda data: data[:3],
     ],
 )
-def test_indexes_of_another_form(change: Callable[[bytes], bytes], copied: Path) -> None:
+def test_an_index_of_another_form_is_refused(
+    change: Callable[[bytes], bytes], copied: Path
+) -> None:
     path = copied / "train.index"
     path.write_bytes(change(path.read_bytes()))
     manifest = json.loads((copied / "manifest.json").read_text())
@@ -193,7 +197,7 @@ def test_indexes_of_another_form(change: Callable[[bytes], bytes], copied: Path)
         shards.open_split(copied, "train")
 
 
-def test_a_raw_index_with_more_pixels_than_bytes(folder: Path, tmp_path: Path) -> None:
+def test_a_raw_index_with_more_pixels_than_bytes_is_refused(folder: Path, tmp_path: Path) -> None:
     shard(folder, tmp_path / "raw", Policy(store="raw"))
     width = int(shards.open_split(tmp_path / "raw", "train").width[9])
     change_index(tmp_path / "raw" / "train.index", "width", 9, width + 1, 45)
@@ -215,7 +219,7 @@ def test_a_raw_index_with_more_pixels_than_bytes(folder: Path, tmp_path: Path) -
         ("manifest.json", "remove", "manifest.json is missing; copy that too"),
     ],
 )
-def test_files_of_a_data_set(
+def test_each_damaged_file_of_a_data_set_is_named(
     name: str,
     damage: str,
     message: str,

@@ -55,7 +55,7 @@ from fasttrain.faults import Fault
         ),
     ],
 )
-def test_launches(
+def test_each_wrong_launch_is_refused(
     environ: dict[str, str],
     words: list[str],
     said: list[str],
@@ -69,7 +69,7 @@ def test_launches(
 
 
 @pytest.mark.parametrize(("rank", "local", "speaks"), [(0, 0, 1), (1, 1, 0), (8, 0, 1), (9, 1, 0)])
-def test_one_process_of_each_node_says_what_is_wrong(
+def test_one_process_of_each_node_prints_the_fault(
     rank: int,
     local: int,
     speaks: bool,
@@ -85,7 +85,7 @@ def test_one_process_of_each_node_says_what_is_wrong(
     assert said.startswith(f"rank {rank}: " if rank else "no data set") if speaks else not said
 
 
-def test_what_befalls_all_processes_is_said_once_a_node_and_else_by_each(
+def test_a_fault_of_all_ranks_is_printed_once_and_a_fault_of_one_rank_by_that_rank(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}

@@ -41,7 +41,7 @@ def test_recipes(content: bytes, message: str, tmp_path: Path, refused: Refused)
     refused(train.main, [path], f"{path}: ", message)
 
 
-def test_recipes_that_are_no_files(tmp_path: Path, refused: Refused) -> None:
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, refused: Refused) -> None:
     refused(train.main, [tmp_path], f"{tmp_path}: cannot read this recipe (Is a directory)")
     refused(train.main, ["recipes/larg.toml"], "did you mean recipes/large.toml?\n", "demo.toml, ")
     refused(train.main, ["/nowhere.toml"], "/nowhere.toml: cannot read this recipe (No such file")
@@ -95,6 +95,6 @@ def test_settings(
     refused(train.main, words, *(text.replace("{file}", str(file)) for text in said))
 
 
-def test_demo_without_its_data(refused: Refused) -> None:
+def test_the_demo_without_its_data_names_the_command_that_makes_them(refused: Refused) -> None:
     command = "make the demo's with\n    python tools/make_digits.py"
     refused(train.main, ["recipes/demo.toml"], "no data set at data/digits", command)

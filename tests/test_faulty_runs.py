@@ -25,7 +25,7 @@ def going_on(trained: Path, tiny: Callable[..., Path], tmp_path: Path) -> list[A
 
 @pytest.mark.parametrize("damage", ["remove", "empty", "flip"])
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "SHA256SUMS"])
-def test_files_of_a_checkpoint(
+def test_each_damaged_file_of_a_checkpoint_is_named(
     name: str, damage: str, going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
     path = tmp_path / "run" / STEP / name
@@ -79,7 +79,7 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
         ),
     ],
 )
-def test_checkpoints_of_others(
+def test_a_checkpoint_of_another_version_or_run_is_refused(
     change: Callable[[dict[str, Any]], object],
     said: list[str],
     going_on: list[Any],
@@ -90,7 +90,7 @@ def test_checkpoints_of_others(
     refused(train.main, going_on, f"{STEP.name} ", *said)
 
 
-def test_a_training_state_of_another_form(
+def test_a_training_state_of_another_form_is_refused(
     going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run" / STEP
@@ -105,7 +105,7 @@ def test_a_training_state_of_another_form(
     refused(train.main, going_on, "training.pt does not fit this run", "restore it from a copy")
 
 
-def test_damaged_files_of_a_run_folder(
+def test_a_run_resumes_past_damaged_logs_but_not_past_a_damaged_done_file(
     going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
     """A run goes on past what it can do without, and drops nothing but halves of lines."""
@@ -126,7 +126,7 @@ def test_damaged_files_of_a_run_folder(
     assert [json.loads(line)["event"] for line in lines[4:]][-2:] == ["eval", "done"]
 
 
-def test_run_folders(
+def test_each_unusable_run_folder_is_refused(
     going_on: list[Any], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -162,7 +162,7 @@ def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
 
 
 @pytest.mark.parametrize("cache", ["", "file"])
-def test_a_cache_that_is_none_costs_nothing(
+def test_a_run_without_a_usable_cache_is_trained(
     cache: str,
     tiny: Callable[..., Path],
     tmp_path: Path,

@@ -20,7 +20,7 @@ def newest(run: Path) -> Path:
     return checkpoint.find(run / "checkpoints")[0]
 
 
-def test_a_run_starts_from_weights_of_other_classes_and_goes_on_without_them(
+def test_a_run_starts_from_weights_of_other_classes_and_resumes_without_them(
     tiny: Callable[..., Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
@@ -54,7 +54,7 @@ def test_a_run_starts_from_weights_of_other_classes_and_goes_on_without_them(
     assert newest(second).name == "step_00000004"
 
 
-def test_what_cannot_be_started_from(
+def test_unusable_starting_weights_are_refused(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pth"

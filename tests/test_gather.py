@@ -58,7 +58,7 @@ def test_batches_are_the_rows_of_the_windows(
     feed.close()
 
 
-def test_ranges_that_a_call_ends_within_are_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_ends_early_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     move = gather._Mover()
     if not move.by_system:
         pytest.skip("process_vm_readv is not permitted here")
@@ -85,7 +85,7 @@ def test_ranges_that_a_call_ends_within_are_gone_on_with(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("read", ["mmap", "pread"])
-def test_damaged_images_are_named_where_they_are_verified(
+def test_damaged_images_are_named_if_they_are_verified(
     raw: Path, tmp_path: Path, read: str
 ) -> None:
     split = shards.open_split(Path(shutil.copytree(raw, tmp_path / "raw")), "train")

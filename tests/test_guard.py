@@ -99,7 +99,7 @@ def test_a_bad_update_leaves_no_trace(
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_after_too_many_nothing_changes_any_more(mode: str) -> None:
+def test_after_too_many_bad_updates_nothing_changes(mode: str) -> None:
     learner, updater = built(mode, max_skipped=1)
     carry_out(updater, 0)
     carry_out(updater, 1, SPOILS[0])
@@ -113,7 +113,7 @@ def test_after_too_many_nothing_changes_any_more(mode: str) -> None:
     assert skipped and (skipped.number, skipped.offset) == (3, 1)
 
 
-def test_of_an_accumulated_update_one_bad_part_is_enough() -> None:
+def test_one_bad_micro_batch_makes_the_whole_update_bad() -> None:
     learner, updater = built("eager", micro=4)
     before = {name: value.clone() for name, value in everything(learner)}
     for micro in range(2):
@@ -124,7 +124,7 @@ def test_of_an_accumulated_update_one_bad_part_is_enough() -> None:
         assert torch.equal(value, before[name]), name
 
 
-def test_a_loss_alone_counts() -> None:
+def test_a_loss_that_is_not_finite_is_enough_for_a_bad_update() -> None:
     """With a finite gradient, as of a class that softmax gives no chance at all."""
     learner = learner_of(nn.Linear(2, 2))
     module, optimizer = learner.module, learner.optimizer
@@ -141,7 +141,7 @@ def test_a_loss_alone_counts() -> None:
     assert guard.loss_sum == 4
 
 
-def test_with_a_scaler_gradients_are_its_business_and_the_loss_is_not() -> None:
+def test_with_a_scaler_the_guard_judges_the_loss_alone() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     learner = learner_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), scaler)
     module, optimizer = learner.module, learner.optimizer
@@ -199,7 +199,7 @@ def settled_by(compile_it: bool) -> tuple[list[Tensor], list[str]]:
     return [*learner.flat, *guard.tensors()], read
 
 
-def test_a_compiled_guard_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_guard_decides_as_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_compile, compiled = torch.compile, []
 
     def fast_compile(function: Callable[..., object], dynamic: bool) -> Callable[..., object]:
@@ -213,7 +213,7 @@ def test_a_compiled_guard_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_guard_that_cannot_be_compiled_works_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guard_that_cannot_be_compiled_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_nothing(function: Callable[..., object], dynamic: bool) -> Callable[..., object]:
         def run(*args: object) -> None:
             function(*args)  # may have changed something before it failed

@@ -24,7 +24,7 @@ def sign(rank: int, steps: int = 7, ticks: int = 3) -> Sign:
     return Sign(steps, ticks, f"rank {rank} on node{rank // 2}", f"update {steps}")
 
 
-def test_who_is_at_fault() -> None:
+def test_the_ranks_that_others_wait_for_are_named() -> None:
     all_well = {rank: sign(rank) for rank in range(4)}
     later = {rank: sign(rank, ticks=9) for rank in range(4)}
     named, why = culprits(all_well, later | {2: sign(2, steps=6, ticks=9)}, 4)
@@ -84,7 +84,9 @@ def test_a_stuck_process_is_named_and_shows_where(
     assert "is what the others wait for, and is here:" in said and "test_heartbeat.py" in said
 
 
-def test_a_store_that_is_gone(capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_end_when_the_machine_of_rank_0_is_gone(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     def refused() -> Any:
         raise ConnectionError
 
@@ -94,7 +96,7 @@ def test_a_store_that_is_gone(capfd: pytest.CaptureFixture[str]) -> None:
     assert "the machine of rank 0 is gone, or the network to it" in capfd.readouterr().err
 
 
-def test_nothing_is_expected_before_the_first_step_and_after_the_end(
+def test_no_progress_is_expected_before_the_first_step_and_after_the_end(
     store: Callable[[], Any],
 ) -> None:
     ended: list[int] = []

@@ -77,7 +77,7 @@ def test_other_ways_to_train_are_refused_in_one_line(name: str) -> None:
         ({"PMI_SIZE": "2"}, r"MPI started 2 processes \(PMI_SIZE\), but fasttrain does not join"),
     ],
 )
-def test_launches_that_would_train_otherwise_are_refused(
+def test_launches_that_would_change_the_training_are_refused(
     environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(LaunchError, match=message):
@@ -107,13 +107,15 @@ def test_launches_that_would_train_otherwise_are_refused(
         ("ACCELERATE_USE_CPU", "", ""),
     ],
 )
-def test_the_recipe_decides_and_a_conflict_is_said(name: str, value: str, remark: str) -> None:
+def test_the_recipe_wins_over_the_launcher_with_a_warning(
+    name: str, value: str, remark: str
+) -> None:
     remarks = launch.settle({name: value, "LANG": "C"}, "bf16")
     assert len(remarks) == bool(remark)
     assert not remark or (remarks[0].startswith(f"WARNING: {name} = ") and remark in remarks[0])
 
 
-def test_a_plain_launch_is_not_commented_on() -> None:
+def test_a_plain_launch_gives_no_warning() -> None:
     launched = {
         "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO",
         "ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
@@ -159,7 +161,7 @@ def test_accelerate_gets_nothing_but_the_recipes_settings(
     assert float(weight.grad or 0) == 3  # not divided by four
 
 
-def test_what_accelerate_settles_on_is_looked_at(
+def test_the_settings_that_accelerate_took_are_checked(
     fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")

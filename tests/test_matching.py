@@ -13,7 +13,7 @@ def evaluated(names: tuple[str, ...] | None, data: list[str], number: int = 12) 
     return matching.to_evaluate(Known(len(names) if names else number, names), data)
 
 
-def test_the_same_names_are_taken_without_a_word() -> None:
+def test_equal_class_names_match_without_a_message() -> None:
     assert evaluated(TWELVE, list(TWELVE)) == (list(range(12)), "")
 
 

@@ -33,7 +33,7 @@ def mixed(
     return result
 
 
-def test_off_there_is_none() -> None:
+def test_mixing_that_is_off_gives_no_mix() -> None:
     assert build_mix(Train(), 10) is None
 
 

@@ -22,7 +22,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("arch", "width"), NETWORKS)
-def test_size(arch: Arch, width: float) -> None:
+def test_networks_have_the_published_size(arch: Arch, width: float) -> None:
     parameters, mmacs = NETWORKS[arch, width]
     model = build_model(arch, width, 1000, 0.2)
     assert sum(p.numel() for p in model.parameters()) == parameters

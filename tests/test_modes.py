@@ -58,7 +58,7 @@ GOOD = {
 Chosen = Callable[..., tuple[str, str, list[str]]]
 
 
-def test_the_fastest_that_agrees_is_taken_and_remembered(chosen: Chosen) -> None:
+def test_the_fastest_mode_that_agrees_is_chosen_and_remembered(chosen: Chosen) -> None:
     mode, why, tried = chosen(GOOD, cache="one")
     assert mode == "compile_graph_fuse" and tried == list(GOOD)
     said = (
@@ -71,7 +71,7 @@ def test_the_fastest_that_agrees_is_taken_and_remembered(chosen: Chosen) -> None
     assert chosen(GOOD, cache="one", micro_batch_size=4)[2] == list(GOOD)
 
 
-def test_what_is_wrong_or_fails_is_not_taken_nor_remembered(chosen: Chosen) -> None:
+def test_a_mode_that_fails_or_disagrees_is_neither_chosen_nor_remembered(chosen: Chosen) -> None:
     wrong = ModeTrial("compile_graph", 5000, 1.6)
     broken = ModeTrial("graph", 0, 0.0, "failed: RuntimeError: no graphs here")
     nan = ModeTrial("compile_graph_fuse", 3000, float("nan"))
@@ -97,7 +97,7 @@ def test_a_run_keeps_its_mode_and_the_recipe_rules(chosen: Chosen) -> None:
     assert (mode, tried) == ("eager", [])
 
 
-def test_a_fault_of_eager_itself_is_said(chosen: Chosen) -> None:
+def test_a_fault_of_the_eager_mode_is_reported(chosen: Chosen) -> None:
     broken = {"eager": ModeTrial("eager", 0.0, 0.0, "failed: no memory")}
     for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
         with pytest.raises(modes.ExecutionError, match="carried out: eager failed: no memory"):
@@ -154,7 +154,7 @@ def test_a_compiled_trial_looks_at_layouts(monkeypatch: pytest.MonkeyPatch) -> N
     assert any("convolution" in text for text in seen)
 
 
-def test_bf16_that_is_slow_is_warned_of(chosen: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_bf16_gives_a_warning(chosen: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.001 < modes.bf16_ratio(network(), 32) < 10
     trials = {"eager": ModeTrial("eager", 1e9, 1.0)}
     for ratio, said in (
@@ -166,15 +166,13 @@ def test_bf16_that_is_slow_is_warned_of(chosen: Chosen, monkeypatch: pytest.Monk
         assert mode == "eager" and why.startswith(said)
 
 
-def test_bf16_that_is_far_slower_is_refused(
-    chosen: Chosen, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_far_slower_bf16_is_refused(chosen: Chosen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "bf16_ratio", lambda module, px: 1 / 12)
     with pytest.raises(modes.ExecutionError, match=r"bf16: takes 12.0 times as long as float32 "):
         chosen({"eager": ModeTrial("eager", 1e9, 1.0)}, "cpu")
 
 
-def test_a_look_at_bf16_is_short_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measurement_of_a_slow_bf16_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     block = network()
     block.register_forward_pre_hook(lambda module, images: passes.append(len(images[0])))
@@ -189,14 +187,14 @@ def test_a_look_at_bf16_is_short_where_it_is_slow(monkeypatch: pytest.MonkeyPatc
     assert modes.bf16_ratio(block, 96) < 0.25 and passes == [2] * 6
 
 
-def test_a_mode_that_cannot_be_is_a_fault_of_the_trial() -> None:
+def test_an_impossible_mode_is_a_fault_of_its_trial() -> None:
     recipe = recipe_for()
     setup = modes.Setup(Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4)
     trial = modes.try_mode("graph", setup)
     assert trial.fault.startswith("failed: ") and trial.images_per_s == 0
 
 
-def test_a_run_falls_back_on_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_falls_back_on_a_mode_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a capture fails, or a resumed run finds no compiler any more."""
     tried: list[str] = []
     said: list[str] = []

@@ -291,7 +291,7 @@ def test_rows_without_a_label_and_without_statistics(
         (b"", "is damaged: "),
     ],
 )
-def test_files_that_are_none(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: table()})
     (root / VAL).write_bytes(content)
     text = fault(root)

@@ -103,7 +103,7 @@ def test_graphs_for_a_gpu_fit_the_schema(kind: str, decode: str, change: str, ha
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_float16_comes_last(change: str) -> None:
+def test_the_conversion_to_float16_is_the_last_operator(change: str) -> None:
     # On a GPU fewer operators take float16 than on a CPU: `Erase` does not, and a CPU cannot tell.
     form, place = Form("train", "gpu_full", (500, 400)), GPU._replace(half=True)
     nodes = nodes_of(form, place, **CHANGES[change])
@@ -124,7 +124,7 @@ def test_what_a_decoder_on_a_gpu_is_told() -> None:
     assert not [n for n in nodes_of(form, CPU, **settings) if n.device != "cpu"]
 
 
-def test_pixels_by_a_capsule_are_the_same() -> None:
+def test_a_dlpack_capsule_holds_the_same_pixels() -> None:
     # `tensor_of` uses one on a GPU.
     images = pipeline.pixels_of([memoryview(bytes(range(12)))], [2])
     capsule = images.as_tensor().__dlpack__()  # type: ignore[attr-defined]

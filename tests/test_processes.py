@@ -121,7 +121,7 @@ def test_global_batches_are_the_same_on_any_number_of_processes(
 
 
 @pytest.mark.slow
-def test_begun_on_four_processes_and_continued_on_two_and_three(
+def test_a_run_of_four_processes_resumes_on_two_and_three(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In the middle of an epoch, asked to stop by a file; each image is seen exactly once."""
@@ -153,7 +153,7 @@ def test_begun_on_four_processes_and_continued_on_two_and_three(
         assert len(ids) == 36 and len(set(ids)) == 36
 
 
-def test_a_process_that_dies_takes_the_others_along(
+def test_the_death_of_one_process_ends_the_others(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Within a minute, and its own traceback is the message."""
@@ -190,7 +190,7 @@ def test_a_process_that_dies_takes_the_others_along(
 
 
 @pytest.mark.slow
-def test_a_process_of_three_killed_at_random_moments(
+def test_three_processes_survive_random_kills_of_one_or_of_the_launcher(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Or their launcher, 12 times in all: the others end by themselves."""
@@ -218,7 +218,9 @@ def test_a_process_of_three_killed_at_random_moments(
     assert_same_result(straight, killed)
 
 
-def test_processes_that_believe_to_be_alone_are_stopped(tiny: Callable[..., Path]) -> None:
+def test_launched_processes_that_accelerate_did_not_join_are_stopped(
+    tiny: Callable[..., Path],
+) -> None:
     failed = subprocess.run(
         [*launch(2), "fasttrain/train.py", tiny()],
         cwd=CHECKOUT,

@@ -86,7 +86,7 @@ def any_table(keys: list[str]) -> st.SearchStrategy[Any]:
     | st.text()
     | st.binary()
 )
-def test_any_file_is_a_recipe_or_refused(content: Any) -> None:
+def test_any_file_is_a_valid_recipe_or_is_refused(content: Any) -> None:
     try:
         load(content)
     except ConfigError:
@@ -312,7 +312,7 @@ def test_any_evaluation_sees_each_image_once(
 
 
 @given(st.sets(st.integers(0, 44), min_size=1, max_size=40), st.integers(0, 2**40))
-def test_stand_ins_are_good_and_their_own(bad: set[int], seed: int) -> None:
+def test_each_damaged_sample_has_a_good_stand_in_of_its_own(bad: set[int], seed: int) -> None:
     ids = np.arange(45)
     found = sampling.stand_ins(seed, 3, ids, bad, 45)
     assert not bad & set(found.tolist())

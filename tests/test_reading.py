@@ -101,7 +101,7 @@ def test_a_shard_that_shrinks_in_use_is_named(
     reader.close()
 
 
-def test_what_is_in_memory_is_not_paged_in_again(
+def test_bytes_that_are_in_memory_are_not_paged_in_again(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "SUSPICION", 3)
@@ -121,7 +121,7 @@ def test_what_is_in_memory_is_not_paged_in_again(
     reader.close()
 
 
-def test_what_is_verified_goes_through_the_threads_though_page_ins_rest(
+def test_verified_samples_are_read_by_threads_even_if_paging_in_rests(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "SUSPICION", -1)
@@ -275,7 +275,7 @@ def test_the_soft_limit_of_open_files_is_raised(split: Split, limit: Callable) -
     feed_for(split, 2).close()
 
 
-def test_too_low_a_hard_limit_of_open_files(
+def test_a_hard_limit_of_open_files_that_is_too_low_is_refused(
     split: Split, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     val = shards.open_split(dataset, "val")
@@ -295,7 +295,7 @@ def test_too_low_a_hard_limit_of_open_files(
         ShardReader(split, config.Data(root=dataset), 1)
 
 
-def test_files_that_run_out_while_a_run_goes_on(split: Split, limit: Callable) -> None:
+def test_running_out_of_file_handles_is_explained(split: Split, limit: Callable) -> None:
     feed = feed_for(split, 2, read="pread")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit(0, hard)

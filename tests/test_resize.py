@@ -15,7 +15,7 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("out_px", [32, 97, 224])
-def test_pixels_are_pils(interpolation: str, out_px: int) -> None:
+def test_resized_pixels_equal_pils(interpolation: str, out_px: int) -> None:
     photo = load_sample_images().images[0]  # 427 x 640
     places = [(0, 0, 640, 427), (3, 5, 100, 100), (200, 100, 60, 300), (17, 400, 500, 27)]
     places += [(1, 2, 1, 1), (9, 9, out_px, out_px)]
@@ -37,7 +37,7 @@ def test_pixels_are_pils(interpolation: str, out_px: int) -> None:
         assert difference.max() < (1.01 if interpolation == "bilinear" else 10)
 
 
-def test_memory_is_used_again_once_nobody_holds_it() -> None:
+def test_memory_is_reused_when_nobody_holds_it() -> None:
     recycler = Recycler()
     first = recycler.empty(4, 8)
     first.fill_(1)
@@ -59,7 +59,7 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     assert weight.grad is not None and bool((weight.grad == 12).all())
 
 
-def test_other_sizes_take_other_memory() -> None:
+def test_other_sizes_use_other_memory() -> None:
     recycler = Recycler()
     for size in (8, 16, 4, 64, 8):
         tensor = recycler.empty(size, size)

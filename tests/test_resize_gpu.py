@@ -157,7 +157,7 @@ def test_erased_windows_are_the_mean(interpreted: ModuleType) -> None:
     assert torch.equal(before, after)
 
 
-def test_a_kernel_that_fails_says_why(
+def test_a_failing_kernel_gives_its_reason(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu")
@@ -248,7 +248,7 @@ def test_a_damaged_sample_is_replaced_or_named(
         list(trained(split, CPU, verify="always"))
 
 
-def test_a_loader_that_nobody_takes_from_ends(
+def test_a_loader_without_a_consumer_ends(
     raw: Path, interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(makers, "kernel_works", lambda *arguments: True)

@@ -27,7 +27,7 @@ def test_uniform_is_uniform_and_streams_are_independent() -> None:
     assert abs(np.corrcoef(flip[:-1], flip[1:])[0, 1]) < 0.01
 
 
-def test_permutation_is_one_and_changes_with_the_epoch() -> None:
+def test_each_epoch_has_a_permutation_of_its_own() -> None:
     orders = [permutation(0, Stream.ORDER, epoch, 1000) for epoch in range(3)]
     for order in orders:
         assert order.dtype == np.int32 and sorted(order.tolist()) == list(range(1000))

@@ -63,7 +63,7 @@ def test_golden_draws(split: Split) -> None:
     assert windows.tolist() == GOLDEN_WINDOWS
 
 
-def test_flip_can_be_switched_off(split: Split) -> None:
+def test_flips_can_be_disabled(split: Split) -> None:
     plan = plan_for(split, 1, 12)
     flips = [
         sampling.train_draw(split, config.Data(flip=flip), plan, step, 0, 0).flips.mean()
@@ -109,7 +109,7 @@ def test_windows_follow_torchvision(
     assert ((spread > 0.97) & (spread < 1.03)).all()
 
 
-def test_windows_of_images_that_no_try_fits() -> None:
+def test_an_image_that_no_random_window_fits_gets_torchvisions_fallback() -> None:
     sizes = np.array([1000, 5, 1], np.uint16), np.array([5, 1000, 1], np.uint16)
     windows = sampling.crop_windows(0, 0, np.arange(3), *sizes, (0.9, 1.0), (3 / 4, 4 / 3))
     assert windows.tolist() == [[496, 0, 7, 5], [0, 496, 5, 7], [0, 0, 1, 1]]
@@ -129,7 +129,7 @@ def test_each_validation_image_exactly_once(dataset: Path, world: int, batch_siz
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (257, 300), (64, 311)])
-def test_centre_windows_are_torchvisions(size: tuple[int, int]) -> None:
+def test_centre_windows_equal_torchvisions(size: tuple[int, int]) -> None:
     width, height = size
     found = sampling.center_windows(np.array([width]), np.array([height]), 256, 224)[0]
     # torchvision resizes and crops images that hold their own source coordinates
@@ -226,7 +226,7 @@ def test_erasing_follows_torchvision(crop_px: int) -> None:
     assert ((spread > 0.97) & (spread < 1.03)).all()
 
 
-def test_a_sample_is_changed_alike_in_any_batch_and_otherwise_in_another_epoch() -> None:
+def test_the_augmentation_of_a_sample_depends_on_the_epoch_and_not_on_the_batch() -> None:
     ids = np.arange(60)
 
     def draws(seed: int, epoch: int, *batches: np.ndarray) -> list[np.ndarray]:
@@ -243,7 +243,7 @@ def test_a_sample_is_changed_alike_in_any_batch_and_otherwise_in_another_epoch()
             assert (one == other).mean() < 0.8
 
 
-def test_the_draw_of_a_step_holds_what_the_settings_ask_for(split: Split) -> None:
+def test_the_draw_of_a_step_has_the_augmentations_of_the_settings(split: Split) -> None:
     plan = plan_for(split, 1, 12)
     assert sampling.train_draw(split, config.Data(), plan, 4, 0, 0).augment == (None, None, None)
     draw = sampling.train_draw(split, FULL, plan, 4, 0, 0)

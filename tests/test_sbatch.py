@@ -154,7 +154,7 @@ def test_before_the_time_limit_it_is_requeued(
     assert job.code == 138
 
 
-def test_a_preemption_that_only_the_processes_were_told_of(
+def test_a_preemption_that_reached_only_the_processes_is_requeued(
     submit: Callable[..., Submitted],
 ) -> None:
     job = submit("exit 143", STATE="JobState=RUNNING PreemptTime=2026-11-24T10:00:00")
@@ -173,7 +173,9 @@ def test_neither_success_nor_failure_is_requeued(
     assert submit("exit 0").code == 1  # says that all is well, but is not done
 
 
-def test_a_wrong_recipe_ends_it_before_anything_starts(submit: Callable[..., Submitted]) -> None:
+def test_a_wrong_recipe_ends_the_job_before_it_starts_processes(
+    submit: Callable[..., Submitted],
+) -> None:
     job = submit("exit 0", "--set", "train.epochs=0")
     assert job.code == 2 and not job.calls and "[train] epochs = 0: must be" in job.output
 
@@ -186,7 +188,9 @@ def test_processes_share_the_cpus_of_their_task() -> None:
     assert runtime.cpu_share(many) == 1
 
 
-def test_in_a_container(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+def test_the_job_script_runs_in_a_container(
+    submit: Callable[..., Submitted], tmp_path: Path
+) -> None:
     """Python is started by a command, as for Apptainer, or by srun's options, as for pyxis."""
     wrap = {"FT_WRAP": "env INSIDE=yes", "FT_SRUN": "--container-image=a --container-mounts=b:c"}
     job = submit(f'[ "$INSIDE" = yes ] && touch {tmp_path}/run/DONE', **wrap)
@@ -195,14 +199,16 @@ def test_in_a_container(submit: Callable[..., Submitted], tmp_path: Path) -> Non
     assert job.calls.count("srun --container-mounts=b:c") == 2
 
 
-def test_however_many_tasks_it_is_one_launcher_a_node(submit: Callable[..., Submitted]) -> None:
+def test_each_node_has_one_launcher_for_any_number_of_tasks(
+    submit: Callable[..., Submitted],
+) -> None:
     """As people ask for one task a GPU: it gets the CPUs of all of a node's."""
     job = submit("exit 0", SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="8")
     assert len(job.launches) == 2 and "srun cpus 64 export ALL" in job.calls
     assert {"srun --nodes=2", "srun --ntasks=2", "srun --ntasks-per-node=1"} < set(job.calls)
 
 
-def test_outside_of_slurm(submit: Callable[..., Submitted]) -> None:
+def test_outside_slurm_the_job_script_is_refused(submit: Callable[..., Submitted]) -> None:
     job = submit("exit 0", SLURM_JOB_ID="")
     assert job.code == 2 and "no job of SLURM: submit this script" in job.output
 

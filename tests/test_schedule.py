@@ -75,7 +75,7 @@ def test_evaluation_every_few_epochs_and_at_the_end() -> None:
         (64, 24, 2, "16 or 32 would"),
     ],
 )
-def test_what_does_not_divide_proposes_what_would(
+def test_a_batch_size_that_does_not_divide_names_one_that_does(
     batch: int, micro: int | None, world: int, message: str
 ) -> None:
     train = Train(epochs=5, global_batch_size=batch, micro_batch_size=micro)

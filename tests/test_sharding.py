@@ -169,13 +169,13 @@ def test_sixteen_bits_are_scaled_to_eight(kind: str) -> None:
     assert np.abs(pixels_of(small.data)[:, 4:-4] - (RAMP[0, 9:-8:2, None] >> 8)).max() < 6
 
 
-def test_twelve_bits_in_sixteen_are_said_to_be_dark() -> None:
+def test_twelve_bits_in_sixteen_give_a_warning_of_dark_images() -> None:
     dark = sharding.prepare_image(saved(Image.fromarray(RAMP >> 4), "PNG"), "train", Policy())
     assert dark.repaired and "almost black now, as no value is above 4,095" in dark.repaired
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_a_picture_that_is_in_the_transparency_is_said_to_be_lost(mode: str) -> None:
+def test_a_picture_in_the_alpha_channel_is_reported_as_lost(mode: str) -> None:
     """Black drawings on a transparent ground: RGB of them is black."""
     icon = Image.new("RGBA", (32, 32))
     icon.paste((0, 0, 0, 255), (8, 8, 24, 24))
@@ -196,7 +196,7 @@ def test_a_picture_that_is_in_the_transparency_is_said_to_be_lost(mode: str) -> 
         (Image.new("LAB", (8, 8)), "TIFF LAB: has no RGB pixels; save it as an 8-bit RGB image"),
     ],
 )
-def test_other_depths_are_rejected_by_name(image: Image.Image, message: str) -> None:
+def test_images_of_other_bit_depths_are_rejected_by_name(image: Image.Image, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sharding.prepare_image(saved(image, "TIFF"), "train", Policy())
 
@@ -226,7 +226,7 @@ def test_parts_together_equal_one_run(folder: Path, dataset: Path, tmp_path: Pat
     assert files_of(tmp_path) == files_of(dataset)
 
 
-def test_parts_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_two_parts_on_the_command_line_make_the_whole(folder: Path, tmp_path: Path) -> None:
     command = ["python", "tools/make_shards.py", folder, tmp_path / "out", "--part"]
     first = run([*command, "1/2"])
     assert "finished once the other parts are" in first.stderr
@@ -234,7 +234,7 @@ def test_parts_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert json.loads(run([*command, "2/2"]).stdout)["splits"]["train"]["samples"] == 45
 
 
-def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
+def test_parts_made_at_the_same_time_equal_one_run(larger: Path, tmp_path: Path) -> None:
     script = BUILD.replace("workers=2", "part=(int(sys.argv[3]), 3)")
     command: list[str | Path] = ["python", "-c", script, larger, tmp_path / "parts"]
     parts = [
@@ -249,7 +249,9 @@ def test_parts_at_the_same_time(larger: Path, tmp_path: Path) -> None:
 WRITE = ((ShardWriter, "_write"),)  # its bytes are buffered: no call of the file system
 
 
-def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -> None:
+def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
+    folder: Path, tmp_path: Path
+) -> None:
     source = listed(folder)
     for listing in source.splits.values():  # a small build: 8 images in 3 shards
         listing.names = listing.names[:4]
@@ -270,7 +272,7 @@ def test_killed_at_every_call_of_the_file_system(folder: Path, tmp_path: Path) -
     assert number > 60
 
 
-def test_killed_while_unpacking(tmp_path: Path) -> None:
+def test_sharding_killed_while_unpacking_gives_the_same_bytes(tmp_path: Path) -> None:
     """The same for a source that is unpacked first, at every 20th call."""
     forms.write("hf-tar", tmp_path / "in", forms.photographs())
 
@@ -325,7 +327,9 @@ sharding.write_dataset(
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(larger: Path, tmp_path: Path) -> None:
+def test_sharding_killed_at_random_moments_gives_the_same_bytes(
+    larger: Path, tmp_path: Path
+) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
         command: list[str | Path] = ["python", "-c", BUILD, larger, out]
         return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), start_new_session=True)
@@ -441,7 +445,7 @@ def jpeg_of(colour: str) -> bytes:
     return data.getvalue()
 
 
-def test_a_file_changed_after_it_was_listed(tmp_path: Path) -> None:
+def test_a_file_that_changed_after_it_was_listed_is_refused(tmp_path: Path) -> None:
     source = listed(put_folder(tmp_path / "in", bmp("red"), "bmp"))
     put_folder(tmp_path / "in", bmp("blue"), "bmp")
     with pytest.raises(ShardError, match=r"\d\.bmp was changed since it was listed"):
@@ -457,7 +461,9 @@ def test_a_late_part_of_another_source_is_refused(tmp_path: Path) -> None:
         shard(root, out, part=(1, 2))
 
 
-def test_more_archives_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_archives_can_be_read_than_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sharding, "MOST_OPEN", 3)
     for number in range(9):
         image = jpeg_of(f"#0000{number}0")

@@ -101,7 +101,7 @@ def expected_samples(root: Path, name: str) -> list[tuple[int, bytes]]:
     return [(int(n), tars[s][int(o) : int(o) + int(z)]) for s, o, z, n in places]
 
 
-def test_webdataset_reads_them(dataset: Path) -> None:
+def test_the_webdataset_library_reads_the_shards(dataset: Path) -> None:
     import webdataset
 
     urls = [str(p) for p in sorted(dataset.glob("train-*.tar"))]
@@ -112,7 +112,7 @@ def test_webdataset_reads_them(dataset: Path) -> None:
     assert found == expected_samples(dataset, "train")
 
 
-def test_timm_reads_them(dataset: Path) -> None:
+def test_timm_reads_the_shards(dataset: Path) -> None:
     pytest.importorskip("timm", reason="timm is not installed")
     from timm.data.readers.reader_wds import ReaderWds
 
@@ -128,7 +128,7 @@ def test_timm_reads_them(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_dali_reads_them(dataset: Path, indexed: bool) -> None:
+def test_dalis_webdataset_reader_reads_the_shards(dataset: Path, indexed: bool) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     from nvidia.dali import fn, pipeline_def
 
@@ -210,7 +210,7 @@ def test_a_shard_whose_images_were_all_rejected(folder: Path, tmp_path: Path) ->
         assert all(0 <= piece.start <= piece.stop for piece in pieces)
 
 
-def test_a_member_whose_name_is_no_text(dataset: Path, tmp_path: Path) -> None:
+def test_a_member_with_an_unreadable_name_is_described(dataset: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(dataset, tmp_path / "copy"))
     split = shards.open_split(root, "train")
     path, header = split.shard_paths[0], int(split.offset[2]) - 512
@@ -238,7 +238,7 @@ def test_a_part_of_a_finished_data_set_has_nothing_to_do(folder: Path, tmp_path:
     assert files_of(out) == before
 
 
-def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_an_unfinished_data_set_is_finished(folder: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(dataset, out)
     (out / shards.MANIFEST).unlink()
@@ -255,7 +255,9 @@ def test_an_unfinished_one_is_finished(folder: Path, dataset: Path, tmp_path: Pa
     assert files_of(out) == files_of(dataset)
 
 
-def test_what_lies_in_the_place_of_a_data_set(folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_data_set_is_refused(
+    folder: Path, dataset: Path, tmp_path: Path
+) -> None:
     def fault(root: Path) -> str:
         with pytest.raises(ShardError) as error:
             shards.read_manifest(root)

@@ -123,7 +123,7 @@ def fork(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_with_nothing_to_save_ctrl_c_ends_the_process_at_once(
+def test_the_first_ctrl_c_with_nothing_to_save_or_the_second_ends_the_process(
     training: bool, tmp_path: Path
 ) -> None:
     """Before the first update the first Ctrl-C does so, and while training the second."""

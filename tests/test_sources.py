@@ -56,7 +56,9 @@ def test_every_form_gives_the_same_bytes(made: dict[str, Path], form: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_labels_and_counts_are_true(made: dict[str, Path], photos: list[Photo], form: str) -> None:
+def test_labels_and_counts_equal_those_of_the_source(
+    made: dict[str, Path], photos: list[Photo], form: str
+) -> None:
     root = made[form]
     manifest = shards.read_manifest(root)
     assert manifest["form"] == {"parquet-nopath": "parquet", "webdataset-plain": "webdataset"}.get(
@@ -262,7 +264,7 @@ def test_absurd_images_are_rejected(photos: list[Photo], tmp_path: Path) -> None
     assert "more than the index can hold" in reasons[f"train/{WNIDS[0]}/long.png"]
 
 
-def test_names_of_any_kind(photos: list[Photo], tmp_path: Path) -> None:
+def test_file_names_of_any_kind_are_read(photos: list[Photo], tmp_path: Path) -> None:
     """Spaces, dots, umlauts and folders within a class: names are for messages only."""
     for split in shards.SPLITS:
         for number, name in enumerate(("a b.v2.JPG", "Übung.jpeg", "deep/er/1.jpg")):

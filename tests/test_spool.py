@@ -52,7 +52,7 @@ def put(form: str, root: Path, content: list[Photo]) -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "hf-tar"])
-def test_what_was_unpacked_before_a_change_is_not_used(form: str, tmp_path: Path) -> None:
+def test_images_unpacked_before_a_change_are_not_used(form: str, tmp_path: Path) -> None:
     """A first try leaves its spool; the data are exported anew under the same names."""
     root, out = tmp_path / "in", tmp_path / "out"
     out.mkdir()
@@ -96,7 +96,7 @@ def unpack(job: Job, read: spool.Read, folder: Path) -> bytes:
     return found.place.read_bytes()[found.offset : found.offset + found.size]
 
 
-def test_it_is_used_again_for_the_same_state_of_the_file_alone(tmp_path: Path) -> None:
+def test_an_unpacked_archive_is_reused_only_if_the_file_is_unchanged(tmp_path: Path) -> None:
     path, calls = tmp_path / "x.gz", list[str]()
     path.write_bytes(b"1" * 100)
     job, out = Job(tmp_path, "x.gz", "train"), tmp_path / "out"

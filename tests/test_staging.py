@@ -39,7 +39,9 @@ def same_files(one: Path, other: Path) -> bool:
     return contents(one) == contents(other)
 
 
-def test_a_copy_is_a_data_set_and_is_freed(dataset: Path, tmp_path: Path) -> None:
+def test_a_staged_copy_is_a_data_set_and_is_removed_at_the_end(
+    dataset: Path, tmp_path: Path
+) -> None:
     data, said = settings(tmp_path / "node" / "local"), list[str]()
     copy = Staging(dataset, data)
     staging.wait(copy, alone, said.append)
@@ -51,7 +53,7 @@ def test_a_copy_is_a_data_set_and_is_freed(dataset: Path, tmp_path: Path) -> Non
     assert not copy.folder.exists()
 
 
-def test_what_is_there_is_not_copied_again(dataset: Path, tmp_path: Path) -> None:
+def test_staged_files_are_not_copied_again(dataset: Path, tmp_path: Path) -> None:
     data = settings(tmp_path, stage_keep=True)
     copy = staged(dataset, data)
     copy.release()
@@ -115,7 +117,9 @@ def test_two_runs_on_a_node_make_one_copy(dataset: Path, tmp_path: Path) -> None
     assert not copies[0].folder.exists()
 
 
-def test_what_stops_it(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_that_stop_staging_are_named(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = Path(shutil.copytree(dataset, tmp_path / "broken"))
     data = bytearray((broken / "train-000002.tar").read_bytes())
     data[700] ^= 1
@@ -161,7 +165,7 @@ def test_file_systems() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_what_each_process_asks_of_a_shared_file_system(
+def test_one_process_writes_and_one_per_node_looks_at_the_tars(
     dataset: Path, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Rank 0 alone writes; tars are looked at by name by one process a node."""

@@ -88,7 +88,9 @@ def story(library: Path, mode: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_over_the_stand_in(library: Path, mode: str, tmp_path: Path) -> None:
+def test_each_mode_trains_on_the_stand_in_for_cuda(
+    library: Path, mode: str, tmp_path: Path
+) -> None:
     """One test for each mode, as the process takes longer to start than to tell all."""
     told = story(library, mode, tmp_path)
 

@@ -35,14 +35,14 @@ def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopReques
         signal.signal(number, handler)
 
 
-def test_until_an_update_is_done_nothing_is_saved(stop: StopRequest) -> None:
+def test_before_the_first_update_a_signal_ends_the_run_without_saving(stop: StopRequest) -> None:
     stop.agreed(unsaved=False)  # training begins
     with pytest.raises(Left) as left:
         stop.receive(signal.SIGINT)
     assert left.value.args == (130, "stopped by SIGINT, without saving\n")
 
 
-def test_a_request_is_told_at_once_and_a_second_ctrl_c_leaves(
+def test_a_request_is_reported_at_once_and_a_second_ctrl_c_ends_the_process(
     stop: StopRequest,
 ) -> None:
     said: list[str] = []
@@ -78,7 +78,7 @@ def test_slow_updates_are_waited_for(stop: StopRequest, monkeypatch: pytest.Monk
     assert stop.patience.slowest_s == 70 and stop.patience.seconds() > 3 * 70
 
 
-def test_a_launcher_that_would_kill_a_slow_run_is_told(
+def test_a_run_whose_launcher_would_kill_it_gives_a_warning(
     stop: StopRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -97,7 +97,7 @@ def test_a_launcher_that_would_kill_a_slow_run_is_told(
     assert len(said) == 1
 
 
-def test_leaving_shows_the_cursor_again() -> None:
+def test_the_end_of_the_process_shows_the_cursor_again() -> None:
     """On a terminal, where the live view has hidden it."""
     ours, theirs = os.openpty()
     process = os.fork()
@@ -138,7 +138,7 @@ def test_a_terminal_that_closes_lets_the_run_save() -> None:
         os.close(file)
 
 
-def test_under_nohup_the_end_of_the_terminal_is_not_heard() -> None:
+def test_under_nohup_the_end_of_the_terminal_is_ignored() -> None:
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     heard = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -53,7 +53,7 @@ def test_faults_are_found_before_torch_is_imported_and_nothing_is_written(
 
 
 @pytest.mark.slow
-def test_imagenet_recipe_without_imagenet_through_the_launcher() -> None:
+def test_the_launcher_shows_the_message_of_a_missing_data_set() -> None:
     failed = run(["accelerate", "launch", "fasttrain/train.py", "recipes/large.toml"], code=1)
     assert "no data set at data/imagenet (looked for " in failed.stderr
     assert "python tools/make_shards.py /path/to/imagenet data/imagenet" in failed.stderr

@@ -88,7 +88,7 @@ def test_two_machines_give_the_weights_of_one(
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_machines_that_do_not_fit_are_refused(
+def test_machines_that_differ_are_refused(
     machines: list[str], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     launched = [
@@ -101,7 +101,7 @@ def test_machines_that_do_not_fit_are_refused(
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
-def test_a_cut_cable_ends_both(
+def test_a_broken_network_ends_both_machines(
     machines: list[str], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = tiny(

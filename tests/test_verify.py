@@ -16,7 +16,7 @@ def verify(root: Path, decode: bool = False) -> list[verify_shards.Finding]:
     return verify_shards.verify(root, decode, workers=1)[0]
 
 
-def test_a_good_one(dataset: Path) -> None:
+def test_a_good_data_set_has_no_findings(dataset: Path) -> None:
     done = run(["python", "tools/verify_shards.py", dataset])
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["samples"] == 58 and result["findings"] == []

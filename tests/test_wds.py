@@ -118,7 +118,7 @@ def test_a_tar_that_is_a_dangling_link(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_members_that_a_mac_adds_are_left_out(tmp_path: Path) -> None:
+def test_members_that_macos_adds_are_left_out(tmp_path: Path) -> None:
     members = [(f"./{name}", data) for name, data in samples(0, 1)]
     mac = [x for name, data in members for x in ((f"./._{name[2:]}", b"\0\5\x16\7"), (name, data))]
     source, _ = scan(pair(tmp_path, [*mac, ("__MACOSX/._0000.png", b"\0")], members))
@@ -135,7 +135,7 @@ def test_names_with_dots_and_in_any_case(tmp_path: Path) -> None:
     assert source.splits["train"].labels.tolist() == [0, 1, 1, 2]
 
 
-def test_what_is_wrong_with_a_sample(tmp_path: Path) -> None:
+def test_each_fault_of_a_sample_is_named(tmp_path: Path) -> None:
     plain = samples(0, 1)
     captioned = [("0.png", image()), ("0.json", b'{"caption": "x", "label": 1}'), ("0.txt", b"x")]
     linked = tmp_path / "linked/train-0.tar"

@@ -109,7 +109,7 @@ def test_a_file_is_known_by_its_content_not_its_name(
     assert weights.read(other).tensors.keys() == state.keys()
 
 
-def test_weights_of_before_batches_were_counted(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_without_batch_counters_load(state: dict[str, Tensor], tmp_path: Path) -> None:
     old = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
     weights.load(
         weights.read(saved(old, tmp_path, _use_new_zipfile_serialization=False)), network()
@@ -156,7 +156,7 @@ def test_weights_of_other_networks_are_counted_not_listed(tmp_path: Path) -> Non
     assert "--set model.weights=" in said
 
 
-def test_programs_in_a_file_are_neither_run_nor_advised(tmp_path: Path) -> None:
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
     module = network()
     for zipped in (True, False):
         said = refused(saved(module, tmp_path, _use_new_zipfile_serialization=zipped))
@@ -180,13 +180,13 @@ def test_programs_in_a_file_are_neither_run_nor_advised(tmp_path: Path) -> None:
         (b"\x10\0\0\0\0\0\0\0{ cut short", "is damaged or cut short"),
     ],
 )
-def test_files_that_are_none(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     assert said in refused(path)
 
 
-def test_contents_that_are_no_network(tmp_path: Path) -> None:
+def test_a_file_without_network_weights_is_refused(tmp_path: Path) -> None:
     assert "holds no network (its keys: epoch, lr)" in refused(
         saved({"epoch": 1, "lr": 2}, tmp_path)
     )
