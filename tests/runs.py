@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fasttrain import checkpoint
 
+# A recipe with everything that draws random numbers or has a state.
 ALL: dict[str, dict[str, Any]] = {
     "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
     "optim": {"ema_decay": 0.9},
@@ -24,12 +25,12 @@ ALL: dict[str, dict[str, Any]] = {
     },
     "log": {"samples": True},
 }
-
-
+# Fields of log lines that differ between equal runs.
 MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader")
 
 
 def launch(world: int) -> list[str]:
+    """The words that launch a command on `world` processes; the port is a free one."""
     if world == 1:
         return ["accelerate", "launch"]
     several = ["--multi_gpu", "--num_processes", str(world), "--main_process_port", "0"]
@@ -37,6 +38,7 @@ def launch(world: int) -> list[str]:
 
 
 def start(recipe: Path, *settings: str, world: int = 1) -> subprocess.Popen[str]:
+    """Starts a run on CPUs. Its output is one stream."""
     words = [word for setting in settings for word in ("--set", setting)]
     return subprocess.Popen(
         [*launch(world), "fasttrain/train.py", recipe, *words],
@@ -49,6 +51,7 @@ def start(recipe: Path, *settings: str, world: int = 1) -> subprocess.Popen[str]
 
 
 def wait_until(condition: Callable[..., object], what: str) -> None:
+    """Waits for a condition, at most TIMEOUT_S; `what` names it in the error."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

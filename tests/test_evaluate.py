@@ -1,7 +1,6 @@
 """evaluate.py: what a run measured, by class name, in the precision that it says."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from shard_files import renamed
 from torch import Tensor
 
 from fasttrain import checkpoint, modes, train
@@ -92,14 +92,6 @@ def test_classes_are_found_by_name_in_another_order_and_among_more(
     (tmp_path / "classes.txt").write_text("x\nc\ny\na\nb\n")
     found, _ = evaluated(tmp_path / "unnamed.pth", *words, "--classes", tmp_path / "classes.txt")
     assert found == expected
-
-
-def renamed(dataset: Path, names: list[str], to: Path) -> Path:
-    """A copy of a data set whose classes have other names."""
-    shutil.copytree(dataset, to)
-    manifest = json.loads((to / "manifest.json").read_text())
-    (to / "manifest.json").write_text(json.dumps(manifest | {"classes": names}))
-    return to
 
 
 def test_numbers_are_refused_until_they_are_said_to_be_numbers(

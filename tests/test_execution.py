@@ -5,7 +5,6 @@ import os
 import socket
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,101 +14,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from updates import (
+    OPTIM,
+    Batches,
+    Block,
+    assert_same,
+    batches_for,
+    carry_out,
+    everything,
+    network,
+    plan_for,
+    recipe_for,
+)
 
 from fasttrain import caches, config, determinism, execution, graphs
-from fasttrain.config import Data, Optim, Recipe, Train
-from fasttrain.execution import Graphed
+from fasttrain.config import Recipe
 from fasttrain.learner import Learner
 from fasttrain.model import mobilenetv3_large, mobilenetv3_small
 from fasttrain.rng import Stream
-from fasttrain.schedule import Plan, make_plan
-
-OPTIM = Optim(ema_decay=0.9, lr=0.1, warmup_lr=0.02, warmup_epochs=1)
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def recipe_for(**train: Any) -> Recipe:
-    settings: dict[str, Any] = {
-        "precision": "no",
-        "global_batch_size": 8,
-        "label_smoothing": 0.1,
-        "epochs": 9,
-    }
-    return Recipe(optim=OPTIM, data=Data(crop_px=32), train=Train(**(settings | train)))
-
-
-def plan_for(recipe: Recipe, world_size: int = 1) -> Plan:
-    return make_plan(recipe.train, recipe.optim, 64, world_size)
-
-
-def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,), seed: int = 1) -> Batches:
-    """Images of the sizes in turn; labels as numbers, in the second half as probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for number in range(updates * plan.accumulation):
-        px = sizes[number // plan.accumulation * len(sizes) // updates]
-        images = torch.randn(plan.micro_batch_size, 3, px, px, generator=generator)
-        labels = torch.randint(4, (plan.micro_batch_size,), generator=generator)
-        if number >= updates * plan.accumulation // 2:
-            labels = nn.functional.one_hot(labels, 4).float()
-        found.append((images.contiguous(memory_format=torch.channels_last), labels))
-    return found
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return mobilenetv3_small(0.35, num_classes=4, dropout=0.2).to(memory_format=torch.channels_last)
-
-
-def run_at_once(key: Any, function: Callable[[], object]) -> None:
-    """Runs what a CUDA graph would record, because there is no GPU to record it on."""
-    function()
-
-
-def carry_out(
-    mode: str,
-    recipe: Recipe,
-    plan: Plan,
-    batches: Batches,
-    module: nn.Module | None = None,
-    accelerator: Accelerator | None = None,
-    record: bool = False,
-) -> tuple[list[float], Learner]:
-    """The mean loss of each update, and what was trained."""
-    accelerator = accelerator or Accelerator(cpu=True)
-    module = (module or network()).to(accelerator.device)
-    learner = execution.prepare(mode, accelerator, module, recipe, plan)
-    if mode == "graph" and not record:  # what would be recorded, without a GPU
-        updater: execution.Updater = Graphed(
-            accelerator, learner, plan, recipe.train, run=run_at_once
-        )
-    else:
-        updater = execution.build(mode, accelerator, learner, plan, recipe.train)
-    losses, given = [], iter(batches)
-    for step in range(len(batches) // plan.accumulation):
-        for micro in range(plan.accumulation):
-            determinism.seed_torch(0, Stream.TORCH, step, micro)
-            images, labels = (t.to(accelerator.device) for t in next(given))
-            updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
-        updater.update(0.02 + 0.001 * step)
-        losses.append(float(updater.guard.loss_sum) / plan.micro_batch_size / plan.accumulation)
-        updater.guard.loss_sum.zero_()
-    return losses, learner
-
-
-def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    assert learner.ema
-    yield from learner.module.state_dict().items()
-    for name, value in learner.ema.module.state_dict().items():
-        yield f"ema {name}", value
-    for number, state in enumerate(learner.optimizer.state_dict()["state"].values()):
-        yield f"momentum {number}", state["momentum_buffer"]
-
-
-def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: float = 1e-4) -> None:
-    for (name, ours), (_, theirs) in zip(everything(found), everything(expected), strict=True):
-        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
-        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=message)
+from fasttrain.schedule import Plan
 
 
 @pytest.mark.parametrize("micro", [8, 4])
@@ -261,19 +184,6 @@ def test_two_processes_reduce_the_same_gradients_in_every_mode(tmp_path: Path) -
     assert runs["graph-bf16-0"][0] != runs["graph-fp32-0"][0]
 
 
-class Block(nn.Module):
-    """Of every kind of layer one, so that compiling takes seconds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        whole = mobilenetv3_small(0.35, num_classes=4, dropout=0.5)
-        self.features = whole.features[:2]
-        self.classifier = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean((2, 3)).repeat(1, 2)[:, :16])
-
-
 @pytest.mark.slow
 def test_compiled_equals_eager_over_20_updates() -> None:
     recipe = recipe_for()
@@ -365,7 +275,7 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_gradients_are_channels_last_as_the_images_are() -> None:
     """In every place of an eager network: an operation that reads two layouts takes longer."""
-    for network in (mobilenetv3_large(0.35), mobilenetv3_small(0.35)):
+    for whole in (mobilenetv3_large(0.35), mobilenetv3_small(0.35)):
         wrong: list[str] = []
 
         def look(name: str, output: Tensor, wrong: list[str] = wrong) -> None:
@@ -376,13 +286,13 @@ def test_gradients_are_channels_last_as_the_images_are() -> None:
             if output.ndim == 4:
                 output.register_hook(check)
 
-        for name, module in network.named_modules():
+        for name, module in whole.named_modules():
             module.register_forward_hook(
                 lambda module, given, output, name=name: look(name, output)
             )
-        network.to(memory_format=torch.channels_last)
+        whole.to(memory_format=torch.channels_last)
         images = torch.randn(2, 3, 96, 96).contiguous(memory_format=torch.channels_last)
-        network(images).sum().backward()
+        whole(images).sum().backward()
         assert not wrong
 
 

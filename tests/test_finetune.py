@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPO
 from safetensors.torch import load_file
-from test_evaluate import renamed
+from shard_files import renamed
 
 from fasttrain import checkpoint, config, train
 

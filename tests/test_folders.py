@@ -1,55 +1,19 @@
 """Folders of images as people have them: names of splits, labels beside them, links, clutter."""
 
-import io
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from small_sources import image, names, put, scan, tar
 
-from fasttrain import sources
-from fasttrain.listing import Options
 from fasttrain.shards import ShardError
 
 CAT, DOG = "n01440764", "n01443537"
 
 
-def image(shade: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), shade).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def put(root: Path, *names: str) -> Path:
-    """Writes an image, or a text where a name ends in .txt, under every name."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"text" if name.endswith(".txt") else image())
-    return root
-
-
-def tar(path: Path, *names: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(image())
-            archive.addfile(info, io.BytesIO(image()))
-
-
-def scan(root: Path, **options: Any) -> tuple[sources.Source, list[str]]:
-    """The source at `root`, recognised and listed, and what was said."""
-    said: list[str] = []
-    form = sources.recognise(root)
-    source = sources.scan(root, form, root, list, said.append, Options(**options))
-    return source, said
-
-
-def names(source: sources.Source) -> dict[str, list[str]]:
-    return {split: listing.names for split, listing in source.splits.items()}
+def tar_of_images(path: Path, *names: str) -> None:
+    """Writes a tar with the same small image under every name."""
+    tar(path, [(name, image()) for name in names])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +174,7 @@ def test_classes_that_are_named_like_splits(tmp_path: Path) -> None:
 
 
 def test_tars_that_lie_too_deep(tmp_path: Path) -> None:
-    tar(tmp_path / "train/part1/0.tar", "a.png")
+    tar_of_images(tmp_path / "train/part1/0.tar", "a.png")
     put(tmp_path, "val/cat/a.png")
     with pytest.raises(ShardError, match=r"part1/0.tar lies too deep: tars must lie in .*train"):
         scan(tmp_path)
@@ -328,8 +292,8 @@ def test_tiny_imagenet_as_downloaded(tmp_path: Path) -> None:
 
 
 def test_tars_of_classes(tmp_path: Path) -> None:
-    tar(tmp_path / f"train/{CAT}.tar", f"{CAT}_1.JPEG", f"{CAT}_2.JPEG")
-    tar(tmp_path / f"train/{DOG}.tar", f"{DOG}_1.JPEG")
+    tar_of_images(tmp_path / f"train/{CAT}.tar", f"{CAT}_1.JPEG", f"{CAT}_2.JPEG")
+    tar_of_images(tmp_path / f"train/{DOG}.tar", f"{DOG}_1.JPEG")
     put(tmp_path, f"train/{DOG}/{DOG}_1.JPEG", f"val/{CAT}/a.png")
     source, _ = scan(tmp_path)
     assert names(source)["train"] == [
@@ -348,7 +312,7 @@ def test_tars_of_classes(tmp_path: Path) -> None:
 
 def test_the_archive_of_val_beside_an_unpacked_train(tmp_path: Path) -> None:
     put(tmp_path, f"train/{CAT}/a.png")
-    tar(tmp_path / "ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000001.JPEG")
+    tar_of_images(tmp_path / "ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(ShardError, match=r"devkit_t12.tar.gz is missing: it holds the labels"):
         scan(tmp_path)
     rows = f"ImageId,PredictionString\nILSVRC2012_val_00000001,{CAT} 1 2 3 4 \n"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import Accelerator
-from test_execution import everything, run_at_once
 from torch import Tensor, nn
+from updates import everything, run_at_once
 
 from fasttrain import execution
 from fasttrain.config import Optim, Recipe, Train

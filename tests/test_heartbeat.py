@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKOUT, TIMEOUT_S, environment, lines
+from runs import children_of, is_alive, num_updates, start, wait_until
 from torch import distributed
 
 from fasttrain import heartbeat
@@ -115,26 +114,13 @@ def test_a_frozen_process_ends_the_run(tiny: Callable[..., Path], tmp_path: Path
         checkpoint={"every_steps": 1000},
         log={"every_steps": 1},
     )
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
-    launched = subprocess.Popen(
-        [*command, "--main_process_port", "0", "fasttrain/train.py", str(recipe)],
-        cwd=CHECKOUT,
-        env=environment(ACCELERATE_USE_CPU="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
-    while not (metrics.exists() and len(lines(metrics, "train")) > 5):
-        assert time.monotonic() < deadline and launched.poll() is None
-        time.sleep(0.1)
-    frozen = next(pid for pid in children(launched.pid) if is_rank(pid, 1))
+    launched = start(recipe, world=2)
+    wait_until(lambda: num_updates(tmp_path / "run") > 5, "a few updates")
+    frozen = next(pid for pid in children_of(launched.pid) if is_rank(pid, 1))
     os.kill(frozen, signal.SIGSTOP)
     stopped_at = time.monotonic()
-    others = set(children(launched.pid)) - {frozen}
-    while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in others):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    others = set(children_of(launched.pid)) - {frozen}
+    wait_until(lambda: not any(map(is_alive, others)), "the end of rank 0")
     took = time.monotonic() - stopped_at
     os.kill(frozen, signal.SIGKILL)  # which its launcher would do half a minute later
     output = launched.communicate(timeout=60)[0]
@@ -142,13 +128,5 @@ def test_a_frozen_process_ends_the_run(tiny: Callable[..., Path], tmp_path: Path
     assert launched.returncode == 1 and took < 20
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def is_rank(pid: int, rank: int) -> bool:
     return f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
-
-
-def is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

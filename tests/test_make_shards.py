@@ -11,9 +11,8 @@ from typing import Any
 import forms
 import make_shards
 import pytest
-from test_folders import image, put
-from test_shards import files_of
-from test_wds import pair, samples
+from shard_files import files_of
+from small_sources import image, pair, put, samples
 
 from fasttrain import shards
 

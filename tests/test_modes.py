@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_execution import Block, network, plan_for, recipe_for
 from torch import nn
+from updates import Block, network, plan_for, recipe_for
 
 from fasttrain import modes, runtime
 from fasttrain.modes import ModeTrial

@@ -11,7 +11,7 @@ import pytest
 from conftest import shard
 from PIL import Image
 from pyarrow import parquet as pq
-from test_shards import expected_samples
+from shard_files import expected_samples
 
 from fasttrain import sources
 from fasttrain.listing import Options, Source

@@ -20,8 +20,8 @@ import torch
 from conftest import CHECKOUT, TIMEOUT_S, environment, listed, photograph, run, shard
 from crashes import dies_at
 from PIL import Image
+from shard_files import expected_samples, files_of
 from sklearn.datasets import load_sample_images
-from test_shards import expected_samples, files_of
 
 from fasttrain import config, files, loaders, sharding, shards
 from fasttrain.batch import Placement

@@ -1,6 +1,5 @@
 """The on-disk contract: what is written, who can read it, and what is said when it is damaged."""
 
-import hashlib
 import io
 import json
 import shutil
@@ -14,15 +13,12 @@ import numpy as np
 import pytest
 from conftest import listed, photograph, run, shard
 from PIL import Image
+from shard_files import expected_samples, files_of
 
 from fasttrain import config, files, sampling, sharding, shards
 from fasttrain.schedule import make_plan
 from fasttrain.sharding import Policy, Progress
 from fasttrain.shards import ShardError
-
-
-def files_of(root: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.iterdir())}
 
 
 def test_command_line_and_same_bytes_with_any_number_of_workers(
@@ -92,13 +88,6 @@ def test_members_are_plain_ustar(dataset: Path) -> None:
         .describe(12)
         .endswith("train-000001.tar, key 000000012 at byte " + str(members[2].offset_data))
     )
-
-
-def expected_samples(root: Path, name: str) -> list[tuple[int, bytes]]:
-    split = shards.open_split(root, name)
-    tars = [path.read_bytes() for path in split.shard_paths]
-    places = zip(split.shard, split.offset, split.size, split.label, strict=True)
-    return [(int(n), tars[s][int(o) : int(o) + int(z)]) for s, o, z, n in places]
 
 
 def test_the_webdataset_library_reads_the_shards(dataset: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import listed, run, shard
 from forms import FORMS, WNIDS, Photo
 from PIL import Image
-from test_shards import expected_samples, files_of
+from shard_files import expected_samples, files_of
 
 from fasttrain import config, loaders, resize, shards, sources
 from fasttrain.batch import Placement

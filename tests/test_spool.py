@@ -11,7 +11,7 @@ import pytest
 from conftest import listed, shard
 from forms import Photo
 from PIL import Image
-from test_shards import expected_samples
+from shard_files import expected_samples
 
 from fasttrain import shards, spool
 from fasttrain.shards import ShardError

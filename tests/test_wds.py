@@ -1,44 +1,16 @@
 """WebDataset tars as people have them: which split, which members, which labels."""
 
 import gzip
-import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_folders import image, names, scan
+from small_sources import image, names, pair, sample, samples, scan, tar
 
 from fasttrain import classes
 from fasttrain.shards import ShardError
-
-Members = list[tuple[str, bytes]]
-
-
-def sample(key: str, label: object, end: str = "cls") -> Members:
-    return [(f"{key}.png", image()), (f"{key}.{end}", str(label).encode())]
-
-
-def samples(*labels: object) -> Members:
-    return [member for n, label in enumerate(labels) for member in sample(f"{n:04d}", label)]
-
-
-def tar(path: Path, members: Members, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def pair(root: Path, train: Members, val: Members | None = None) -> Path:
-    tar(root / "train-0.tar", train)
-    tar(root / "val-0.tar", train[:2] if val is None else val)
-    return root
-
 
 # --------------------------------------------------------------------------------------------------
 # Splits
