@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_data_set_is_refused(
     assert "shards are there, but manifest.json is missing; copy that too or" in fault(copy)
     sharding.claim(tmp_path / "begun", listed(folder), Policy(), 0, 11)
     assert fault(tmp_path / "begun").endswith(
-        "begun is not finished: start the make_shards.py command again that began it"
+        "begun is not finished: run the command that began it once more (make_shards.py)"
     )
 
 
