@@ -66,6 +66,18 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """How a data set is made, beside its `Policy`."""
+
+    seed: int = 0  # of the order of the images
+    shard_size: int = SHARD_SIZE  # images per shard, about
+    part: tuple[int, int] = (1, 1)  # (i, n): only every n-th shard, from the i-th on (from 1)
+    in_place: bool = False  # index the WebDataset tars of the source, which lie in the folder
+    strict: bool = False  # a rejected image is an error, once all shards are written
+    workers: int = 1  # processes; the result is the same with any number
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """What was done since the last report."""
 
@@ -325,25 +337,19 @@ def write_dataset(
     source: Source,
     out: Path,
     policy: Policy = Policy(),
-    *,
-    seed: int = 0,
-    shard_size: int = SHARD_SIZE,
-    part: tuple[int, int] = (1, 1),
-    in_place: bool = False,
-    strict: bool = False,
-    workers: int = 1,
+    build: Build = Build(),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any] | None:
     """Writes `source` as a data set into the folder `out`, or finishes what an earlier call began.
 
-    The result is the same to the byte on every machine and with every number of `workers`
-    (processes). Images that cannot be decoded are rejected and listed.
+    The result is the same to the byte on every machine. Images that cannot be decoded are rejected
+    and listed. If several processes write parts, the one that writes the last shard finishes the
+    data set.
 
     Args:
-        part: (i, n) writes every n-th shard only, from the i-th on (from 1); whoever writes the
-            last shard finishes the data set.
-        in_place: index the WebDataset tars of the source, which lie in `out`, as they are.
-        strict: a rejected image is an error, once all shards are written.
+        policy: how images are stored.
+        build: order, shards, parts and processes.
+        on_progress: is called after each shard.
     Returns:
         The manifest, or None while shards of other parts are missing.
     Raises:
@@ -351,35 +357,39 @@ def write_dataset(
             under `strict`; a split has no usable image.
     """
     try:
-        claim(out, source, policy, seed, shard_size, in_place)
+        claim(out, source, policy, build.seed, build.shard_size, build.in_place)
     except ShardError:
-        if part != (1, 1) and _is_finished(source, out, policy, seed):
+        if build.part != (1, 1) and _is_finished(source, out, policy, build.seed):
             return read_manifest(out)  # before this part began
         raise
     if (out / MANIFEST).exists():  # killed after the last file: only the clearing away is left
         _clear_away(out)
         return read_manifest(out)
-    tasks = [
-        task
-        for split, listing in source.splits.items()
-        for task in (
-            _deal_in_place(split, listing, policy)
-            if in_place
-            else _deal(split, listing, out, policy, seed, shard_size)
-        )
-    ]
-    own = [task for number, task in enumerate(tasks) if number % part[1] == part[0] - 1]
+    tasks = _tasks(source, out, policy, build)
+    index, parts = build.part
+    own = [task for number, task in enumerate(tasks) if number % parts == index - 1]
     todo = [task for task in own if not task.part.exists()]
     on_progress(Progress(sum(len(t.images) for t in own) - sum(len(t.images) for t in todo), 0))
-    write = _index_shard if in_place else _write_shard
-    for done in run_tasks([partial(write, task) for task in todo], workers):
+    write = _index_shard if build.in_place else _write_shard
+    for done in run_tasks([partial(write, task) for task in todo], build.workers):
         on_progress(done)
     if not all(task.part.exists() for task in tasks) and not (out / MANIFEST).exists():
         return None
     with _finishing(out) as unfinished:  # of several parts that end at once, one
         if unfinished:
-            _finish(source, out, policy, seed, tasks, strict)
+            _finish(source, out, policy, tasks, build)
     return read_manifest(out)
+
+
+def _tasks(source: Source, out: Path, policy: Policy, build: Build) -> list[_Task]:
+    """All shards of a data set, in order."""
+    tasks: list[_Task] = []
+    for split, listing in source.splits.items():
+        if build.in_place:
+            tasks += _deal_in_place(split, listing, policy)
+        else:
+            tasks += _deal(split, listing, out, policy, build.seed, build.shard_size)
+    return tasks
 
 
 @contextlib.contextmanager
@@ -396,12 +406,7 @@ def _finishing(out: Path) -> Iterator[bool]:
 
 
 def _finish(
-    source: Source,
-    out: Path,
-    policy: Policy,
-    seed: int,
-    tasks: Sequence[_Task],
-    strict: bool,
+    source: Source, out: Path, policy: Policy, tasks: Sequence[_Task], build: Build
 ) -> None:
     """Writes what a data set needs beside its shards, the manifest last, and clears away."""
     splits = {
@@ -409,7 +414,7 @@ def _finish(
         for split in source.splits
     }
     rejected = [item for entry in splits.values() for item in entry["rejected"]]
-    if strict and rejected:
+    if build.strict and rejected:
         listed = "\n  ".join(f"{item['name']}: {item['reason']}" for item in rejected)
         raise ShardError(
             f"--strict: {len(rejected)} images were rejected:\n  {listed}\n"
@@ -420,7 +425,7 @@ def _finish(
         "form": source.form,
         "source": _digest(source),
         **({"archives": source.archives} if source.archives else {}),
-        "seed": seed,
+        "seed": build.seed,
         "policy": asdict(policy),
         "ignored_files": source.ignored,
         "classes": list(source.classes),

@@ -282,23 +282,10 @@ def open_split(
     tars = [(path, shard["size"]) for path, shard in zip(paths, entry["shards"], strict=True)]
     index = root / entry["index"]["name"]
     for path, size in [*(tars if look_at_tars else ()), (index, entry["index"]["size"])]:
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise ShardError(
-                f"{path}: {error.strerror}, but {MANIFEST} lists it: copy it anew or make the data "
-                "set again"
-            ) from None
-        if not stat.S_ISREG(found.st_mode):
-            raise ShardError(f"{path} is no file: copy it anew or make the data set again")
-        if found.st_size != size:
-            raise ShardError(
-                f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
-                "make the data set again"
-            )
+        _check_file(path, size)
     columns, mapped = _read_index(index, entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
-    for what, wrong in _lies(columns, manifest, entry, sizes):
+    for what, wrong in _index_faults(columns, manifest, entry, sizes):
         if wrong.any():
             raise ShardError(
                 f"{index} is damaged: {what}, first of sample {int(wrong.argmax())}; make the data "
@@ -322,14 +309,34 @@ def open_split(
     )
 
 
-def _lies(
+def _check_file(path: Path, size: int) -> None:
+    """Checks that a file is there and has the size that the manifest says, in bytes."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ShardError(
+            f"{path}: {error.strerror}, but {MANIFEST} lists it: copy it anew or make the data "
+            "set again"
+        ) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ShardError(f"{path} is no file: copy it anew or make the data set again")
+    if found.st_size != size:
+        raise ShardError(
+            f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
+            "make the data set again"
+        )
+
+
+def _index_faults(
     columns: dict[str, NDArray[Any]],
     manifest: dict[str, Any],
     entry: dict[str, Any],
     sizes: NDArray[np.uint64],
 ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """What may be wrong in an index, and of which samples it is: DALI takes it for a crash of the
-    process, and the order of an epoch relies on it."""
+    """Each thing that may be wrong in an index, with a mask (samples,) of where it is.
+
+    Such an index would crash DALI, and the process with it, or mix up the order of an epoch.
+    """
     offset, size, shard = (columns[name] for name in ("offset", "size", "shard"))
     yield "there is no such shard", shard >= len(sizes)
     yield "there is no such class", columns["label"] >= len(manifest["classes"])

@@ -137,10 +137,17 @@ def listed(root: Path, spool: Path | None = None) -> sources.Source:
     )
 
 
-def shard(root: Path, out: Path, *options: Any, **more: Any) -> dict[str, Any] | None:
-    """Makes a data set of the source at `root`; options are those of `write_dataset`."""
+def shard(
+    root: Path,
+    out: Path,
+    policy: sharding.Policy | None = None,
+    on_progress: Callable[[sharding.Progress], None] = lambda progress: None,
+    **build: Any,
+) -> dict[str, Any] | None:
+    """Makes a data set of the source at `root`; `build` are fields of `sharding.Build`."""
     out.mkdir(parents=True, exist_ok=True)
-    return sharding.write_dataset(listed(root, out), out, *options, **more)
+    source, policy, how = listed(root, out), policy or sharding.Policy(), sharding.Build(**build)
+    return sharding.write_dataset(source, out, policy, how, on_progress)
 
 
 def write_recipe(path: Path, dataset: Path, run_dir: Path, **changes: dict[str, Any]) -> Path:

@@ -55,7 +55,7 @@ def make(root: Path) -> Path:
     out.mkdir()
     form = sources.recognise(root / "folder")
     listed = sources.scan(root / "folder", form, out, lambda tasks: [t() for t in tasks], ignore)
-    sharding.write_dataset(listed, out, shard_size=3)
+    sharding.write_dataset(listed, out, build=sharding.Build(shard_size=3))
     return out
 
 

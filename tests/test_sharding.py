@@ -27,7 +27,7 @@ from fasttrain import config, files, loaders, sharding, shards
 from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.schedule import make_plan
-from fasttrain.sharding import Policy
+from fasttrain.sharding import Build, Policy
 from fasttrain.shards import ShardError, ShardWriter
 
 CPU = Placement(torch.device("cpu"), half=False, threads=1)
@@ -258,16 +258,16 @@ def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
         for column in ("labels", "place", "offset", "size", "mtime"):
             setattr(listing, column, getattr(listing, column)[:4])
     expected = tmp_path / "expected"
-    sharding.write_dataset(source, expected, shard_size=2)
+    sharding.write_dataset(source, expected, build=Build(shard_size=2))
     number = 0
     died = True
     while died:
         number += 1
         out = tmp_path / str(number)
-        write = partial(sharding.write_dataset, source, out, shard_size=2)
+        write = partial(sharding.write_dataset, source, out, build=Build(shard_size=2))
         died = dies_at(number, write, WRITE)
         if not (out / shards.MANIFEST).exists() or (out / sharding.UNFINISHED).exists():
-            sharding.write_dataset(source, out, shard_size=2)
+            sharding.write_dataset(source, out, build=Build(shard_size=2))
         assert files_of(out) == files_of(expected), f"died at call {number}"
     assert number > 60
 
@@ -321,7 +321,8 @@ from pathlib import Path
 from fasttrain import sharding, sources
 root, out = map(Path, sys.argv[1:3])
 sharding.write_dataset(
-    sources.scan(root, "imagefolder", out, list, str), out, shard_size=10, workers=2
+    sources.scan(root, "imagefolder", out, list, str), out,
+    build=sharding.Build(shard_size=10, workers=2),
 )
 """
 

@@ -258,11 +258,13 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
             source,
             out,
             policy,
-            seed=arguments.seed,
-            part=arguments.part,
-            in_place=arguments.in_place,
-            strict=arguments.strict,
-            workers=arguments.workers,
+            sharding.Build(
+                seed=arguments.seed,
+                part=arguments.part,
+                in_place=arguments.in_place,
+                strict=arguments.strict,
+                workers=arguments.workers,
+            ),
             on_progress=lambda done: advance(done.images, done.num_bytes),
         )
 

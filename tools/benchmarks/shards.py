@@ -81,7 +81,7 @@ def contestants_of(root: Path, files: Sequence[Path], out: Path) -> list[Contest
 
     def ours(decode: bool) -> None:
         out.mkdir()
-        sharding.write_dataset(listed(), out, Policy(decode=decode), workers=cpus)
+        sharding.write_dataset(listed(), out, Policy(decode=decode), sharding.Build(workers=cpus))
 
     def copy() -> None:
         subprocess.run(["cp", "-r", "--reflink=never", root, out], check=True)

@@ -82,7 +82,7 @@ def made_up(run: Run) -> Split:
         source = sources.scan(folder, "imagefolder", root, list, lambda text: None)
         root.mkdir(exist_ok=True)
         policy = sharding.Policy(store="raw")
-        sharding.write_dataset(source, root, policy, workers=run.arguments.threads)
+        sharding.write_dataset(source, root, policy, sharding.Build(workers=run.arguments.threads))
         shutil.rmtree(folder)
     return shards.open_split(root, "train")
 
