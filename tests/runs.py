@@ -70,6 +70,7 @@ def pid_of_trainer(launcher: int) -> int:
 
 
 def is_alive(pid: int) -> bool:
+    """False for a process that has ended, also if its parent has not noticed yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -77,17 +78,18 @@ def is_alive(pid: int) -> bool:
 
 
 def num_updates(folder: Path) -> int:
-    """Of a run that logs each."""
+    """The number of finished updates, of a run that logs each of them."""
     path = folder / "metrics.jsonl"
     return len(lines(path, "train")) if path.exists() else 0
 
 
 def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, or 0."""
     return max((int(p.name[5:]) for p in checkpoint.find(folder / "checkpoints")), default=0)
 
 
 def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[dict[str, Any]]]]:
-    """Every tensor of the last checkpoint and every line of the run, less what was measured."""
+    """Every tensor of the newest checkpoint, and every log line without its measured fields."""
     newest = checkpoint.find(folder / "checkpoints")[0]
     tensors = {
         f"{file.stem}.{name}": tensor
@@ -108,6 +110,7 @@ def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[dic
 
 
 def assert_same_result(a: Path, b: Path) -> None:
+    """Two runs have the same log lines, and the same tensors bit for bit."""
     (tensors_a, records_a), (tensors_b, records_b) = result_of(a), result_of(b)
     assert records_a == records_b
     assert tensors_a.keys() == tensors_b.keys()

@@ -70,8 +70,10 @@ def test_stages_stay_frozen_and_the_backbone_learns_more_slowly_in_either_mode()
         assert lrs == pytest.approx([0.3 * 0.025, 0.3 * 0.025, 0.025, 0.025])
 
 
-def going_on(first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Batches) -> Learner:
-    """Takes over from `first`, as a run that was stopped there and started again, to the end."""
+def resumed_from(
+    first: Learner, mode: str, recipe: Recipe, plan: Plan, batches: Batches
+) -> Learner:
+    """Resumes from the state of `first` in a new learner, and trains to the end."""
     accelerator = Accelerator(cpu=True)
     second = execution.prepare(mode, accelerator, network(), recipe, plan)
     assert second.ema and first.ema
@@ -95,11 +97,11 @@ def test_a_learner_resumes_in_another_mode() -> None:
     batches = batches_for(plan, 12)
     _, straight = carry_out("eager", recipe, plan, batches)
     _, first = carry_out("graph", recipe, plan, batches[:6])
-    assert_same(going_on(first, "eager", recipe, plan, batches), straight)
+    assert_same(resumed_from(first, "eager", recipe, plan, batches), straight)
 
 
 def joined(rank: int, world: int, port: int) -> Accelerator:
-    """Makes this process one of so many."""
+    """Makes this process one rank of `world`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_MULTI_CPU": "1"}
@@ -126,7 +128,7 @@ def one_of_three(rank: int, world: int, port: int, folder: Path) -> None:
         accelerator.free_memory()
         _, first = carry_out("eager", recipe, plan, batches[: len(batches) // 2], None, accelerator)
         accelerator.free_memory()
-        resumed = going_on(first, "eager", recipe, plan, batches)
+        resumed = resumed_from(first, "eager", recipe, plan, batches)
         for (name, found), (_, expected) in zip(
             everything(resumed), everything(straight), strict=True
         ):
@@ -137,7 +139,7 @@ def one_of_three(rank: int, world: int, port: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes_that_resume_end_bit_for_bit_equal(tmp_path: Path) -> None:
-    """Of three and more, the order in which gradients are added up can differ."""
+    """With three or more ranks, the order in which gradients are summed can differ."""
     spawn(one_of_three, 3, tmp_path)
 
 
@@ -199,8 +201,11 @@ def test_compiled_equals_eager_over_20_updates() -> None:
 
 @pytest.mark.slow
 def test_the_compiled_network_equals_eager_over_20_updates() -> None:
-    """Tight over five updates. Over 20, eager itself is as far from eager with the last bit of its
-    weights changed: 1.7e-3 in the losses, for three of four seeds (2026-11-24)."""
+    """The bound is tight over 5 updates and wide over 20.
+
+    Over 20 updates, two eager runs whose first weights differ in the last bit are as far apart:
+    1.7e-3 in the losses, for three of four seeds (2026-11-24).
+    """
     recipe = recipe_for()
     plan = plan_for(recipe)
     batches = batches_for(plan, 20)
@@ -227,7 +232,7 @@ def test_compiled_code_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for the parts of torch.cuda: what is recorded runs when it is replayed."""
+    """Stand-ins for parts of torch.cuda run the recorded function at each replay."""
     weights = torch.zeros(3)
     recorded: list[Any] = []
     recording = False
@@ -274,7 +279,7 @@ def test_recording_warms_up_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gradients_are_channels_last_as_the_images_are() -> None:
-    """In every place of an eager network: an operation that reads two layouts takes longer."""
+    """This holds after every layer, because an operation that reads two layouts takes longer."""
     for whole in (mobilenetv3_large(0.35), mobilenetv3_small(0.35)):
         wrong: list[str] = []
 
@@ -300,7 +305,7 @@ MODES = typing.get_args(config.Mode)
 
 
 def learnt(mode: str) -> nn.Module:
-    """What a test trains in a mode: all of a network, or where it is compiled one of each layer."""
+    """The network that a test trains: one layer of each kind if it is compiled, else all of it."""
     torch.manual_seed(0)
     return Block().to(memory_format=torch.channels_last) if "compile" in mode else network()
 
@@ -310,7 +315,7 @@ def learnt(mode: str) -> nn.Module:
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("micro", [8, 4])
 def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int) -> None:
-    """With EMA, dropout, accumulation, sizes that change, and labels that are mixed."""
+    """The runs have EMA, dropout, accumulation, changing image sizes and mixed labels."""
     recipe = recipe_for(micro_batch_size=micro)
     plan = plan_for(recipe)
     accelerator = Accelerator(mixed_precision="no")
@@ -328,7 +333,7 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
 def test_on_a_gpu_mixed_precision_evaluations_and_a_restart(mode: str) -> None:
-    """In bfloat16, images in float16: rehearsed, evaluated between updates, and gone on with."""
+    """Images are float16 and the network bfloat16; evaluations and a resume lie between updates."""
     recipe = recipe_for(precision="bf16")
     plan = plan_for(recipe)
     accelerator = Accelerator(mixed_precision="bf16")

@@ -21,7 +21,7 @@ AGAIN = "make the data set again"
 
 
 def of(manifest: Manifest, *place: Any) -> Any:
-    """What lies at a place under `splits.train`."""
+    """Follows keys and list positions down from `splits.train`."""
     node = manifest["splits"]["train"]
     for step in place:
         node = node[step]

@@ -109,7 +109,10 @@ def test_a_fault_of_all_ranks_is_printed_once_and_a_fault_of_one_rank_by_that_ra
 def test_a_message_is_left_for_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch's prints it last; after Accelerate's own a line says that nothing follows."""
+    """torch's launcher prints the message last.
+
+    Accelerate's own launcher prints a traceback after it, and a line says that it adds nothing.
+    """
 
     def said(**environ: str) -> tuple[str, str]:
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):

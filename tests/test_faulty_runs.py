@@ -42,7 +42,7 @@ def test_each_damaged_file_of_a_checkpoint_is_named(
 
 
 def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """As another fasttrain might have written it: its sums are right."""
+    """Changes state.json and writes fitting checksums, as another fasttrain would."""
     state = json.loads((folder / "state.json").read_text())
     change(state)
     (folder / "state.json").write_text(json.dumps(state))
@@ -108,7 +108,7 @@ def test_a_training_state_of_another_form_is_refused(
 def test_a_run_resumes_past_damaged_logs_but_not_past_a_damaged_done_file(
     going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
-    """A run goes on past what it can do without, and drops nothing but halves of lines."""
+    """The run resumes without the files that it can spare, and drops only unfinished lines."""
     folder = tmp_path / "run"
     for content in (b"", b"\xff\xfe", b"{", b"[]", b"{}", b'{"schedule_steps": 5}', b"null"):
         (folder / "DONE").write_bytes(content)
@@ -149,7 +149,7 @@ def test_each_unusable_run_folder_is_refused(
 def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """As after a start that was refused, and whose remedy is another setting."""
+    """Such a folder is left by a refused start, and the remedy may be another setting."""
     recipe = config.load(tiny())
     other = config.load(tiny(), ["model.width=0.5"])
     checkpoints = tmp_path / "run" / "checkpoints"

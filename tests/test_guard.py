@@ -80,7 +80,7 @@ SPOILS: list[Callable[[Tensor], object]] = [
 def test_a_bad_update_leaves_no_trace(
     mode: str, spoil: Callable[[Tensor], object], first: int
 ) -> None:
-    """At once and later, the run goes on as one without it."""
+    """The run continues as if the bad update had not been there."""
     learner, updater = built(mode)
     for step in range(first):
         carry_out(updater, step)
@@ -125,7 +125,7 @@ def test_one_bad_micro_batch_makes_the_whole_update_bad() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_enough_for_a_bad_update() -> None:
-    """With a finite gradient, as of a class that softmax gives no chance at all."""
+    """The gradient stays finite if softmax gives the true class the probability 0."""
     learner = learner_of(nn.Linear(2, 2))
     module, optimizer = learner.module, learner.optimizer
     guard = Guard(learner, plan_of(4), max_skipped=9)
@@ -164,7 +164,7 @@ def test_with_a_scaler_the_guard_judges_the_loss_alone() -> None:
 
 
 def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As views that BatchNorm updates; and what is wrong in another process counts here."""
+    """BatchNorm updates views of them; a bad update on another rank counts on this one."""
     torch.manual_seed(0)
     model = mobilenetv3_small(0.35, num_classes=4).train()
     alone = copy.deepcopy(model)

@@ -39,7 +39,7 @@ def test_the_ranks_that_others_wait_for_are_named() -> None:
 
 @pytest.fixture
 def store() -> Iterator[Callable[[], Any]]:
-    """Connects to a store of this process, as the launcher would have one."""
+    """Connects to a store in this process. In a run the launcher holds the store."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

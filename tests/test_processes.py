@@ -90,9 +90,9 @@ def check_close(one: Path, two: Path) -> None:
 def test_global_batches_are_the_same_on_any_number_of_processes(
     tiny: Callable[..., Path], tmp_path: Path, world: int
 ) -> None:
-    """In real runs, for every accumulation that fits, as each process has logged.
+    """Compares what each rank logged with the global batch, for every accumulation that fits.
 
-    From two images on: BatchNorm has nothing to average over one pixel of one image.
+    A micro-batch has at least two images, because BatchNorm cannot average one pixel of one image.
     """
     batch = 24
     per_process = batch // world
@@ -124,7 +124,7 @@ def test_global_batches_are_the_same_on_any_number_of_processes(
 def test_a_run_of_four_processes_resumes_on_two_and_three(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In the middle of an epoch, asked to stop by a file; each image is seen exactly once."""
+    """A file stops the run in the middle of an epoch. Each epoch still sees each image once."""
     folder = tmp_path / "run"
     recipe = tiny(
         train={"global_batch_size": 12, "epochs": 40, "eval_every_epochs": 7},
@@ -156,7 +156,7 @@ def test_a_run_of_four_processes_resumes_on_two_and_three(
 def test_the_death_of_one_process_ends_the_others(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Within a minute, and its own traceback is the message."""
+    """The others end within a minute, and the message is the traceback of the one that died."""
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
@@ -193,7 +193,7 @@ def test_the_death_of_one_process_ends_the_others(
 def test_three_processes_survive_random_kills_of_one_or_of_the_launcher(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Or their launcher, 12 times in all: the others end by themselves."""
+    """After each of 12 kills the other processes end by themselves, and the run can be resumed."""
     changes: dict[str, Any] = ALL | {"checkpoint": {"every_steps": 3}}
     batches = {"global_batch_size": 12, "micro_batch_size": 2, "epochs": 80}
     changes["train"] = ALL["train"] | batches | {"eval_every_epochs": 10}

@@ -117,7 +117,7 @@ def test_a_run_that_died_between_checkpoints_ends_bit_for_bit_equal(
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path, kills: int
 ) -> None:
-    """With SIGKILL, the launcher and its process: a real launch, and nothing tidied up."""
+    """SIGKILL ends the launcher and its trainer, so neither of them can clean up."""
     changes: dict[str, Any] = ALL | {"checkpoint": {"every_steps": 1}}
     changes["train"] = ALL["train"] | {"epochs": 2 + 2 * kills, "eval_every_epochs": 4}
     recipe, straight, killed = tiny(**changes), tmp_path / "straight", tmp_path / "killed"
@@ -143,8 +143,11 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_equal(
 def test_a_run_killed_at_500_random_moments_ends_bit_for_bit_equal(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Each time a forked process that has imported everything already, so that the moments fall
-    into training, evaluating, saving and starting; `FASTTRAIN_KILLS` says how many."""
+    """Each run is a forked process that has imported everything already.
+
+    So the kills fall into training, evaluating, saving and starting, and not into imports. The
+    variable FASTTRAIN_KILLS changes their number.
+    """
     import torch._dynamo  # noqa: F401  (seconds, at the first optimizer)
     from torchvision.transforms import v2  # noqa: F401
 

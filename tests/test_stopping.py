@@ -21,7 +21,7 @@ class Left(Exception):
 
 @pytest.fixture
 def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StopRequest]:
-    """A request of a process alone, whose words are kept in `said`."""
+    """The request to stop of a run on one process."""
     numbers = (*stopping.SIGNALS, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
@@ -60,7 +60,7 @@ def test_a_request_is_reported_at_once_and_a_second_ctrl_c_ends_the_process(
 
 
 def test_signals_are_heard_while_torch_computes(stop: StopRequest) -> None:
-    """Here a call that holds up Python's own handlers, as a backward pass does."""
+    """A long call holds up Python's own signal handlers, as a backward pass does."""
     stop.unsaved, heard = True, threading.Event()
     stop.speaker = SimpleNamespace(say=lambda text: heard.set(), quiet=lambda: None)
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -98,7 +98,7 @@ def test_a_run_whose_launcher_would_kill_it_gives_a_warning(
 
 
 def test_the_end_of_the_process_shows_the_cursor_again() -> None:
-    """On a terminal, where the live view has hidden it."""
+    """The live view hides the cursor of the terminal."""
     ours, theirs = os.openpty()
     process = os.fork()
     if process == 0:
@@ -112,7 +112,7 @@ def test_the_end_of_the_process_shows_the_cursor_again() -> None:
 
 
 def test_a_terminal_that_closes_lets_the_run_save() -> None:
-    """As when an SSH connection breaks."""
+    """A broken SSH connection closes the terminal so."""
     ours, theirs = os.openpty()
     read, write = os.pipe()
     process = os.fork()

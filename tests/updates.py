@@ -36,7 +36,7 @@ def plan_for(recipe: Recipe, world_size: int = 1) -> Plan:
 
 
 def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,), seed: int = 1) -> Batches:
-    """Images of the sizes in turn; labels as numbers, in the second half as probabilities."""
+    """Images of each size in turn. Labels are class numbers, in the second half probabilities."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(updates * plan.accumulation):
@@ -68,7 +68,7 @@ def carry_out(
     accelerator: Accelerator | None = None,
     record: bool = False,
 ) -> tuple[list[float], Learner]:
-    """The mean loss of each update, and what was trained."""
+    """Trains on `batches` in a mode; returns the mean loss of each update, and the learner."""
     accelerator = accelerator or Accelerator(cpu=True)
     module = (module or network()).to(accelerator.device)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
@@ -106,7 +106,7 @@ def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: flo
 
 
 class Block(nn.Module):
-    """Of every kind of layer one, so that compiling takes seconds."""
+    """A network with one layer of each kind, which compiles in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
