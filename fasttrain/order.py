@@ -87,9 +87,8 @@ class TrainingOrder:
             block_size = sampling.block_size(self.data)
             upcoming = (plan.seed, plan.epoch_of(step) + 1, self.split, block_size)
             threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
-        return sampling.train_draw(
-            self.split, self.data, plan, step, self.rank, micro, self.bad.keys()
-        )
+        bad = self.bad.keys()
+        return sampling.train_draw(self.split, self.data, plan, self.rank, number, bad)
 
     def pieces(self, number: int) -> Sequence[Piece]:
         step, micro = divmod(number, self.plan.accumulation)

@@ -196,26 +196,27 @@ def _graph(
     if kind == "windows":
         return images
     flip, out, *given = more
-    changes = Augment(**{name: given[place] for place, name in enumerate(extra)})
+    changes = Augment(**dict(zip(extra, given, strict=True)))
     if gpu:
         images = images.gpu()
-    resize: dict[str, Any] = {
-        "size": out,
-        "interp_type": {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[
-            settings.interpolation
-        ],
-    }
-    if kind == "val":
-        resize |= {"roi_start": corner, "roi_end": corner + size}
-    images = fn.resize(images, antialias=True, **resize)
+    window = {"roi_start": corner, "roi_end": corner + size} if kind == "val" else {}
+    kernel = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    images = fn.resize(
+        images, antialias=True, size=out, interp_type=kernel[settings.interpolation], **window
+    )
     if kind == "train":
         images = augment.augment(images, changes, settings)
-    images = fn.crop_mirror_normalize(
+    images = _normalised(images, flip, half and changes.erase is None)
+    return augment.erase(images, changes, half)
+
+
+def _normalised(images: Any, flip: Any, half: bool) -> Any:
+    """Images `(B, S, S, 3)`, mirrored where `flip` is 1, normalised; float16 or float32."""
+    return fn.crop_mirror_normalize(
         images,
         mirror=flip,
         mean=[255 * value for value in MEAN],
         std=[255 * value for value in STD],
-        dtype=types.FLOAT16 if half and changes.erase is None else types.FLOAT,
+        dtype=types.FLOAT16 if half else types.FLOAT,
         output_layout="HWC",
     )
-    return augment.erase(images, changes, half)

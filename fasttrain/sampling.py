@@ -146,26 +146,28 @@ def train_draw(
     split: Split,
     data: config.Data,
     plan: Plan,
-    step: int,
     rank: int,
-    micro: int,
+    number: int,
     bad: Set[int] = frozenset(),
 ) -> Draw:
-    """Micro-batch `micro` of process `rank` in update `step`; others stand in for `bad` samples.
+    """Micro-batch `number` of a rank, counted from the start of the run.
 
-    With 2 processes, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of the
-    global batch first, then rows 6 and 7.
+    With 2 ranks, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of the first
+    global batch, then rows 6 and 7.
+
+    Args:
+        bad: damaged samples. Others stand in for them.
     """
-    epoch, place = divmod(step, plan.steps_per_epoch)
+    step, micro = divmod(number, plan.accumulation)
+    epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
     order = epoch_order(plan.seed, epoch, split, block_size(data))
     group = micro * plan.world_size + rank
-    first = place * plan.global_batch_size + group * plan.micro_batch_size
+    first = step_of_epoch * plan.global_batch_size + group * plan.micro_batch_size
     ids = order[first : first + plan.micro_batch_size].astype(np.int64)
     if bad:
         ids = stand_ins(plan.seed, epoch, ids, bad, split.num_samples)
-    windows = crop_windows(
-        plan.seed, epoch, ids, split.width[ids], split.height[ids], data.crop_area, data.crop_ratio
-    )
+    sizes = split.width[ids], split.height[ids]
+    windows = crop_windows(plan.seed, epoch, ids, sizes, data.crop_area, data.crop_ratio)
     flips = np.zeros(len(ids), bool)
     if data.flip:
         flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
@@ -194,19 +196,20 @@ def crop_windows(
     seed: int,
     epoch: int,
     ids: NDArray[np.int64],
-    width: NDArray[np.uint16],
-    height: NDArray[np.uint16],
+    sizes: tuple[NDArray[np.uint16], NDArray[np.uint16]],
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> NDArray[np.int32]:
     """Windows of a random resized crop: x, y, width, height, int32 `(B, 4)`, within the image.
+
+    `sizes` are widths and heights of the images, each `(B,)`.
 
     Ten tries at a window of random area and log-uniform aspect ratio; where none fits, the largest
     centred window of a permitted ratio.
 
     Source: torchvision.transforms.RandomResizedCrop; Going deeper, arXiv:1409.4842, section 6.
     """
-    full_w, full_h = width.astype(np.int64), height.astype(np.int64)
+    full_w, full_h = (size.astype(np.int64) for size in sizes)
 
     def draw_sizes(rows: NDArray[np.int64], tries: NDArray[np.int64]) -> tuple[Any, ...]:
         """Width and height of those tries for those rows, and whether they fit: (rows, tries)."""

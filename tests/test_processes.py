@@ -111,7 +111,7 @@ def test_global_batches_are_the_same_on_any_number_of_processes(
             whole = (
                 plan if micro == batch else replace(plan, micro_batch_size=batch, accumulation=1)
             )
-            expected = sampling.train_draw(split, given.data, whole, step, 0, 0)
+            expected = sampling.train_draw(split, given.data, whole, 0, step)
             for name, values in zip(("ids", "windows", "flips"), expected[:3], strict=True):
                 found: list[Any] = []
                 for group in range(batch // micro):  # micro-batches, dealt in turn

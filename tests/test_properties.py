@@ -217,7 +217,7 @@ def test_any_split_of_the_work_sees_the_same(
             train.model_copy(update={"micro_batch_size": micro}), optim, split.num_samples, world
         )
         draws = [
-            sampling.train_draw(split, data, plan, step, rank, part)
+            sampling.train_draw(split, data, plan, rank, step * plan.accumulation + part)
             for step in range(min(plan.total_steps, 2 * plan.steps_per_epoch))
             for part in range(plan.accumulation)
             for rank in range(world)
@@ -284,7 +284,7 @@ def test_windows_lie_inside_and_do_not_depend_on_the_batch(
     ids, (width, height) = np.arange(len(sizes)), np.array(sizes, np.uint16).T
 
     def windows(of: list[int]) -> np.ndarray:
-        return sampling.crop_windows(seed, 3, ids[of], width[of], height[of], area, ratio)
+        return sampling.crop_windows(seed, 3, ids[of], (width[of], height[of]), area, ratio)
 
     found = windows(ids.tolist())
     x, y, w, h = found.T

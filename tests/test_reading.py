@@ -190,7 +190,7 @@ def raw_split(raw: Path) -> Split:
 
 def test_of_raw_images_only_the_rows_of_the_windows_are_read(raw_split: Split) -> None:
     plan = make_plan(Train(global_batch_size=8), Optim(), raw_split.num_samples, 1)
-    draw = sampling.train_draw(raw_split, config.Data(), plan, 0, 0, 0)
+    draw = sampling.train_draw(raw_split, config.Data(), plan, 0, 0)
     tars = [path.read_bytes() for path in raw_split.shard_paths]
     whole, rows = (places_of(raw_split, draw, windows_only) for windows_only in (False, True))
     for number, sample in enumerate(draw.ids):

@@ -29,7 +29,9 @@ def global_batch(split: Split, plan: Plan, step: int) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for micro in range(plan.accumulation):
         for rank in range(plan.world_size):
-            draw = sampling.train_draw(split, config.Data(), plan, step, rank, micro)
+            draw = sampling.train_draw(
+                split, config.Data(), plan, rank, step * plan.accumulation + micro
+            )
             assert draw.ids.shape == (plan.micro_batch_size,)
             rows += zip(
                 draw.ids.tolist(), map(tuple, draw.windows.tolist()), draw.flips, strict=True
@@ -58,7 +60,7 @@ def test_an_epoch_holds_each_sample_at_most_once_and_epochs_differ(split: Split)
 def test_golden_draws(split: Split) -> None:
     ids = sampling.epoch_order(0, 1, split, 0)[:4].astype(np.int64)
     sizes = np.array([500, 375, 64, 48], np.uint16), np.array([375, 500, 311, 48], np.uint16)
-    windows = sampling.crop_windows(0, 1, ids, *sizes, (0.08, 1.0), (3 / 4, 4 / 3))
+    windows = sampling.crop_windows(0, 1, ids, sizes, (0.08, 1.0), (3 / 4, 4 / 3))
     assert ids.tolist() == GOLDEN_IDS
     assert windows.tolist() == GOLDEN_WINDOWS
 
@@ -66,7 +68,7 @@ def test_golden_draws(split: Split) -> None:
 def test_flips_can_be_disabled(split: Split) -> None:
     plan = plan_for(split, 1, 12)
     flips = [
-        sampling.train_draw(split, config.Data(flip=flip), plan, step, 0, 0).flips.mean()
+        sampling.train_draw(split, config.Data(flip=flip), plan, 0, step).flips.mean()
         for flip in (True, False)
         for step in range(18)
     ]
@@ -88,7 +90,7 @@ def test_windows_follow_torchvision(
     number = 100_000
     ids = np.arange(number)
     sizes = np.full(number, width, np.uint16), np.full(number, height, np.uint16)
-    ours = sampling.crop_windows(0, 0, ids, *sizes, area, ratio).astype(float)
+    ours = sampling.crop_windows(0, 0, ids, sizes, area, ratio).astype(float)
     x, y, w, h = ours.T
     assert w.min() >= 1 and h.min() >= 1 and x.min() >= 0 and y.min() >= 0
     assert (x + w).max() <= width and (y + h).max() <= height
@@ -111,7 +113,7 @@ def test_windows_follow_torchvision(
 
 def test_an_image_that_no_random_window_fits_gets_torchvisions_fallback() -> None:
     sizes = np.array([1000, 5, 1], np.uint16), np.array([5, 1000, 1], np.uint16)
-    windows = sampling.crop_windows(0, 0, np.arange(3), *sizes, (0.9, 1.0), (3 / 4, 4 / 3))
+    windows = sampling.crop_windows(0, 0, np.arange(3), sizes, (0.9, 1.0), (3 / 4, 4 / 3))
     assert windows.tolist() == [[496, 0, 7, 5], [0, 496, 5, 7], [0, 0, 1, 1]]
 
 
@@ -245,8 +247,8 @@ def test_the_augmentation_of_a_sample_depends_on_the_epoch_and_not_on_the_batch(
 
 def test_the_draw_of_a_step_has_the_augmentations_of_the_settings(split: Split) -> None:
     plan = plan_for(split, 1, 12)
-    assert sampling.train_draw(split, config.Data(), plan, 4, 0, 0).augment == (None, None, None)
-    draw = sampling.train_draw(split, FULL, plan, 4, 0, 0)
+    assert sampling.train_draw(split, config.Data(), plan, 0, 4).augment == (None, None, None)
+    draw = sampling.train_draw(split, FULL, plan, 0, 4)
     expected = sampling.augment_draw(plan.seed, 1, draw.ids, FULL, 224)
     for one, other in zip(draw.augment, expected, strict=True):
         assert one is not None and other is not None and np.array_equal(one, other)
@@ -278,7 +280,7 @@ def test_blocks_hold_each_sample_once_and_read_each_tar_once(split: Split) -> No
 def test_size_of_crops_follows_the_epoch(split: Split) -> None:
     data = config.Data(crop_px=((0, 32), (2, 48), (5, 64)))
     plan = plan_for(split, 1, 12)
-    found = [sampling.train_draw(split, data, plan, step, 0, 0).out_px for step in range(18)]
+    found = [sampling.train_draw(split, data, plan, 0, step).out_px for step in range(18)]
     assert found == [32] * 6 + [48] * 9 + [64] * 3
 
 

@@ -73,10 +73,22 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add_folders(parser.add_argument)
+    add_source(parser.add_argument)
+    add_images(parser.add_argument)
+    arguments = parser.parse_args()
+    if fault := fault_in(arguments):
+        parser.error(fault)
+    arguments.out = arguments.out or arguments.source
+    return arguments
+
+
+def add_folders(add: Callable[..., object]) -> None:
+    """What is read, where it is written, and by how many processes."""
     add("source", type=Path, metavar="SOURCE", help="the folder of photographs")
     add("out", type=Path, metavar="OUT", nargs="?", help="where to write the shards")
     add(
@@ -92,6 +104,17 @@ def parse() -> argparse.Namespace:
         help="processes that decode (default: the CPUs of this machine, %(default)s)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the shuffled order (default: 0)")
+    add(
+        "--part",
+        type=part,
+        default=(1, 1),
+        metavar="I/N",
+        help="write every N-th shard from the I-th on, for an array of jobs on the same OUT",
+    )
+
+
+def add_source(add: Callable[..., object]) -> None:
+    """What SOURCE is: its form, classes and splits."""
     add("--form", choices=sources.FORMS, help="of SOURCE, if it is not recognised as what it is")
     add(
         "--val-fraction",
@@ -126,6 +149,17 @@ def parse() -> argparse.Namespace:
             help=f"of parquet files: the column of {what}s (default: the usual names)",
         )
     add(
+        "--allow-partial",
+        action="store_true",
+        help="accept an ImageNet without all its 1,281,167 + 50,000 images of 1,000 classes, and "
+        "leave out links that lead nowhere and images in train/ that have no class",
+    )
+    add("--check-md5", action="store_true", help="compare official archives with published sums")
+
+
+def add_images(add: Callable[..., object]) -> None:
+    """What becomes of the images."""
+    add(
         "--short-side",
         type=positive,
         metavar="PX",
@@ -148,35 +182,24 @@ def parse() -> argparse.Namespace:
     )
     add("--skip-decoding", action="store_true", help="trust the images: look at headers only")
     add("--strict", action="store_true", help="an image that cannot be decoded is an error")
-    add(
-        "--allow-partial",
-        action="store_true",
-        help="accept an ImageNet without all its 1,281,167 + 50,000 images of 1,000 classes, and "
-        "leave out links that lead nowhere and images in train/ that have no class",
-    )
-    add("--check-md5", action="store_true", help="compare official archives with published sums")
-    add(
-        "--part",
-        type=part,
-        default=(1, 1),
-        metavar="I/N",
-        help="write every N-th shard from the I-th on, for an array of jobs on the same OUT",
-    )
-    arguments = parser.parse_args()
-    if arguments.in_place == (arguments.out is not None):
-        parser.error("name the folder OUT" if arguments.out is None else "--in-place: without OUT")
-    if arguments.in_place and (arguments.short_side or arguments.store == "raw"):
-        parser.error("--in-place: leaves images as they are; name an OUT to re-encode them")
-    if arguments.in_place and (arguments.val_fraction or arguments.label_key):
-        parser.error("--in-place: tars stay as they are; name an OUT to split or label them anew")
+
+
+def fault_in(arguments: argparse.Namespace) -> str:
+    """What is wrong with options together; empty if nothing is."""
+    in_place = arguments.in_place
+    if in_place == (arguments.out is not None):
+        return "name the folder OUT" if arguments.out is None else "--in-place: without OUT"
+    if in_place and (arguments.short_side or arguments.store == "raw"):
+        return "--in-place: leaves images as they are; name an OUT to re-encode them"
+    if in_place and (arguments.val_fraction or arguments.label_key):
+        return "--in-place: tars stay as they are; name an OUT to split or label them anew"
     if arguments.val_only and arguments.val_fraction:
-        parser.error("--val-only: all of SOURCE is val; leave out --val-fraction")
-    arguments.out = arguments.out or arguments.source
+        return "--val-only: all of SOURCE is val; leave out --val-fraction"
     if arguments.seed < 0:
-        parser.error(f"--seed {arguments.seed}: must not be negative")
+        return f"--seed {arguments.seed}: must not be negative"
     if arguments.store == "raw" and arguments.short_side is None:
-        parser.error("--store raw: needs --short-side, such as 256: else ImageNet is 1 TB")
-    return arguments
+        return "--store raw: needs --short-side, such as 256: else ImageNet is 1 TB"
+    return ""
 
 
 def part(text: str) -> tuple[int, int]:

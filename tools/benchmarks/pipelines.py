@@ -287,7 +287,7 @@ def decode_alone(job: InputJob) -> Batches:
     with ThreadPoolExecutor(job.threads) as pool:
 
         def submit(step: int) -> tuple[Any, Any]:
-            ids = sampling.train_draw(split, settings(job), plan, step, 0, 0).ids
+            ids = sampling.train_draw(split, settings(job), plan, 0, step).ids
             return pool.map(work, ids.tolist()), torch.from_numpy(split.label[ids].astype(np.int64))
 
         ahead = [submit(0)]
