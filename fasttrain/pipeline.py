@@ -196,7 +196,7 @@ def _graph(
     if kind == "windows":
         return images
     flip, out, *given = more
-    changes = Augment(**dict(zip(extra, given, strict=True)))
+    changes = Augment(**{name: given[number] for number, name in enumerate(extra)})
     if gpu:
         images = images.gpu()
     window = {"roi_start": corner, "roi_end": corner + size} if kind == "val" else {}
