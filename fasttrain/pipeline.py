@@ -158,12 +158,11 @@ def _graph(
     """What DALI makes of what `source` gives for a batch's number.
 
     `source` returns the images' bytes (or their pixels, uint8 `(h, w, 3)`), corners (y, x) and
-    sizes (h, w) of the windows, flips, the size (h, w) of the images that come out, and what
-    `augment.inputs` names.
+    sizes (h, w) of the windows, flips, the output size (h, w), and what `augment.inputs` names.
 
-    The kind `train` cuts whole-pixel windows and then resizes them, `val` resizes fractional
-    windows out of whole images: both reach PIL's pixels (at most 1/255 off). `windows` stops at the
-    windows. On a CPU, the GPU's ways of decoding decode there.
+    `train` cuts windows of whole pixels and resizes them. `val` resizes windows of fractions of
+    pixels out of whole images. Both reach PIL's pixels to 1/255. `windows` ends with the windows.
+    On a CPU, the GPU's strategies decode there.
 
     Args:
         mixed: arguments of a decoder on the GPU; empty where the CPU decodes.
