@@ -128,10 +128,10 @@ def test_dalis_webdataset_reader_reads_the_shards(dataset: Path, indexed: bool) 
 
     @pipeline_def(batch_size=45, num_threads=1, device_id=None)
     def pipeline() -> Any:
-        images, labels = fn.readers.webdataset(
+        pair: Any = fn.readers.webdataset(
             paths=tars, ext=["jpg", "cls"], missing_component_behavior="error", **indices
         )
-        return images, labels
+        return pair[0], pair[1]
 
     outputs = pipeline().run()
     assert outputs
