@@ -4,7 +4,7 @@ table of contents; these are its parts, in the order in which it builds them.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,7 +42,7 @@ from fasttrain.config import Recipe
 from fasttrain.execution import Updater
 from fasttrain.forecast import Forecast, Rate, Stages
 from fasttrain.heartbeat import Heartbeat
-from fasttrain.learner import Learner
+from fasttrain.learner import Learner, TrainState
 from fasttrain.loop import Inputs, Outputs
 from fasttrain.mixing import build_mix
 from fasttrain.model import MobileNetV3, build_model
@@ -379,10 +379,14 @@ def inputs_for(session: Session, given: Input, beat: Heartbeat) -> Inputs:
     )
 
 
-def outputs_for(session: Session, given: Input, mode: str, learner: Learner) -> Outputs:
+def outputs_for(
+    session: Session, given: Input, mode: str, learner: Learner, resume: Resume
+) -> Outputs:
     """Where the loop reports to. Cuts lines that were written after the checkpoint."""
     folder, state = session.folder, learner.state
     outlook = given.outlook()
+    if resume.folder:
+        session.view.say(f"going on from {resume.folder}")
     if session.is_main:
         run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     session.accelerator.wait_for_everyone()
@@ -396,6 +400,17 @@ def outputs_for(session: Session, given: Input, mode: str, learner: Learner) -> 
         forecast=outlook,
         keys_of=given.samples_of,
     )
+
+
+def stop_requested(session: Session, beat: Heartbeat, state: TrainState) -> Callable[[], int]:
+    """A function for the loop. It counts a step, and returns 0 or the exit status to stop with."""
+    first_step = state.step
+
+    def stops() -> int:
+        beat.step(f"update {state.step}")
+        return session.stop.agreed(unsaved=state.step > first_step)
+
+    return stops
 
 
 def finish(session: Session, done: dict[str, Any] | None, step: int) -> None:

@@ -86,25 +86,18 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
         network = session.build_network(run, None if resume.folder else start)
         run.view.say(why_decoder)
         mode, updater = session.start_updates(run, network, resume)
-        state = updater.learner.state
-        first_step = state.step
 
         # ---- what it is trained on
         given = session.Input(run, staged_set, settings)
         inputs = session.inputs_for(run, given, beat)
-        outputs = session.outputs_for(run, given, mode, updater.learner)
-        if resume.folder:
-            run.view.say(f"going on from {resume.folder}")
+        outputs = session.outputs_for(run, given, mode, updater.learner, resume)
 
         # ---- go
-        def stop_requested() -> int:
-            beat.step(f"update {state.step}")
-            return run.stop.agreed(unsaved=state.step > first_step)
-
+        stops = session.stop_requested(run, beat, updater.learner.state)
         with run.view:
-            done = loop.Trainer(updater, plan, inputs, outputs, recipe, stop_requested).fit()
+            done = loop.Trainer(updater, plan, inputs, outputs, recipe, stops).fit()
         beat.close()
-        session.finish(run, done, state.step)
+        session.finish(run, done, updater.learner.state.step)
     run.accelerator.end_training()
     if not done:
         raise SystemExit(run.stop.decision)
