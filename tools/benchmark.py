@@ -89,9 +89,9 @@ def measured(kind: str, job: str) -> dict[str, Any]:
         from benchmarks.record import machine
 
         return machine.measure(machine.MachineJob.model_validate_json(job))
-    from benchmarks import profiles, steps
+    from benchmarks import contestants, steps
 
-    by_kind = {"step": steps.measure, "warm": steps.warm, "profile": profiles.measure}
+    by_kind = {"step": contestants.measure, "warm": steps.warm, "profile": contestants.profile}
     return by_kind[kind](steps.StepJob.model_validate_json(job))
 
 

@@ -18,21 +18,17 @@ STEPS = 3  # that are profiled
 
 
 def measure(job: StepJob) -> Result:
-    """Where an update's time goes: kernels on a GPU (see `kernels`), operations on a CPU."""
-    if job.gpu:
-        from benchmarks import kernels
-
-        return kernels.profile(job)
+    """Where an update's time goes, by operation."""
     steps.start(job)
     update = steps.update_of(job)
     steps.timed(update, job, 2)
     step_ms = 1e3 * steps.timed(update, job, 3) / 3
-    copied, *rows = profile(update, job)
+    copied, *rows = operations(update, job)
     named = [{"operation": row.pop("name"), "launches": row.pop("calls"), **row} for row in rows]
     return {"step_ms": step_ms, **copied, "rows": [rounded(row) for row in named[:12]]}
 
 
-def profile(update: Update, job: StepJob) -> list[Result]:
+def operations(update: Update, job: StepJob) -> list[Result]:
     """The slowest operations of an update, by their own milliseconds per step.
 
     Eager operations also have `mb`, the bytes that they move, and `of_copy`, those bytes over what

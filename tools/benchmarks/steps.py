@@ -64,20 +64,16 @@ class StepJob(own_process.Job, frozen=True):
 
 
 Update = Callable[[], Tensor]  # returns the loss and does not wait for the device
+Profile = Callable[[Update, StepJob], list[Result]]
 
 
-def measure(job: StepJob) -> Result:
+def measure(job: StepJob, profile: Profile | None = None) -> Result:
     """Speed, peak memory and losses of a contestant's updates.
 
     The speed is a median over groups of updates, after the first ones. Each group ends with a wait
-    for the device.
+    for the device. `profile` is given the update afterwards.
     """
     begun = time.perf_counter()
-    start(job)
-    if job.name == "fasttrain loop":
-        from benchmarks import loop
-
-        return loop.measure(job)
     update = update_of(job)
     first_loss = update().item()  # waits for the device
     first_step_s = time.perf_counter() - begun
@@ -94,9 +90,7 @@ def measure(job: StepJob) -> Result:
         "first_loss": first_loss,
         "loss": update().item(),
     }
-    if job.profile:
-        from benchmarks.profiles import profile
-
+    if profile:
         found["profile"] = profile(update, job)
     return found
 
