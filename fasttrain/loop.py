@@ -1,6 +1,6 @@
 """The loop: forward, backward, accumulate, update; log, evaluate, save, stop.
 
-Works on built objects and any iterable of batches, so that a test can train on a list. The host
+The loop takes finished objects and any iterable of batches, so a test can train on a list. The host
 waits for the device only at log lines, evaluations and checkpoints.
 """
 
@@ -38,15 +38,15 @@ from fasttrain.schedule import Plan
 class Inputs:
     """What a run trains and evaluates on."""
 
-    train_batches: Callable[[int], Iterator[Batch]]  # this rank's micro-batches from an update on
-    eval_batches: Iterable[Batch]  # this rank's share
-    num_eval_samples: int  # that all ranks together must see in an evaluation
-    mix: Mix | None = None  # mixes a micro-batch's images and labels, by torch's generator
+    train_batches: Callable[[int], Iterator[Batch]]  # step -> this rank's micro-batches from there
+    eval_batches: Iterable[Batch]  # of this rank
+    num_eval_samples: int  # of all ranks together
+    mix: Mix | None = None  # mixes the images and labels of a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where a run reports to. Rank 0 alone has `metrics`."""
+    """Where a run reports to. Only rank 0 has `metrics`."""
 
     checkpoints: Path
     about: dict[str, Any]  # stored in every checkpoint
@@ -54,7 +54,7 @@ class Outputs:
     metrics: JsonLines | None = None
     samples: JsonLines | None = None
     forecast: Forecast | None = None
-    keys_of: Callable[[int], list[str]] | None = None  # the samples of an update, described
+    describe_samples: Callable[[int], list[str]] | None = None  # step -> its samples on all ranks
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record to the metrics."""
@@ -63,22 +63,22 @@ class Outputs:
 
 
 class NonFiniteLoss(Fault, RuntimeError):
-    """Loss or gradient were not finite in more updates than may be skipped."""
+    """More updates had a loss or gradient that is not finite than the recipe allows to skip."""
 
     raised_on_every_rank = True
 
 
 class Unsaved(Fault, RuntimeError):
-    """The run cannot be saved, so it does not go on."""
+    """No checkpoint could be saved, so the run stops."""
 
     raised_on_every_rank = True
 
 
 class Trainer:
-    """Trains from the learner's step to the end of the plan, and evaluates and saves on the way.
+    """Trains from the learner's step to the end of the plan. Evaluates and saves on the way.
 
-    The updater counts the steps in `learner.state`. The guard sums up the loss on the device; this
-    object moves the sum to the log lines and the checkpoints, and counts the skipped updates.
+    The updater counts the steps in `learner.state`. The guard sums the loss on the device. The
+    trainer copies this sum to log lines and checkpoints, and counts the skipped updates.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class Trainer:
     ) -> None:
         """
         Args:
-            updater: carries out the learner's updates.
-            recipe: says when to log and to save.
-            stop_requested: is called once a step and once a batch of an evaluation, equally often
-                by all ranks. Returns 0, or the same exit status on all ranks to stop.
+            updater: performs the updates of its learner.
+            recipe: says when to log and when to save.
+            stop_requested: is called after each update and after each evaluation batch, equally
+                often on every rank. Returns 0 to go on. To stop, returns the exit status, which
+                is the same on every rank.
         """
         self.updater, self.plan = updater, plan
         self.inputs, self.outputs, self.recipe = inputs, outputs, recipe
@@ -104,19 +105,19 @@ class Trainer:
         self.state = self.learner.state
         self.clock = Clock(self.accelerator.device)
         self.lr = 0.0  # of the last update
-        self.looked_at = self.state.step  # updates when skipped ones were last looked for
+        self.checked_step = self.state.step  # skipped updates before this step are reported
         self.saved_step, self.failed_saves = self.state.step, 0
 
     def fit(self) -> dict[str, Any] | None:
-        """Trains to the end of the plan, or until a stop is requested.
+        """Trains to the end of the plan, or until a stop is requested. Saves in both cases.
 
         Returns:
-            The closing record if the run is complete, None if it was stopped. It is saved in both
-            cases.
+            The closing record if the run is complete; None if it was stopped.
         Raises:
-            NonFiniteLoss: at the first log line, evaluation or save after one update too many was
-                skipped. Nothing has changed since that update.
-            Unsaved: saving failed too often, or at the end.
+            NonFiniteLoss: more updates were skipped than the recipe allows. It is raised at the
+                next log line, evaluation or save. The weights are those from before the update
+                that exceeded the limit.
+            Unsaved: saving failed too often, or the last save failed.
         """
         begun = time.perf_counter()
         if self.accelerator.is_main_process:
@@ -140,13 +141,13 @@ class Trainer:
         return self.state.step >= self.plan.total_steps
 
     def _every(self, steps: int) -> bool:
-        """True after every so many updates, and after the last one."""
+        """True after every `steps` updates, and after the last update."""
         return self.state.step % steps == 0 or self._at_end
 
     # ---- an update
 
     def _update(self, batches: Iterator[Batch]) -> None:
-        """One update on one global batch."""
+        """Performs one update on one global batch."""
         plan, step, rank = self.plan, self.state.step, self.accelerator.process_index
         self.lr = schedule.lr_at(step, plan)
         draws = []
@@ -155,7 +156,7 @@ class Trainer:
                 batch = next(batches)
             draws.append(batch.draw)
             images, labels = batch.images, batch.labels
-            group = micro * plan.world_size + rank  # the part of the global batch
+            group = micro * plan.world_size + rank  # index of the micro-batch in the global batch
             if self.inputs.mix:
                 determinism.seed_torch(plan.seed, Stream.MIX, step, group)
                 images, labels = self.inputs.mix(images, labels)
@@ -168,14 +169,14 @@ class Trainer:
         self.clock.step(plan.global_batch_size)
         self.outputs.display.step(self.state.step)
 
-    def _look_at_skipped(self) -> None:
-        """Reports updates that were skipped since the last call. Waits for the device.
+    def _report_skipped(self) -> None:
+        """Reports the updates that were skipped since the last call. Waits for the device.
 
         Raises:
             NonFiniteLoss: more updates were skipped than the recipe allows.
         """
-        state, begin, self.looked_at = self.state, self.looked_at, self.state.step
-        skipped = self.updater.guard.read()  # the same on all ranks, except for the loss
+        state, begin, self.checked_step = self.state, self.checked_step, self.state.step
+        skipped = self.updater.guard.read()  # equal on all ranks, except for the loss
         if not skipped:
             return
         state.skipped_steps += skipped.number
@@ -194,24 +195,26 @@ class Trainer:
         self.outputs.write(record)
         what = (
             f"update {step} has loss {', '.join(record['loss'])} and gradient norm "
-            f"{record['gradient_norm']} (lr {record['lr']:.4g}); its samples are listed in "
+            f"{record['gradient_norm']} (lr {record['lr']:.4g}); its samples are in "
             f"{self._list_samples(record)}"
         )
         if state.skipped_steps > self.updater.guard.max_skipped:
             raise NonFiniteLoss(
-                f"{what}\nneither it nor what came after it changed anything; the newest "
-                "checkpoint is from before. Lower [optim] lr, lengthen warmup_epochs, or under "
-                "fp16 try bf16; or leave such updates out: --set train.max_skipped_steps=10"
+                f"{what}\nneither this update nor a later one changed the weights, and the "
+                "newest checkpoint is older. Lower [optim] lr, lengthen warmup_epochs, or use bf16 "
+                "instead of fp16; or skip such updates: --set train.max_skipped_steps=10"
             )
-        self.outputs.display.say(f"SKIPPED {skipped.number}, {state.skipped_steps} in all: {what}")
+        self.outputs.display.say(
+            f"SKIPPED {skipped.number} updates, {state.skipped_steps} in total: {what}"
+        )
 
     def _list_samples(self, record: dict[str, Any]) -> Path:
-        """Writes a record of a skipped update with its samples; returns the file."""
-        step, keys_of = record["step"], self.outputs.keys_of
+        """Writes the record of a skipped update and its samples to a file. Returns the file."""
+        step, describe = record["step"], self.outputs.describe_samples
         path = self.outputs.checkpoints.parent / f"skipped_step_{step:08d}.json"
         if self.accelerator.is_main_process:
-            samples = keys_of(step) if keys_of else []
-            with contextlib.suppress(OSError):  # the metrics have most of it
+            samples = describe(step) if describe else []
+            with contextlib.suppress(OSError):  # the metrics hold the record too
                 text = json.dumps(record | {"samples": samples}, indent=1)
                 files.write_text(path, f"{text}\n")
         return path
@@ -219,26 +222,26 @@ class Trainer:
     # ---- evaluation
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates if the plan asks for it. Returns False if a stop request cut it short."""
+        """Evaluates if the plan says so. Returns False if a stop request cut it short."""
         state = self.state
         if not self.plan.eval_due(state.step) or state.last_eval.get("step", -1) + 1 >= state.step:
             return True
-        self._look_at_skipped()
+        self._report_skipped()
         with self.clock.paused():
             return self._evaluate()
 
     def _evaluate(self) -> bool:
-        """Evaluates and logs. Returns False if a stop request cut it short."""
+        """Evaluates and logs the result. Returns False if a stop request cut it short."""
         start, plan, total = time.perf_counter(), self.plan, self.inputs.num_eval_samples
 
-        def stops_after(seen: int) -> bool:
+        def stop_after(seen: int) -> bool:
             self.outputs.display.evaluating(min(seen * plan.world_size, total), total)
             return bool(self.stop_requested())
 
         results = evaluate(
             self.accelerator, self.updater.evaluators, self.inputs.eval_batches, total,
             sampling.num_eval_batches(total, plan.micro_batch_size, 0, plan.world_size),
-            stops_after,
+            stop_after,
         )  # fmt: skip
         if not results:
             return False
@@ -252,20 +255,20 @@ class Trainer:
         self.outputs.display.eval_line(record)
         if any(result["loss"] is None for result in results):
             self.outputs.display.say(
-                f"WARNING: after update {step} the loss of the evaluation is not finite, so its "
-                "accuracy means nothing: weights or BatchNorm's statistics have grown too large; "
-                "lower [optim] lr, or raise train.micro_batch_size"
+                f"WARNING: the evaluation after update {step} has a loss that is not finite, so "
+                "its accuracy means nothing. The weights or the BatchNorm statistics are too "
+                "large: lower [optim] lr, or raise train.micro_batch_size"
             )
         return True
 
     # ---- records
 
     def _log_train(self) -> None:
-        """Writes a train line. Waits for the device."""
+        """Writes a train line with the mean loss since the last one. Waits for the device."""
         state, plan, loss_sum = self.state, self.plan, self.updater.guard.loss_sum
-        self._look_at_skipped()
+        self._report_skipped()
         images_per_s, data_wait = self.clock.lap("log")
-        if not state.loss_images:  # all were skipped
+        if not state.loss_images:  # all updates were skipped
             return
         loss = self._total(loss_sum) / state.loss_images
         loss_sum.zero_()
@@ -286,18 +289,18 @@ class Trainer:
             self.outputs.forecast.lap(images_per_s, data_wait)
 
     def _seconds_left(self) -> float | None:
-        """Time of the updates and evaluations to come; None while the speed is not known."""
+        """Time of the remaining updates and evaluations; None while the speed is not known."""
         images_per_s, plan, step = self.clock.mean(), self.plan, self.state.step
         if not images_per_s:
             return None
-        # Before the first evaluation: a forward pass takes about a third of an update.
+        # Until an evaluation was timed: a forward pass takes about a third of an update.
         images = self.inputs.num_eval_samples * (2 if self.learner.ema else 1)
         eval_s = float(self.state.last_eval.get("eval_s", images / (3 * images_per_s)))
         updates_s = (plan.total_steps - step) * plan.global_batch_size / images_per_s
         return updates_s + plan.evals_left(step - 1) * eval_s
 
     def _log_limit(self, forecast: Forecast) -> None:
-        """At the end of an epoch: writes what limited its speed."""
+        """Writes what limited the speed of the epoch that has just ended."""
         step = self.state.step - 1
         epoch = self.plan.epoch_of(step)
         found = forecast.epoch(epoch, *self.clock.lap("epoch"))
@@ -307,12 +310,12 @@ class Trainer:
         """Saves a checkpoint.
 
         Raises:
-            Unsaved: it could not, and this is the last one, or the failures are too many.
+            Unsaved: the save failed, and it was the last one or too many saves in a row failed.
         """
         with self.clock.paused():
-            self._look_at_skipped()
+            self._report_skipped()
             self.state.loss_sum = self._total(self.updater.guard.loss_sum)
-            fault = self._save_fault()
+            fault = self._try_to_save()
         if not fault:
             self.saved_step, self.failed_saves = self.state.step, 0
             return
@@ -320,13 +323,17 @@ class Trainer:
         self.failed_saves += 1
         if is_last or self.failed_saves >= self.recipe.checkpoint.max_failures:
             raise Unsaved(
-                f"the run stops, as it cannot be saved: {fault}\nthe newest state that was "
-                f"saved is that of update {self.saved_step}; mend this, and the same command goes "
-                "on"
+                f"the run stops because it cannot be saved: {fault}\nthe newest checkpoint is "
+                f"from update {self.saved_step}; correct the fault, and the same command resumes "
+                "there"
             )
 
-    def _save_fault(self) -> str:
-        """Saves, with all lines that a full disk has held back. Returns the first rank's fault."""
+    def _try_to_save(self) -> str:
+        """Saves the checkpoint, and the lines that a full disk has held back.
+
+        Returns:
+            The fault of the first rank that has one; "" if every rank succeeded.
+        """
         outputs, fault = self.outputs, ""
         try:
             for file in (outputs.metrics, outputs.samples):
@@ -340,7 +347,7 @@ class Trainer:
         return next(filter(None, gather_object([fault])), "")
 
     def _close(self, seconds: float) -> dict[str, Any]:
-        """Writes the closing record."""
+        """Writes the closing record and returns it."""
         done = {
             **self.state.last_eval,
             "event": "done",
@@ -354,7 +361,7 @@ class Trainer:
         return done
 
     def _total(self, value: Tensor) -> float:
-        """The sum of a 0-d tensor over all ranks, as a float. Waits for the device."""
+        """Returns the sum of a 0-d tensor over all ranks. Waits for the device."""
         total: Tensor = self.accelerator.reduce(value.clone(), reduction="sum")
         return float(total)
 
@@ -365,22 +372,23 @@ def evaluate(
     evaluators: Sequence[Evaluator],
     batches: Iterable[Batch],
     num_samples: int,
-    most_batches: int = 0,
-    stops_after: Callable[[int], bool] = lambda seen: False,
+    max_batches: int = 0,
+    stop_after: Callable[[int], bool] = lambda seen: False,
 ) -> list[dict[str, Any]]:
-    """`top1`, `top5` (percent), `loss` and `seen` of each network over all ranks' batches.
-
-    Each network is in evaluation mode meanwhile. The loss is cross-entropy without smoothing, None
-    where it is not finite.
+    """Evaluates networks on the batches of all ranks. They are in evaluation mode meanwhile.
 
     Args:
-        num_samples: that all ranks together must see.
-        most_batches: of any rank. Ranks may have different numbers of batches; sums are reduced
-            once, at the end.
-        stops_after: is called equally often by all ranks, after each batch, with the number of
-            images that this rank has seen. True ends the evaluation, and nothing is returned.
+        batches: this rank's batches. Ranks may have different numbers of them, because the sums
+            are reduced once, at the end.
+        num_samples: the number of images that all ranks together must see.
+        max_batches: the largest number of batches that any rank has.
+        stop_after: is called after each batch, equally often on every rank, with the number of
+            images that this rank has seen. If it returns True, the evaluation ends.
+    Returns:
+        For each network `top1` and `top5` (percent), `loss` (cross-entropy without smoothing; None
+        if it is not finite) and `seen` (images). The list is empty if `stop_after` returned True.
     Raises:
-        RuntimeError: not every one of `num_samples` images was seen exactly once.
+        RuntimeError: the number of images seen is not `num_samples`.
     """
     sums = [EvalSums(accelerator.device) for _ in evaluators]
     modules = [evaluator.module for evaluator in evaluators]
@@ -389,13 +397,13 @@ def evaluate(
         module.eval()
     seen = 0
     try:
-        for batch, _ in itertools.zip_longest(batches, range(most_batches)):
+        for batch, _ in itertools.zip_longest(batches, range(max_batches)):
             for evaluator, total in zip(evaluators, sums, strict=True) if batch else ():
                 with accelerator.autocast():
                     logits = evaluator(batch.images)
                 total.add(logits, batch.labels)
             seen += len(batch.labels) if batch else 0
-            if stops_after(seen):
+            if stop_after(seen):
                 return []
     finally:
         for module, training in zip(modules, was_training, strict=True):
@@ -407,7 +415,7 @@ def evaluate(
 
 
 def _sample_record(draws: Sequence[Draw | None], step: int) -> dict[str, Any]:
-    """The samples of this rank in an update, its micro-batches one after the other."""
+    """The record of the samples that this rank saw in an update, in the order of micro-batches."""
     columns = zip(*(draw[:3] for draw in draws if draw), strict=True)
     ids, windows, flips = (np.concatenate(column).tolist() for column in columns)
     return {"event": "samples", "step": step, "ids": ids, "windows": windows, "flips": flips}

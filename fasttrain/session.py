@@ -1,5 +1,6 @@
-"""One start of a run, from the launched process to the objects that train. `train` reads as the
-table of contents; these are its parts, in the order in which it builds them.
+"""Builds the objects of a run, from the launched process to the trainer's inputs and outputs.
+
+`train.train` calls these functions in the order in which they stand here.
 """
 
 import json
@@ -52,19 +53,21 @@ from fasttrain.schedule import Plan
 from fasttrain.shards import DataSet, Split
 from fasttrain.weights import Weights
 
-MEASURED_S = 0.8  # of the input's speed, where no earlier run has measured it
+MEASURED_S = 0.8  # how long the input is measured, if no earlier run has measured it
 
 
 # --------------------------------------------------------------------------------------------------
-# What can be found wrong before anything takes long
+# Checks that take little time
 # --------------------------------------------------------------------------------------------------
 
 
 def read_weights(recipe: Recipe, classes: tuple[str, ...]) -> Weights | None:
-    """Reads `model.weights` and compares them with the network; None where the run resumes.
+    """Reads `model.weights` and compares them with the network.
 
+    Returns:
+        The weights; None if the recipe names none, or if the run resumes from a checkpoint.
     Raises:
-        Fault: there are none, or they are of another network.
+        Fault: the weights are missing, damaged, or of another network.
     """
     path = run_folder.weights_to_read(recipe)
     if path is None:
@@ -77,13 +80,15 @@ def read_weights(recipe: Recipe, classes: tuple[str, ...]) -> Weights | None:
 
 
 def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[config.Data, str]:
-    """The loader's settings with the decoder that works best here, and one sentence on why.
+    """Tries the decoders and chooses the fastest one that works.
 
-    Processes of their own try the decoders, as a decoder may crash. So this process must not have
-    touched the GPU yet.
+    Each decoder is tried in its own process, because it may crash. Call this before this process
+    uses the GPU.
 
+    Returns:
+        The loader's settings with that decoder, and one sentence that gives the reason.
     Raises:
-        DecodeError: nothing decodes here.
+        DecodeError: no decoder works on this machine.
     """
     gpu, threads = gpus.has_gpu(os.environ), runtime.data_threads(recipe.data, os.environ)
     half = half_images(gpu, recipe.train.precision)
@@ -98,7 +103,7 @@ def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[config.Data,
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One start of a run on this rank: what all later parts share."""
+    """What the parts of a run share on this rank, from one start to its end."""
 
     recipe: Recipe
     plan: Plan
@@ -131,7 +136,7 @@ class Session:
         return Placement(device, half, threads)
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of its run, except for the mode of execution."""
+        """What a checkpoint stores about its run, except for the mode of execution."""
         train, val = self.data_set
         return {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -143,21 +148,21 @@ class Session:
 
 
 def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -> Session:
-    """Joins the ranks of the run, and compares them.
+    """Joins the process group, and checks that all ranks belong to one run.
 
     Args:
         start: the weights that the run starts from, if any.
     Raises:
-        LaunchError: the ranks do not fit together.
+        LaunchError: the ranks differ in code, data or settings, or their launch is faulty.
     """
-    # Longer than the heartbeat's, which names the rank at fault.
+    # Longer than the heartbeat's timeout, so that the heartbeat can name the rank at fault first.
     timeout = timedelta(seconds=heartbeat.START_S + recipe.train.hang_timeout_s)
     patience = stopping.Patience()
     accelerator = runtime.accelerator_for(recipe.train.precision, timeout)
     process = runtime.start(accelerator, recipe, os.environ, patience)
-    accelerator.wait_for_everyone()  # as clocks are compared
+    accelerator.wait_for_everyone()  # so that all ranks read their clocks at the same time
     facts = alike.facts(process, recipe, [split.digest for split in data_set])
-    if start:  # the files may differ, as may their paths
+    if start:  # paths and file formats may differ between machines, the tensors may not
         facts["model.weights"] = start.digest()
     alike.check(gather_object([facts]))
     view = display.TrainDisplay(plan, accelerator.is_main_process)
@@ -167,19 +172,22 @@ def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -
 
 
 def agree_on_decoder(settings: config.Data, why: str) -> tuple[config.Data, str]:
-    """The settings and the sentence of `try_decoders`, with one decoder for all ranks."""
+    """Makes all ranks use the same decoder. Takes and returns what `try_decoders` returns."""
     decode = decoding.surest(gather_object([settings.decode]))
     if decode == settings.decode:
         return settings, why
-    why += f"; but {decode} for all, as that is what works everywhere"
+    why += f"; but all ranks use {decode}, because it works on each of them"
     return settings.model_copy(update={"decode": decode}), why
 
 
 @contextmanager
 def staged(session: Session) -> Iterator[DataSet]:
-    """The data set as this node reads it: with `data.stage`, from a copy that is made here.
+    """Yields the data set that this node reads: with `data.stage`, a copy on this node.
 
-    The copy is freed after the run.
+    One rank per node makes the copy. It is removed after the run, unless `data.stage_keep` is set.
+
+    Raises:
+        ShardError: a node could not make its copy.
     """
     data, copy = session.recipe.data, None
     if not data.stage:
@@ -195,7 +203,7 @@ def staged(session: Session) -> Iterator[DataSet]:
 
 
 def watch(session: Session) -> Heartbeat:
-    """Begins to watch over the ranks: a run that hangs is ended, and the rank at fault named."""
+    """Starts the heartbeat, which ends a run that hangs and names the rank at fault."""
     return Heartbeat(
         session.process.rank,
         session.process.world_size,
@@ -206,23 +214,23 @@ def watch(session: Session) -> Heartbeat:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained, and how
+# The network and its updates
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Where the run was stopped, if it ran before."""
+    """The checkpoint from which the run resumes, if there is one."""
 
-    folder: Path | None  # the checkpoint
-    mode: str | None  # of execution, on this kind of device
+    folder: Path | None
+    mode: str | None  # the mode of execution that the run used on this kind of device
 
 
 def find_checkpoint(session: Session) -> Resume:
-    """The checkpoint to resume from, the same for all ranks. Notes this start in the run folder.
+    """Chooses the checkpoint for all ranks. Rank 0 also records this start in the run folder.
 
     Raises:
-        CheckpointError: it cannot be used.
+        CheckpointError: the checkpoint is damaged, or it belongs to another run.
     """
     folder, mode = None, None
     if session.is_main:
@@ -233,13 +241,15 @@ def find_checkpoint(session: Session) -> Resume:
         if folder:
             mode = checkpoint.read_state(folder).execution.get(session.device_name)
         run_folder.begin(session.recipe, runtime.environment(session.process))
-    return Resume(*broadcast_object_list([folder, mode]))  # when the run folder is ready
+    # The broadcast also keeps the other ranks waiting until the run folder is ready.
+    return Resume(*broadcast_object_list([folder, mode]))
 
 
 def build_network(session: Session, start: Weights | None) -> MobileNetV3:
-    """The network on its device, channels-last, with the weights that the run starts from.
+    """Builds the network on its device, channels-last. Prints a summary of the run.
 
-    Says what is trained.
+    Args:
+        start: the weights that the run starts from; None for random weights.
     """
     recipe, plan, process, train = (
         session.recipe, session.plan, session.process, session.data_set.train,
@@ -264,11 +274,13 @@ def build_network(session: Session, start: Weights | None) -> MobileNetV3:
 
 
 def start_updates(session: Session, module: MobileNetV3, resume: Resume) -> tuple[str, Updater]:
-    """The mode of execution, and what carries out the updates, restored from the checkpoint.
+    """Chooses the mode of execution, and restores the learner from the checkpoint.
 
+    Returns:
+        The mode, and the updater in that mode.
     Raises:
-        ExecutionError: no mode works here, or not the one that the recipe names.
-        CheckpointError: the checkpoint is damaged.
+        ExecutionError: the mode that the recipe names does not work, or no mode works.
+        CheckpointError: the checkpoint is damaged or does not fit the network.
     """
     num_classes, say = len(session.data_set.train.classes), session.view.say
     setup = modes.Setup(session.accelerator, module, session.recipe, session.plan, num_classes)
@@ -284,15 +296,19 @@ def start_updates(session: Session, module: MobileNetV3, resume: Resume) -> tupl
 
 
 # --------------------------------------------------------------------------------------------------
-# What it is trained on
+# The data
 # --------------------------------------------------------------------------------------------------
 
 
 class Input:
-    """The batches of the run, and what is known of their speed."""
+    """The batches of a run, and the forecast of its input speed."""
 
     def __init__(self, session: Session, data_set: DataSet, settings: config.Data) -> None:
-        """`data_set` and `settings` are those of the loaders: staged, and with their decoder."""
+        """
+        Args:
+            data_set: what the loaders read: the copy on this node if the data set is staged.
+            settings: the loaders' settings, with the decoder that was chosen.
+        """
         self.session, self.data_set, self.settings = session, data_set, settings
         self.stages = Stages()
         plan, process = session.plan, session.process
@@ -302,30 +318,30 @@ class Input:
         )  # fmt: skip
 
     def train_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from update `step` on."""
+        """Yields this rank's micro-batches, starting with those of update `step`."""
         session = self.session
         rank = session.process.rank
         order = TrainingOrder(self.data_set.train, self.settings, session.plan, rank, step)
         return iter(loaders.Loader(order, session.placement, self.stages))
 
     def samples_of(self, step: int) -> list[str]:
-        """Where the samples of update `step` of all ranks lie."""
+        """Describes where each sample of update `step` is stored, for all ranks."""
         plan, train = self.session.plan, self.data_set.train
         epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
         order = sampling.epoch_order(plan.seed, epoch, train, sampling.block_size(self.settings))
         first = step_of_epoch * plan.global_batch_size
         return [train.describe(int(i)) for i in order[first : first + plan.global_batch_size]]
 
-    def outlook(self) -> Forecast:
-        """Measures the speed of the input, or recalls it, and says so."""
+    def start_forecast(self) -> Forecast:
+        """Measures the input speed, unless an earlier run has done so, and prints it."""
         process, train = self.session.process, self.data_set.train
         keys, placement = self._keys(), self.session.placement
-        rate = forecast.recall_rate(keys["input"])  # of all ranks
+        rate = forecast.recall_rate(keys["input"])  # images/s of all ranks together
         if not all(gather_object([rate is not None])):
-            rate = self._measured(keys["input"])
+            rate = self._measure(keys["input"])
         assert rate
         decoder = makers.decoder_of(train, self.settings, placement)
-        outlook = Forecast(
+        speed_forecast = Forecast(
             input=rate,
             step=forecast.recall_rate(keys["step"]),
             stages=self.stages,
@@ -334,11 +350,11 @@ class Input:
             remember=lambda what, images_per_s: forecast.remember_rate(keys[what], images_per_s),
         )
         threads, world_size = process.data_threads, process.world_size
-        outlook.start(forecast.describe(train, decoder, threads, world_size))
-        return outlook
+        speed_forecast.start(forecast.describe(train, decoder, threads, world_size))
+        return speed_forecast
 
     def _keys(self) -> dict[str, str]:
-        """Under which the speeds of the input and of the updates are remembered."""
+        """The keys under which the speeds of the input and of the updates are kept."""
         process, recipe = self.session.process, self.session.recipe
         threads = process.data_threads, process.cpu_threads
         machine = (process.world_size, str(process.device), *threads)
@@ -350,7 +366,8 @@ class Input:
             ),
         }  # fmt: skip
 
-    def _measured(self, key: str) -> Rate:
+    def _measure(self, key: str) -> Rate:
+        """Measures the input of all ranks. Keeps the result if every rank's speed was steady."""
         session = self.session
         session.view.say("measuring the input")
         found = loaders.measure(
@@ -369,24 +386,29 @@ class Input:
 # --------------------------------------------------------------------------------------------------
 
 
-def inputs_for(session: Session, given: Input, beat: Heartbeat) -> Inputs:
-    """What the loop is fed with. Each batch counts as a sign of life."""
+def inputs_for(session: Session, run_input: Input, heartbeat: Heartbeat) -> Inputs:
+    """The inputs of the trainer. The heartbeat counts each training batch as progress."""
     return Inputs(
-        train_batches=lambda step: beat.counted(given.train_batches(step)),
-        eval_batches=given.eval_batches,
-        num_eval_samples=given.data_set.val.num_samples,
-        mix=build_mix(session.recipe.train, len(given.data_set.train.classes)),
+        train_batches=lambda step: heartbeat.counted(run_input.train_batches(step)),
+        eval_batches=run_input.eval_batches,
+        num_eval_samples=run_input.data_set.val.num_samples,
+        mix=build_mix(session.recipe.train, len(run_input.data_set.train.classes)),
     )
 
 
 def outputs_for(
-    session: Session, given: Input, mode: str, learner: Learner, resume: Resume
+    session: Session, run_input: Input, mode: str, learner: Learner, resume: Resume
 ) -> Outputs:
-    """Where the loop reports to. Cuts lines that were written after the checkpoint."""
+    """The outputs of the trainer. Removes lines that an earlier start wrote after the checkpoint.
+
+    Args:
+        mode: the mode of execution.
+        learner: is already restored from the checkpoint.
+    """
     folder, state = session.folder, learner.state
-    outlook = given.outlook()
+    speed_forecast = run_input.start_forecast()
     if resume.folder:
-        session.view.say(f"going on from {resume.folder}")
+        session.view.say(f"resuming from {resume.folder}")
     if session.is_main:
         run_folder.cut_lines(folder, state.step, state.last_eval.get("step", -1))
     session.accelerator.wait_for_everyone()
@@ -397,28 +419,32 @@ def outputs_for(
         display=session.view,
         metrics=JsonLines(folder / run_folder.METRICS) if session.is_main else None,
         samples=JsonLines(samples) if session.recipe.log.samples else None,
-        forecast=outlook,
-        keys_of=given.samples_of,
+        forecast=speed_forecast,
+        describe_samples=run_input.samples_of,
     )
 
 
-def stop_requested(session: Session, beat: Heartbeat, state: TrainState) -> Callable[[], int]:
-    """A function for the loop. It counts a step, and returns 0 or the exit status to stop with."""
+def stop_check(session: Session, heartbeat: Heartbeat, state: TrainState) -> Callable[[], int]:
+    """Makes the function that the trainer calls once a step.
+
+    The function counts the step for the heartbeat. It returns 0, or the exit status with which all
+    ranks stop.
+    """
     first_step = state.step
 
-    def stops() -> int:
-        beat.step(f"update {state.step}")
+    def stop_requested() -> int:
+        heartbeat.step(f"update {state.step}")
         return session.stop.agreed(unsaved=state.step > first_step)
 
-    return stops
+    return stop_requested
 
 
 def finish(session: Session, done: dict[str, Any] | None, step: int) -> None:
-    """Marks the run as done, and says what a user can do next.
+    """Marks a complete run as done, and prints what the user can do next.
 
     Args:
-        done: the closing record, None if the run was stopped.
-        step: the number of updates that are done.
+        done: the closing record; None if the run was stopped.
+        step: the number of updates done.
     """
     folder, say = session.folder, session.view.say
     if done and session.is_main:
@@ -433,6 +459,6 @@ def finish(session: Session, done: dict[str, Any] | None, step: int) -> None:
     elif session.is_main:
         saved = next(iter(checkpoint.find(session.checkpoints)), None)
         where = f"and saved as {saved}" if saved else "before the first update"
-        say(f"stopped {where}; the same command goes on from there")
+        say(f"stopped {where}; the same command resumes from there")
     if session.is_main:
         (folder / run_folder.STOP).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""A recipe goes in, a trained network comes out; started again, it goes on where it stopped.
+"""Trains the network of a recipe. The same command resumes a run that was stopped.
 
     accelerate launch fasttrain/train.py recipes/large.toml [--set train.epochs=90 ...]
 
-What is wrong with the recipe, the data or the run folder is found before torch is imported.
+Faults of the recipe, the data and the run folder are found before torch is imported.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             started = True
             train(recipe, plan, data_set)
     except Fault as fault:
-        # Up to there all processes say the same.
+        # Before training starts, all ranks find the same faults.
         faults.stop(str(fault), everywhere=started and not fault.raised_on_every_rank)
 
 
@@ -49,8 +49,8 @@ def open_data(data: config.Data) -> DataSet:
     """Opens the training and validation splits.
 
     Raises:
-        ShardError: there are none, or they are damaged.
-        DataError: this process may not open as many files.
+        ShardError: a split is missing or damaged.
+        DataError: this process may not open enough files.
     """
     look = os.environ.get("LOCAL_RANK", "0") == "0"
     train_set = shards.open_split(data.root, "train", data.short_side, look)
@@ -63,13 +63,13 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
     """Builds everything, restores the newest checkpoint, trains, and marks the run as done.
 
     Raises:
-        SystemExit: the run was asked to stop; with the status of the request.
+        SystemExit: the run was asked to stop. The exit status is that of the request.
     """
-    # Seconds of imports, so only once the recipe is known to be right.
+    # These imports take seconds, so the recipe is checked first.
     _say("loading torch and DALI")
     from fasttrain import gpus, loop, session
 
-    # ---- what can be found wrong before anything takes long
+    # ---- checks that take little time
     gpus.check_launch(recipe, os.environ)
     _say(*gpus.idle_gpus(os.environ))
     start = session.read_weights(recipe, data_set.train.classes)
@@ -79,24 +79,24 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
     run = session.join(recipe, plan, data_set, start)
     settings, why_decoder = session.agree_on_decoder(settings, why_decoder)
     with session.staged(run) as staged_set:
-        beat = session.watch(run)
+        heartbeat = session.watch(run)
 
-        # ---- what is trained, and how
+        # ---- the network and its updates
         resume = session.find_checkpoint(run)
         network = session.build_network(run, None if resume.folder else start)
         run.view.say(why_decoder)
         mode, updater = session.start_updates(run, network, resume)
 
-        # ---- what it is trained on
-        given = session.Input(run, staged_set, settings)
-        inputs = session.inputs_for(run, given, beat)
-        outputs = session.outputs_for(run, given, mode, updater.learner, resume)
+        # ---- the data
+        run_input = session.Input(run, staged_set, settings)
+        inputs = session.inputs_for(run, run_input, heartbeat)
+        outputs = session.outputs_for(run, run_input, mode, updater.learner, resume)
 
-        # ---- go
-        stops = session.stop_requested(run, beat, updater.learner.state)
+        # ---- training
+        stop_requested = session.stop_check(run, heartbeat, updater.learner.state)
         with run.view:
-            done = loop.Trainer(updater, plan, inputs, outputs, recipe, stops).fit()
-        beat.close()
+            done = loop.Trainer(updater, plan, inputs, outputs, recipe, stop_requested).fit()
+        heartbeat.close()
         session.finish(run, done, updater.learner.state.step)
     run.accelerator.end_training()
     if not done:
@@ -104,7 +104,7 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
 
 
 def _say(*lines: str) -> None:
-    """Prints lines at once, before there is a display. Only rank 0 does."""
+    """Prints lines on rank 0, for the time before there is a display."""
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()

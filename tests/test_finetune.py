@@ -50,7 +50,7 @@ def test_a_run_starts_from_weights_of_other_classes_and_resumes_without_them(
         assert (weight[row] - source[f"{LAST}weight"][before]).abs().max() < 0.05
     shutil.rmtree(first)
     train.main([str(recipe), "--set", "train.max_steps=4"])
-    assert f"going on from {second}" in capsys.readouterr().out
+    assert f"resuming from {second}" in capsys.readouterr().out
     assert newest(second).name == "step_00000004"
 
 

@@ -68,7 +68,7 @@ def run_fit(
         about={},
         display=TrainDisplay(plan, enabled=False),
         metrics=JsonLines(folder / "metrics.jsonl"),
-        keys_of=lambda step: [f"sample of update {step}"],
+        describe_samples=lambda step: [f"sample of update {step}"],
     )
 
     def repeat(step: int) -> Iterator[Batch]:
@@ -104,7 +104,7 @@ def test_an_evaluation_that_is_not_finite_is_told(
     assert done and done["loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     line, warning = (text for text in said if "finite" in text)
     assert "loss not finite  in " in line
-    assert "WARNING: after update 1 the loss of the evaluation is not finite" in warning
+    assert "WARNING: the evaluation after update 1 has a loss that is not finite" in warning
 
 
 class Plain(nn.Sequential):
@@ -240,7 +240,7 @@ def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
 
     monkeypatch.setattr(files, "_write_new", write)
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
-    with pytest.raises(loop.Unsaved, match="that was saved is that of update 8;") as error:
+    with pytest.raises(loop.Unsaved, match="the newest checkpoint is from update 8;") as error:
         run_fit(
             mobilenetv3_small(0.35, num_classes=4), random_batches(4, 8), plan, tmp_path,
             every_steps=2, max_failures=3,

@@ -53,7 +53,7 @@ def test_two_processes_see_the_batches_of_one_and_one_process_resumes_their_run(
     rest = [str(recipe), "--set", f"log.run_dir={two}", "--set", "train.max_steps=6"]
     train.main(rest)
     output = capsys.readouterr().out
-    assert "going on from" in output and "step_00000003" in output
+    assert "resuming from" in output and "step_00000003" in output
     records = [record for path in two.glob("samples-*.jsonl") for record in lines(path)]
     for epoch in range(3):
         ids = [i for r in records if r["step"] // 2 == epoch for i in r["ids"]]
@@ -145,7 +145,7 @@ def test_a_run_of_four_processes_resumes_on_two_and_three(
             (folder / "stop").touch()
         output = launched.communicate(timeout=TIMEOUT_S)[0]
         assert (launched.returncode == 0) == (world == 3), output
-        assert world == 4 or "going on from" in output
+        assert world == 4 or "resuming from" in output
     records = [r for path in folder.glob("samples-*.jsonl") for r in lines(path)]
     assert len({r["step"] for r in records}) == 120
     for epoch in range(40):

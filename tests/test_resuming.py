@@ -274,12 +274,12 @@ def test_resume_may_be_forced_or_anew_or_name_a_checkpoint(
     assert "train.seed: 0 -> 1" in output and "--set checkpoint.resume=force" in output
     output = go("train.seed=1", "train.max_steps=9", "checkpoint.resume=force")
     assert "WARNING" in output and "train.seed: 0 -> 1" in output
-    assert f"going on from {root / 'step_00000006'}" in output and steps() == [2, 5, 8]
+    assert f"resuming from {root / 'step_00000006'}" in output and steps() == [2, 5, 8]
     assert config.load(folder / "recipe.toml").checkpoint.resume == "auto"
 
     named = root / "step_00000004"
     output = go("train.max_steps=9", f"checkpoint.resume={named}")  # of the first recipe
-    assert f"going on from {named}" in output and steps() == [2, 5, 8]
+    assert f"resuming from {named}" in output and steps() == [2, 5, 8]
     (aside,) = folder.glob("before-*")
     assert {p.name for p in (aside / "checkpoints").iterdir()} >= {"step_00000009"}
     assert len(lines(aside / "metrics.jsonl", "train")) == 3
@@ -290,7 +290,7 @@ def test_resume_may_be_forced_or_anew_or_name_a_checkpoint(
     assert len([*folder.glob("before-*")]) == 2
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # as the same command when it is requeued
     output = go("train.max_steps=5", "train.seed=2", "checkpoint.resume=anew")
-    assert f"going on from {root / 'step_00000003'}" in output
+    assert f"resuming from {root / 'step_00000003'}" in output
     monkeypatch.delenv("SLURM_RESTART_COUNT")
 
     output = go("checkpoint.resume=/nowhere", code=2)

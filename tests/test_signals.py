@@ -62,7 +62,7 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(
     end = ["--set", f"train.max_steps={step + 3}"]
     train.main([str(endless), *end])
     finished = capsys.readouterr().out
-    assert f"going on from {saved}" in finished
+    assert f"resuming from {saved}" in finished
     done = json.loads(finished.splitlines()[-1])
     assert done["step"] == step + 2 and done == json.loads((folder / "DONE").read_text())
     train.main([str(endless), *end, "--set", f"log.run_dir={tmp_path}/straight"])
@@ -106,7 +106,7 @@ def test_a_stop_file_that_was_there_before_the_start_stops_the_run(
     with pytest.raises(SystemExit) as status:
         train.main([recipe])
     assert status.value.code == 75 and not stop.exists()
-    assert "stopped before the first update; the same command goes on" in capsys.readouterr().out
+    assert "stopped before the first update; the same command resumes" in capsys.readouterr().out
     train.main([recipe])
     assert (tmp_path / "run" / "DONE").exists()
 

@@ -154,7 +154,7 @@ def test_before_the_time_limit_it_saves_and_is_requeued(
     cluster.wait(job, lambda _: num_updates(tmp_path / "run") > before)
     cluster.command("scancel", job)
     cluster.finish(job)
-    assert f"going on from {saved}" in cluster.output(job)
+    assert f"resuming from {saved}" in cluster.output(job)
     steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl", "train")]
     assert steps == list(range(len(steps)))
 
@@ -196,7 +196,7 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     assert cluster.finish(other)["JobState"] == "COMPLETED"
     state = cluster.finish(job)
     assert state["JobState"] == "COMPLETED", cluster.output(job)
-    assert "going on from" in cluster.output(job)
+    assert "resuming from" in cluster.output(job)
     assert_as_on_one_node(4, recipe, tmp_path / "run")
 
 
@@ -214,7 +214,7 @@ def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
     state = cluster.finish(job)
     cluster.call("recover", "ft2")
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", cluster.output(job)
-    assert "going on from" in cluster.output(job)
+    assert "resuming from" in cluster.output(job)
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert [start["world_size"] for start in starts] == [2, 1]
     steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl", "train")]
