@@ -1,11 +1,11 @@
-"""Save, prune, find and restore; a checkpoint is a folder that appears whole or not at all.
+"""Saves, prunes, finds and restores checkpoints. A checkpoint folder appears whole or not at all.
 
 checkpoints/step_00012512/
     model.safetensors     the network, under the names of the published weights
     ema.safetensors       its moving average, if there is one
     training.pt           optimizer and loss scaler; loadable with weights_only=True
-    state.json            counters, recipe, classes, what it was trained on and with
-    SHA256SUMS            of the other files; `sha256sum -c` reads it
+    state.json            counters, recipe, classes, digests of the data, settings of the start
+    SHA256SUMS            digests of the other files; `sha256sum -c` reads them
 """
 
 import contextlib
@@ -34,11 +34,11 @@ MODEL, EMA = "model.safetensors", "ema.safetensors"
 
 
 class CheckpointError(Fault, ValueError):
-    """A checkpoint cannot be used; says which, why, and what to do."""
+    """A checkpoint cannot be used. The message says which one, why, and what to do."""
 
 
 class Saved(BaseModel):
-    """What `state.json` says of a run, and what it was trained on and with."""
+    """The contents of `state.json`."""
 
     version: int
     state: TrainState
@@ -47,35 +47,40 @@ class Saved(BaseModel):
     data: dict[str, str]  # digests of the index, by split
     world_size: int
     cpu_threads: int
-    execution: dict[str, config.Mode] = {}  # by device
+    execution: dict[str, config.Mode] = {}  # mode of execution, by the device's name
 
 
 def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:
-    """Writes `root/step_N` for the learner's step and keeps the newest `keep`. For one process.
+    """Writes `root/step_N` for the learner's step N, and removes old checkpoints.
 
-    `about` is stored beside the counters. Older checkpoints go only after the new one is safe, and
-    never so many that fewer than two good ones are left.
+    Only rank 0 calls this. Old checkpoints are removed after the new one is safe, and at least two
+    good ones always remain.
 
+    Args:
+        about: is stored in `state.json` beside the counters.
+        keep: the number of newest checkpoints to keep.
+    Returns:
+        The folder of the new checkpoint.
     Raises:
-        OSError: the file system refused; what was there is still there.
+        OSError: the file system refused. The older checkpoints are still there.
     """
     folder = root / f"step_{learner.state.step:08d}"
     for leftover in root.glob("*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)  # one may be in use, over NFS for example
+        shutil.rmtree(leftover, ignore_errors=True)  # a file may be in use, for example over NFS
     if folder.exists() and faults_of(folder):
         files.remove_folder(folder)
-    if not folder.exists():  # else it is the same step again, and equal
+    if not folder.exists():  # else the step was saved before, with equal contents
         written = contents(learner, about)
         sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(written.items()))
         files.write_folder(folder, written | {SUMS: sums.encode()})
-    with contextlib.suppress(OSError):  # it is saved; the next save tries again
+    with contextlib.suppress(OSError):  # the checkpoint is safe; the next save prunes again
         _prune(root, keep, folder)
     return folder
 
 
 def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a checkpoint but for `SHA256SUMS`."""
-    # In memory first: writing them can then fail with an OSError alone.
+    """Returns the bytes of each file of a checkpoint by name, except for `SHA256SUMS`."""
+    # Everything is built in memory first, so that writing can fail only with an OSError.
     found = {MODEL: safetensors.torch.save(_on_cpu(learner.module))}
     if learner.ema:
         found[EMA] = safetensors.torch.save(_on_cpu(learner.ema.module))
@@ -91,20 +96,21 @@ def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _prune(root: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, as long as two good ones are left.
+    """Removes all but the newest `keep` checkpoints, as long as two good ones remain.
 
-    Reads no more than it takes to know that: one, where none is damaged. `written` is good.
+    Reads checkpoints only until it knows two good ones. `written` counts as good unread, so it
+    usually reads one.
     """
     found, good = find(root), 0
-    for place, folder in enumerate(found if len(found) > keep else ()):
+    for number, folder in enumerate(found if len(found) > keep else ()):
         if good < 2:
             good += folder == written or not faults_of(folder)
-        elif place >= keep:
+        elif number >= keep:
             files.remove_folder(folder)
 
 
 def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    # Clones: safetensors refuses views of one storage, which averaged statistics are.
+    # The moving average keeps its tensors as views of one storage, which safetensors refuses.
     return {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
 
 
@@ -113,7 +119,7 @@ def _sha256(data: bytes) -> str:
 
 
 def find(root: Path) -> list[Path]:
-    """The finished checkpoints under `root`, newest first."""
+    """Lists the folders of complete checkpoints in `root`, newest first."""
     if not root.is_dir():
         return []
     found = [
@@ -123,7 +129,7 @@ def find(root: Path) -> list[Path]:
 
 
 def faults_of(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint: nothing, if it may be loaded."""
+    """Verifies the files of a checkpoint. Returns their faults; none if it may be loaded."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -142,65 +148,73 @@ def faults_of(folder: Path) -> list[str]:
 def choose_checkpoint(
     root: Path, resume: str, about: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
-    """The checkpoint to resume from; None if the run begins.
+    """Chooses the checkpoint to resume from. Returns None if the run begins.
 
     Args:
         root: the folder of the run's checkpoints.
         resume: `checkpoint.resume` of the recipe.
-        about: what this start trains on and with, as `save` stores it.
-        warn: is told of damaged checkpoints that are passed over, and of differences if forced.
+        about: the recipe, classes and data of this start, as `save` stores them.
+        warn: receives a line for each damaged checkpoint that is skipped. If the resume is forced,
+            it also receives the differences in recipe and data.
     Raises:
-        CheckpointError: it is damaged; or, unless it is forced, it was trained on other data or
-            with another recipe than `about` says.
+        CheckpointError: the checkpoint is damaged. Or its recipe or data differ from `about`, and
+            the resume is not forced.
     """
-    asked = run_folder.ResumeRule(resume)
-    if asked.anew:
+    rule = run_folder.ResumeRule(resume)
+    if rule.anew:
         return None
-    found = asked.named or newest_good(root, warn)
-    if asked.named and (faults := faults_of(asked.named)):
+    found = rule.named or newest_good(root, warn)
+    if rule.named and (faults := faults_of(rule.named)):
         raise CheckpointError(f"[checkpoint] resume = {resume}: {'; '.join(faults)}")
     if found:
-        _check_fits(found, about, warn, asked.forced)
+        _check_fits(found, about, warn, rule.forced)
     return found
 
 
 def _check_fits(
     folder: Path, about: dict[str, Any], warn: Callable[[str], None], force: bool
 ) -> None:
+    """Compares the recipe, classes and data of a checkpoint with those of this start."""
     saved = read_state(folder)
-    others = [
-        f"the {split} index at {about['recipe']['data']['root']} is not the one it saw"
+    changes = [
+        f"the {split} index at {about['recipe']['data']['root']} is not the one it was trained on"
         for split, digest in about["data"].items()
         if saved.data.get(split) != digest
     ]
     recipe = config.Recipe.model_validate_json(json.dumps(about["recipe"]))
-    others += config.differences(saved.recipe, recipe)
-    apart = matching.differences(saved.classes, about["classes"])
-    if apart:
-        others.insert(0, f"its classes are others: {apart}")
+    changes += config.differences(saved.recipe, recipe)
+    class_changes = matching.differences(saved.classes, about["classes"])
+    if class_changes:
+        changes.insert(0, f"its classes differ: {class_changes}")
     another_layer = len(saved.classes) != len(about["classes"])
-    if another_layer or (others and not force):
+    if another_layer or (changes and not force):
         remedy = "use those, or another folder with --set log.run_dir=..."
-        if apart:
+        if class_changes:
             remedy = (
                 "to start a new run from its weights: --set log.run_dir=NEW --set "
                 f"checkpoint.resume=auto --set model.weights={folder}"
             )
         if not another_layer:
-            remedy += ", or go on regardless with --set checkpoint.resume=force"
+            remedy += ", or resume in spite of this with --set checkpoint.resume=force"
         raise CheckpointError(
-            "\n  ".join([f"{folder} was trained with other data or another recipe:", *others])
+            "\n  ".join([f"{folder} was trained with other data or another recipe:", *changes])
             + f"\n{remedy}"
         )
-    if others:
-        warn("\n  ".join([f"WARNING: {folder} was made otherwise:", *others]))
+    if changes:
+        warn(
+            "\n  ".join(
+                [f"WARNING: {folder} was trained with other data or another recipe:", *changes]
+            )
+        )
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+    """Finds the newest checkpoint that is not damaged. Returns None if there is no checkpoint.
 
+    Args:
+        warn: receives a line for each damaged checkpoint that is skipped.
     Raises:
-        CheckpointError: there are checkpoints, and every one is damaged.
+        CheckpointError: there are checkpoints, and all of them are damaged.
     """
     faults: list[str] = []
     for folder in find(root):
@@ -212,16 +226,16 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     if faults:
         raise CheckpointError(
             "\n  ".join([f"no checkpoint under {root} can be used:", *faults])
-            + "\nrestore one from a copy, or start anew in another folder: --set log.run_dir=..."
+            + "\nrestore one from a copy, or start in another folder: --set log.run_dir=..."
         )
     return None
 
 
 def read_state(folder: Path) -> Saved:
-    """The `state.json` of a checkpoint.
+    """Reads the `state.json` of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another version.
+        CheckpointError: the file is missing, damaged, or of another format version.
     """
     try:
         text = (folder / "state.json").read_bytes()
@@ -234,24 +248,24 @@ def read_state(folder: Path) -> Saved:
             f"{folder} has format version {version}, this fasttrain reads {FORMAT_VERSION}; "
             "install the fasttrain that wrote it"
         )
-    if isinstance(state.get("recipe"), dict):  # an earlier version wrote every key that it had
+    if isinstance(state.get("recipe"), dict):  # an earlier version may have written FORMER_KEYS
         state["recipe"] = config.without_former_keys(state["recipe"])
     try:
         return Saved.model_validate_json(json.dumps(state))
     except ValidationError as error:
         detail = error.errors()[0]
-        place = ".".join(str(part) for part in detail["loc"])
+        key = ".".join(str(part) for part in detail["loc"])
         raise CheckpointError(
-            f"{folder} is not what this fasttrain writes (state.json, {place}: {detail['msg']}); "
+            f"{folder} is not what this fasttrain writes (state.json, {key}: {detail['msg']}); "
             "restore it from a copy, or install the fasttrain that wrote it"
         ) from None
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Loads a file of weights of a network into that same network, every tensor of it.
+    """Loads all tensors of a file into the network that they belong to.
 
     Raises:
-        WeightsError: the file is not one of weights, or of another network.
+        WeightsError: the file holds no weights, or those of another network.
     """
     weights.load(weights.read(path), module)
 
@@ -259,15 +273,17 @@ def load_weights(path: Path, module: nn.Module) -> None:
 def open_weights(
     path: Path, average: bool, say: Callable[[str], None]
 ) -> tuple[Weights, config.Recipe | None]:
-    """The weights at `path`, and the recipe that made them where a checkpoint of ours tells it.
+    """Reads weights from a run folder, a checkpoint or a file.
 
     Args:
-        path: a run folder (its newest good checkpoint), a checkpoint, one of its files, or any
-            other file of weights.
-        average: take the moving average of the weights.
-        say: is told of damaged checkpoints that are passed over.
+        path: a run folder, of which the newest good checkpoint is read; a checkpoint; one of its
+            two files of weights; or any other file of weights.
+        average: read the moving average instead of the weights.
+        say: receives a line for each damaged checkpoint that is skipped.
+    Returns:
+        The weights, and the recipe that trained them; None if they are not from a checkpoint.
     Raises:
-        CheckpointError, WeightsError: there is nothing usable at `path`.
+        CheckpointError, WeightsError: `path` holds no usable weights.
     """
     if path.is_file() and not (path.name in (MODEL, EMA) and (path.parent / SUMS).exists()):
         return weights.read(path, average), None
@@ -293,19 +309,24 @@ def restore(
     about: dict[str, Any],
     warn: Callable[[str], None],
 ) -> None:
-    """Loads a checkpoint that was chosen into `learner`, in place and whatever the device.
+    """Loads a checkpoint into `learner`, in place and on any device.
 
+    Args:
+        folder: the checkpoint that `choose_checkpoint` returned.
+        about: of this start, as for `save`.
+        warn: receives a line if the number of CPU threads changed.
     Raises:
-        CheckpointError: it is of another format or network.
+        CheckpointError: the checkpoint has another format, or its optimizer state does not fit.
+        WeightsError: its weights are of another network.
     """
     saved = read_state(folder)
     if saved.cpu_threads != about["cpu_threads"]:
         warn(
-            f"saved with {saved.cpu_threads} CPU threads, going on with {about['cpu_threads']}: "
-            "results on a CPU then agree to rounding, not bit for bit"
+            f"saved with {saved.cpu_threads} CPU threads, resuming with {about['cpu_threads']}: "
+            "results on a CPU then agree up to rounding, not bit for bit"
         )
     load_weights(folder / MODEL, learner.module)
-    if learner.ema:  # which a forced run may have newly
+    if learner.ema:  # a forced resume may have added it; it then starts from the network
         average = folder / EMA
         load_weights(average if average.exists() else folder / MODEL, learner.ema.module)
     try:
@@ -313,7 +334,7 @@ def restore(
         learner.optimizer.load_state_dict(training["optimizer"])
         if learner.scaler and "scaler" in training:
             learner.scaler.load_state_dict(training["scaler"])
-    except Exception as error:  # torch raises of every kind
+    except Exception as error:  # torch raises exceptions of many types
         raise CheckpointError(
             f"{folder}/training.pt does not fit this run: {error}; restore it from a copy, or "
             "install the fasttrain that wrote it"

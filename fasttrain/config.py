@@ -1,6 +1,6 @@
-"""TOML recipe -> `Recipe`: frozen, typed, validated, with every fault reported at once.
+"""Reads a TOML recipe into a frozen, typed and validated `Recipe`. Reports all faults at once.
 
-Every knob of a run is declared here, with its unit and one line on what it does. A recipe sets only
+This module declares every setting of a run, with its unit and its effect. A recipe file sets only
 what differs from these defaults. `python -m fasttrain.config RECIPE` prints a recipe in full.
 """
 
@@ -34,9 +34,9 @@ from fasttrain.faults import ConfigError, stop
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
-# Ways to carry out an update: see `execution`.
+# Modes of execution: see `Train.execution`.
 Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
-# `~` and environment variables are for clusters: root = "$SLURM_TMPDIR/imagenet".
+# Clusters need `~` and environment variables: root = "$SLURM_TMPDIR/imagenet".
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))
 ]
@@ -44,21 +44,22 @@ ExpandedPath = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Varies:
-    """Says at a field that its value may vary within a run; else another value is another run.
+    """Marks a field whose value may vary within a run. A new value of any other field needs a new
+    run.
 
-    What varies is where and how the work is done. Two fields come close to changing results:
-    `micro_batch_size` follows the number of processes and regroups BatchNorm, and another decoder
-    may change the last bit of a pixel.
+    Fields that may vary say where and how the work is done. Two of them may change results
+    slightly: `micro_batch_size` changes the groups of BatchNorm, and it follows the number of
+    processes. Another decoder may change the last bit of a pixel.
     """
 
-    per_machine: bool  # between the processes of one start; else only from one start to the next
+    per_machine: bool  # True: may differ between ranks. False: only from one start to the next.
 
 
 ON_RESUME, PER_MACHINE = Varies(per_machine=False), Varies(per_machine=True)
 
 
 def _crop_px(value: object) -> object:
-    """Checks `data.crop_px`: a size, or pairs of an epoch and the size from there on."""
+    """Checks `data.crop_px`: a size, or pairs of a first epoch and a size."""
     pairs: Any = value if isinstance(value, (list, tuple)) else [[0, value]]
     for pair in pairs:
         if not (isinstance(pair, (list, tuple)) and [type(x) for x in pair] == [int, int]):
@@ -68,14 +69,14 @@ def _crop_px(value: object) -> object:
         if pair[1] < 32:
             raise ValueError("must be at least 32 pixels")
     epochs = [epoch for epoch, _ in pairs]
-    if epochs[:1] != [0] or any(before >= after for before, after in pairwise(epochs)):
+    if epochs[:1] != [0] or any(first >= second for first, second in pairwise(epochs)):
         raise ValueError("epochs must start at 0 and rise")
-    # What leaves here counts as Python's, and of that strict types take no list for a tuple.
+    # pydantic's strict mode takes this for a Python value, and then refuses a list for a tuple.
     return tuple(map(tuple, pairs)) if isinstance(value, (list, tuple)) else value
 
 
 class Section(BaseModel):
-    """A table of the recipe: unknown keys and wrong types are errors, values cannot change."""
+    """A table of the recipe. Unknown keys and wrong types are errors; values cannot change."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -83,99 +84,105 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What the images are and how they are cut."""
+    """Which images are used, and how they are read, decoded, cropped and augmented."""
 
     root: Annotated[ExpandedPath, PER_MACHINE] = Path("data/imagenet")
-    """Folder of the shards, as `tools/make_shards.py` writes it."""
+    """Folder of the shards that `tools/make_shards.py` wrote."""
     short_side: Positive | None = None
-    """Refuse shards whose images were not shrunk to this shorter side; unset: take any."""
+    """Refuse shards whose images were not shrunk to this shorter side, in pixels; unset: accept
+    any."""
     crop_px: Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_crop_px)] = 224
     """Side of the training crop after resizing, in pixels; or a schedule of pairs (epoch, pixels),
     epochs from 0: `[[0, 128], [60, 176], [120, 224]]`."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest part of the image's area that a training crop covers."""
+    """Smallest and largest fraction of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width over height of a training crop."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How images are resized, always with antialiasing."""
+    """Filter with which images are resized, always with antialiasing."""
     flip: bool = True
-    """Mirror a random half of the training images."""
+    """Mirror each training image with probability 0.5."""
     augment: Literal["none", "rand", "trivial"] = "none"
-    """RandAugment, or TrivialAugment Wide: one operation of any strength per image."""
+    """`rand`: RandAugment. `trivial`: TrivialAugment Wide, one operation of random strength per
+    image."""
     augment_ops: Positive = 2
-    """Operations of RandAugment per image, one after the other."""
+    """Number of RandAugment's operations per image."""
     augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """Strength of RandAugment's operations, from 0 to 30."""
     color_jitter: tuple[Strength, Strength, Strength, Strength] = (0.0, 0.0, 0.0, 0.0)
-    """Largest changes of brightness, contrast and saturation (factors of 1 - s to 1 + s) and of hue
-    (turns of the colour wheel, at most 0.5)."""
+    """Largest changes of brightness, contrast and saturation (factors from 1 - s to 1 + s) and of
+    hue (turns of the colour wheel, at most 0.5)."""
     erase: Fraction = 0.0
-    """Part of the training images in which a random rectangle is erased."""
+    """Fraction of the training images in which a random rectangle is erased."""
     eval_resize_px: Annotated[int, Field(ge=32)] = 256
     """Shorter side of a validation image after resizing, in pixels."""
     eval_crop_px: Annotated[int, Field(ge=32)] = 224
     """Side of the centre crop of a validation image, in pixels."""
     stage: Annotated[ExpandedPath | None, PER_MACHINE] = None
-    """Folder on each node, of a local disk or of memory (`/dev/shm/...`), into which the shards are
-    copied and checked before the run, once a node, and from which they are then read."""
+    """Folder on a local disk or in memory (`/dev/shm/...`) of each node. Before the run, one
+    process per node copies the shards there and checks them. The run then reads the copy."""
     stage_part: Annotated[Fraction, ON_RESUME] = 1.0
-    """Part of the training tars that is copied; the others are read from `root`."""
+    """Fraction of the training tars that is copied. The others are read from `root`."""
     stage_keep: Annotated[bool, ON_RESUME] = False
-    """Leave the copy when the run ends or stops, for the next one. It is left in any case by a run
-    that is killed, and the same command goes on with it."""
+    """Keep the copy for the next run when this run ends or stops. A run that is killed always
+    leaves its copy, and the same command uses it again."""
     shuffle: Literal["full", "blocks"] = "full"
-    """Order of an epoch: `full` over the whole data set; `blocks` for storage that is slow at
-    random reads: over `shuffle_shards` tars at a time, read ahead in large pieces."""
+    """`full` shuffles the whole data set in each epoch. `blocks` shuffles `shuffle_shards` tars at
+    a time and reads ahead in large pieces, for storage that is slow at random reads."""
     shuffle_shards: Positive = 16
-    """Tars that are shuffled together under `shuffle = "blocks"`."""
+    """Number of tars that `shuffle = "blocks"` shuffles together."""
     read: Annotated[Literal["mmap", "pread"], ON_RESUME] = "mmap"
-    """How tars are read: `mmap` copies nothing; `pread` copies, for file systems where mapping is
-    unwise."""
+    """How tars are read. `mmap` copies nothing. `pread` copies, for file systems on which mapping
+    is unsafe or slow."""
     read_ahead: Annotated[int, Field(ge=0), ON_RESUME] = 4
-    """Batches whose bytes are fetched from storage before the decoder needs them; `mmap` does so
-    only while they are not in memory already."""
+    """Number of batches whose bytes are read before the decoder needs them. `mmap` reads only the
+    bytes that are not in memory yet."""
     read_threads: Annotated[Positive, ON_RESUME] = 8
-    """Reads in flight at a time, per process."""
+    """Number of concurrent reads per process."""
     decode: Annotated[Literal["auto", "cpu", "gpu_full", "gpu_window"], ON_RESUME] = "auto"
-    """Where JPEGs are decoded: `gpu_full` the whole image; `gpu_window` only the crop, less work
-    but reported to crash with nvImageCodec 0.9 on some GPUs; `auto` tries all on real images
-    before the run, each in a process of its own, and takes the fastest that works."""
+    """Where JPEGs are decoded. `gpu_full` decodes whole images. `gpu_window` decodes only the crop,
+    which is less work, but crashes are reported with nvImageCodec 0.9 on some GPUs. `auto` tries
+    all on real images before the run, each in its own process, and takes the fastest one that
+    works."""
     hw_decoder_load: Annotated[Fraction | Literal["auto"], ON_RESUME] = "auto"
-    """Part of a batch given to the GPU's JPEG decoder, where it has one; CPU and GPU cores do the
-    rest. `auto` goes by the number of CPU threads, and with `decode = "auto"` tries others too."""
+    """Fraction of a batch that the GPU's hardware JPEG decoder gets, if there is one. CPU and GPU
+    cores decode the rest. `auto` depends on the number of CPU threads; with `decode = "auto"`,
+    other values are tried as well."""
     jpeg_fancy_upsampling: Annotated[bool, ON_RESUME] = False
-    """On a GPU, interpolate the colours of JPEGs between pixels as CPUs do, where the GPU's own way
-    is to repeat them, which is faster."""
+    """On a GPU, interpolate the colours of JPEGs between pixels, as CPUs do. Without it, the GPU
+    repeats the colours, which is faster."""
     verify: Annotated[Literal["off", "first_epoch", "always"], ON_RESUME] = "off"
-    """Compare the crc32 of each image's bytes, and its size, with the index before it is decoded:
-    never, in the run's first epoch and each process's first evaluation, or always."""
+    """When to compare the crc32 and the size of each image's bytes with the index before decoding:
+    never; in the run's first epoch and each process's first evaluation; or always."""
     on_bad_sample: Annotated[Literal["stop", "replace"], ON_RESUME] = "stop"
-    """What a damaged training image does: end the run, or be replaced by another one: the same on
-    any number of processes and, with `verify = "always"`, after any restart. In an evaluation it
-    ends the run."""
+    """What happens at a damaged training image. `stop` ends the run. `replace` takes another image:
+    the same one on any number of processes and, with `verify = "always"`, after any restart. In an
+    evaluation a damaged image always ends the run."""
     max_bad_samples: Annotated[Positive, ON_RESUME] = 100
-    """Images that each process may replace, and no more than half of all, before the run ends."""
+    """Number of images, and at most half of all, that each process may replace before the run
+    ends."""
     threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
-    """CPU threads that decode, per process; 0 shares out the CPUs this process may use."""
+    """CPU threads that decode, per process; 0 divides the CPUs of this machine among its
+    processes."""
     queue_depth: Annotated[Positive, ON_RESUME] = 2
-    """Batches kept ready for the training thread."""
+    """Number of batches kept ready for the training thread."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_area = [{low}, {high}]: must rise within (0, 1]")
+            raise ValueError(f"crop_area = [{low}, {high}]: needs 0 < smallest <= largest <= 1")
         low, high = self.crop_ratio
         if not 0 < low <= high:
-            raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: must rise from above 0")
+            raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: needs 0 < smallest <= largest")
         for key in ("augment_ops", "augment_magnitude"):
             value = getattr(self, key)
             if self.augment != "rand" and value != type(self).model_fields[key].default:
-                raise ValueError(f'{key} = {value}: only RandAugment has it; set augment = "rand"')
+                raise ValueError(f'{key} = {value}: only RandAugment uses it; set augment = "rand"')
         number, default = self.max_bad_samples, type(self).model_fields["max_bad_samples"].default
         if self.on_bad_sample == "stop" and number != default:
             raise ValueError(
-                f'max_bad_samples = {number}: none is replaced; set on_bad_sample = "replace"'
+                f'max_bad_samples = {number}: no sample is replaced; set on_bad_sample = "replace"'
             )
         for key in ("stage_part", "stage_keep"):
             value = getattr(self, key)
@@ -188,27 +195,28 @@ class Data(Section):
         if self.eval_crop_px > self.eval_resize_px:
             raise ValueError(
                 f"eval_crop_px = {self.eval_crop_px}: larger than the resized image "
-                f"(eval_resize_px = {self.eval_resize_px}); raise the one or lower the other"
+                f"(eval_resize_px = {self.eval_resize_px}); lower the first or raise the second"
             )
         return self
 
 
 class Model(Section):
-    """Which network; its number of classes comes from the data."""
+    """The network. Its number of classes comes from the data."""
 
     arch: Literal["large", "small"] = "large"
     """MobileNetV3-Large or -Small."""
     width: Annotated[float, Field(ge=0.1, le=8.0)] = 1.0
     """Multiplies the channels of every layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """Part of the last hidden layer dropped in training."""
+    """Probability with which a unit of the last hidden layer is dropped in training."""
     weights: ExpandedPath | None = None
-    """Start from these weights, not from random ones: a run folder, a checkpoint, or a file of
-    weights. The last layer keeps the classes that the data has too, by name, and is new for the
-    others. A run that goes on from its own checkpoint does not read them."""
+    """Start from these weights instead of random ones: a run folder, a checkpoint, or a file of
+    weights. The last layer keeps its rows for classes that the data has too, matched by name. Its
+    rows for other classes start anew. A run that resumes from its own checkpoint ignores this
+    setting."""
 
     def network(self) -> dict[str, Any]:
-        """The arguments of `model.build_model`, but for the number of classes."""
+        """The arguments of `model.build_model`, except for the number of classes."""
         return {"arch": self.arch, "width": self.width, "dropout": self.dropout}
 
 
@@ -222,22 +230,22 @@ class Optim(Section):
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 5
     """Length of the linear ramp from `warmup_lr` to `lr`, in epochs."""
     final_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's form of the momentum."""
+    """Use Nesterov momentum."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 4e-5
-    """On the weights of convolutions and linear layers; never on biases and BatchNorm."""
+    """Decay of the weights of convolutions and linear layers; never of biases and BatchNorm."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Moving average of the weights, per update, evaluated beside them; 0 keeps none."""
+    """Decay per update of the moving average of the weights, which is evaluated too; 0 keeps no
+    average."""
     backbone_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """All layers but the last learn at the learning rate times this: for a run that starts from
-    weights, whose last layer alone is new."""
+    """Factor on the learning rate of all layers but the last, for a run that starts from weights
+    and in which only the last layer is new."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """The first so many of the network's five stages keep the weights and BatchNorm's statistics
-    they started from. A stage begins wherever the image is halved; with all five, the classifier
-    alone learns."""
+    """Number of the network's first stages, of five, whose weights and BatchNorm statistics do not
+    change. A stage begins where the image is halved. With all five, only the classifier learns."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -247,46 +255,49 @@ class Optim(Section):
 
 
 class Train(Section):
-    """How long, how many images at once, in which precision."""
+    """Length, batch size, precision and execution of the training."""
 
     epochs: Positive = 150
-    """Passes over the training images; the learning rate is scheduled over them."""
+    """Passes over the training images. The learning rate's schedule has this length."""
     max_steps: Annotated[Positive | None, ON_RESUME] = None
-    """End the run after this many updates; the schedule stays that of `epochs`."""
+    """End the run after this many updates. The learning rate's schedule is still that of
+    `epochs`."""
     global_batch_size: Positive = 1024
     """Images per update, over all processes."""
     micro_batch_size: Annotated[Positive | None, ON_RESUME] = None
-    """Images per forward pass and process; unset: `global_batch_size` over the processes."""
+    """Images per forward pass and process; unset: `global_batch_size` divided by the number of
+    processes."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of everything drawn: initial weights, order, crops, flips, augmentation, dropout."""
+    """Seed of all random numbers: initial weights, order, crops, flips, augmentation, dropout."""
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Mixed precision: bfloat16, float16 with loss scaling, or none (float32)."""
     label_smoothing: Fraction = 0.0
-    """Part of the target spread over all classes."""
+    """Fraction of the target that is spread over all classes."""
     mixup_alpha: Strength = 0.0
     """MixUp: blend images and labels with weights from Beta(alpha, alpha); 0 is off."""
     cutmix_alpha: Strength = 0.0
-    """CutMix: paste a box of another image, likewise; with both, an even chance decides."""
+    """CutMix: paste a box of another image, whose area follows Beta(alpha, alpha); 0 is off. With
+    MixUp too, each micro-batch uses one of the two with equal probability."""
     eval_every_epochs: Positive = 1
-    """Evaluate after every so many epochs, and always at the end."""
+    """Number of epochs between evaluations. The end of the run is always evaluated."""
     execution: Annotated[Literal["auto"] | Mode, ON_RESUME] = "auto"
-    """How an update is carried out, with the same result but for rounding: `compile` by
-    torch.compile, `graph` as one CUDA graph, `compile_graph` both; with `_fuse` the compiler
-    computes cheap results again rather than store them. `auto` tries them before the run, takes
-    the fastest whose loss agrees with `eager`'s, and remembers it for later runs."""
+    """Mode in which updates are executed. All modes give the same result up to rounding. `compile`
+    uses torch.compile, `graph` one CUDA graph, `compile_graph` both. With `_fuse` the compiler
+    recomputes cheap results instead of storing them. `auto` tries the modes before the run, takes
+    the fastest one whose loss agrees with that of `eager`, and remembers it for later runs."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients are summed over processes; bf16 halves what is sent."""
+    """Precision of the gradients' all-reduce; bf16 halves the bytes that are sent."""
     max_skipped_steps: Annotated[int, Field(ge=0), ON_RESUME] = 0
-    """Updates of a run that may be left out as their loss or gradient is not finite; with one more
-    the run stops, as it was before that one."""
+    """Number of updates of a run that may be skipped because their loss or gradient is not finite.
+    At the next such update the run stops, and that update changes nothing."""
     deterministic: Annotated[bool, ON_RESUME] = False
-    """On a GPU, take the kernels and the decoder (the CPU's) that repeat bit for bit, at a cost in
-    speed; on a CPU a run repeats anyway."""
+    """On a GPU, use kernels that repeat bit for bit and decode on the CPU, at a cost in speed. On a
+    CPU, runs always repeat."""
     hang_timeout_s: Annotated[float, Field(gt=0.0), ON_RESUME] = 600.0
-    """Seconds without a step after which a run of several processes ends, and names the process
-    that all others wait for; of the first step, an hour at the least."""
+    """Seconds without a step after which a run of several processes ends and names the process that
+    the others are waiting for. The first step has at least an hour."""
     cpu_threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
-    """Threads of torch on the CPU, per process; 0 shares out the CPUs this process may use."""
+    """Torch's CPU threads per process; 0 divides the CPUs of this machine among its processes."""
 
     @model_validator(mode="after")
     def _graphs_need_no_scaler(self) -> Self:
@@ -299,34 +310,35 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """When the run is saved."""
+    """When the run is saved, and from where it resumes."""
 
     every_steps: Annotated[Positive, ON_RESUME] = 1000
-    """Save after every so many updates, and always at the end and when asked to stop."""
+    """Number of updates between saves. The run is also saved at its end and when it is stopped."""
     keep: Annotated[int, Field(ge=2), ON_RESUME] = 3
-    """Checkpoints kept, newest first; more where two good ones would not be left."""
+    """Number of newest checkpoints that are kept. More are kept if these include fewer than two
+    good ones."""
     max_failures: Annotated[Positive, ON_RESUME] = 3
-    """Saves in a row that may fail, for want of space say, before the run stops."""
+    """The run stops when this many saves in a row have failed, for example on a full disk."""
     resume: Annotated[str, ON_RESUME] = "auto"
-    """Where a start goes on: `auto` at the run folder's newest good checkpoint; `force` there, even
-    though the recipe or the data are others; `anew` at the beginning; or at the checkpoint whose
-    folder is named. What is in the way is moved into `before-...` in the run folder. When SLURM
-    starts a job again, it is `auto`."""
+    """Where a start resumes. `auto`: from the run folder's newest good checkpoint. `force`: from
+    the same one, although the recipe or the data changed. `anew`: from the beginning. Any other
+    value names the folder of a checkpoint. `anew` and a named checkpoint move what is in the way
+    into `before-...` in the run folder. When SLURM restarts a job, the value is `auto`."""
 
 
 class Log(Section):
-    """Where the run is written and how often it reports."""
+    """Where the run is written, and how often it reports."""
 
     run_dir: Annotated[ExpandedPath | None, PER_MACHINE] = None
-    """The run folder; unset: `runs/` and the recipe's file name."""
+    """The run folder; unset: `runs/` and the recipe's file name without its suffix."""
     every_steps: Annotated[Positive, ON_RESUME] = 50
-    """A train line after every so many updates."""
+    """Number of updates between train lines."""
     samples: Annotated[bool, ON_RESUME] = False
-    """Write which samples, windows and flips each update saw, one file per process."""
+    """Write the samples, windows and flips of each update, one file per process."""
 
 
 class Recipe(Section):
-    """A whole run. The launcher says where it runs, the recipe says what."""
+    """All settings of a run. The launcher decides where it runs."""
 
     data: Data = Data()
     model: Model = Model()
@@ -336,8 +348,8 @@ class Recipe(Section):
     log: Log = Log()
 
 
-# Keys that earlier versions had, and what a recipe file that holds one is told. The run folders and
-# checkpoints of those versions hold every key, and still open.
+# Keys of earlier versions, each with its remedy. A recipe file with such a key is refused. Run
+# folders and checkpoints of earlier versions contain these keys too, and can still be opened.
 FORMER_KEYS = {
     ("data", "prepare"): (
         "delete this line; the demo's data set is now made by `python tools/make_digits.py`"
@@ -350,25 +362,26 @@ FORMER_KEYS = {
 # --------------------------------------------------------------------------------------------------
 
 
-# More than syntax: numbers of thousands of digits, and brackets nested as deep.
+# Not only syntax errors: also numbers of thousands of digits, and thousands of nested brackets.
 _NO_TOML = (ValueError, RecursionError)
-_TOO_MUCH = "..."  # is shown in their place
+_TOO_LONG = "..."  # is shown instead of such a value
 
 
 def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False) -> Recipe:
-    """The recipe at `path` with `section.key=value` overrides on top.
+    """Reads the recipe at `path`.
 
     Args:
+        overrides: `section.key=value` texts that replace values of the file.
         written_by_run: the file is the `recipe.toml` of a run folder, perhaps of an earlier
-            version: FORMER_KEYS are ignored there, and refused in all other files.
+            version. There FORMER_KEYS are ignored; in all other files they are refused.
     Raises:
-        ConfigError: naming every fault at once.
+        ConfigError: the file cannot be read, or values are wrong. Names all faults at once.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except OSError as error:
-        there = _recipes_near(path) if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{path}: cannot read this recipe ({error.strerror}){there}") from None
+        hint = _recipes_near(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: cannot read this recipe ({error.strerror}){hint}") from None
     except _NO_TOML as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     if written_by_run:
@@ -385,7 +398,7 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
 
 
 def without_former_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe's tables (by section, then key) without the keys of FORMER_KEYS."""
+    """Returns a copy of a recipe's tables (by section, then key) without FORMER_KEYS."""
     return {
         section: {key: value for key, value in table.items() if (section, key) not in FORMER_KEYS}
         if isinstance(table, dict)
@@ -395,7 +408,7 @@ def without_former_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipes_near(path: Path) -> str:
-    """The recipes beside one that is not there, or else the project's own."""
+    """Names the recipes in the folder of a missing one; if there are none, the project's own."""
     for folder in (path.parent, Path(__file__).parent.parent / "recipes", Path("recipes")):
         if found := sorted(other.name for other in folder.glob("*.toml") if other.is_file()):
             shown = [*found[:12], *(["..."] if len(found) > 12 else [])]
@@ -406,15 +419,15 @@ def _recipes_near(path: Path) -> str:
 
 
 def _override(raw: dict[str, Any], text: str) -> str | None:
-    """Applies one `section.key=value` to `raw`; returns the fault, if any."""
+    """Applies one `section.key=value` to `raw`. Returns the fault, if any."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key and value.strip()):  # as of an unset variable
+    if not (equals and dot and section and key and value.strip()):
         return f"--set {text}: expected section.key=value, for example train.epochs=90"
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except _NO_TOML:
-        parsed = value.strip()  # a bare word or path: --set log.run_dir=/tmp/run
+        parsed = value.strip()  # a word or path without quotes: --set log.run_dir=/tmp/run
     table = raw.setdefault(section, {})
     if isinstance(table, dict):
         table[key] = parsed
@@ -422,7 +435,11 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
 
 
 def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None, list[str]]:
-    """Adds to `faults`; validates by sections, so that one fault does not hide the others."""
+    """Validates each section by itself, so that one fault does not hide the others.
+
+    Returns:
+        The recipe, None if there is a fault; and `faults` with those found here.
+    """
     sections: dict[str, Any] = {}
     known = {name: type(field.default) for name, field in Recipe.model_fields.items()}
     for name, table in raw.items():
@@ -434,33 +451,33 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
         table = raw.get(name, {})
         if not isinstance(table, dict):
             continue
-        unfit = {key: why for key, value in table.items() if (why := _unfit(value))}
-        faults += [f"[{name}] {key} = {_shown(table[key])}: {why}" for key, why in unfit.items()]
-        fit = {key: value for key, value in table.items() if key not in unfit}
+        bad = {key: why for key, value in table.items() if (why := _value_fault(value))}
+        faults += [f"[{name}] {key} = {_shown(table[key])}: {why}" for key, why in bad.items()]
+        good = {key: value for key, value in table.items() if key not in bad}
         try:
-            # Through JSON, strict types still take a list for a tuple and a string for a path.
-            sections[name] = kind.model_validate_json(json.dumps(fit, default=str))
+            # In JSON, strict mode accepts a list for a tuple and a string for a path.
+            sections[name] = kind.model_validate_json(json.dumps(good, default=str))
         except ValidationError as error:
             faults += [_fault(name, kind, detail) for detail in error.errors()]
     optim, train = sections.get("optim"), sections.get("train")
     if optim and train and optim.warmup_epochs > train.epochs:
         faults.append(
             f"[optim] warmup_epochs = {optim.warmup_epochs:g}: longer than the run "
-            f"([train] epochs = {train.epochs}); lower it or train longer"
+            f"([train] epochs = {train.epochs}); lower warmup_epochs or raise epochs"
         )
     model = sections.get("model")
     if optim and model and optim.frozen_stages and model.weights is None:
         faults.append(
-            f"[optim] frozen_stages = {optim.frozen_stages}: random weights would never learn; set "
-            "[model] weights to start from others, or frozen_stages = 0"
+            f"[optim] frozen_stages = {optim.frozen_stages}: these stages would keep their random "
+            "weights; set [model] weights to start from trained ones, or frozen_stages = 0"
         )
     return (None if faults else Recipe(**sections)), faults
 
 
-def _unfit(value: object) -> str:
-    """What is wrong with a value of any key; empty if nothing is."""
-    if (isinstance(value, int) and abs(value) >= 2**63) or _shown(value) == _TOO_MUCH:
-        return "must be less: 64 bits for a number"
+def _value_fault(value: object) -> str:
+    """Checks what holds for the value of any key. Returns the fault; "" if there is none."""
+    if (isinstance(value, int) and abs(value) >= 2**63) or _shown(value) == _TOO_LONG:
+        return "must be smaller; numbers have at most 64 bits"
     if not isinstance(value, str):
         return ""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
@@ -469,7 +486,7 @@ def _unfit(value: object) -> str:
         return "must not be empty"
     if unset := re.search(r"\$(\w+|\{[^}]*\})", os.path.expandvars(value)):
         return f"{unset[0]} is not set in the environment; set it or write the value in full"
-    path = str(Path(value))  # of ./~name as well, which a Path shortens
+    path = str(Path(value))  # a Path shortens ./~name to ~name
     if path.startswith("~") and os.path.expanduser(path) == path:
         return "there is no such user; write the path in full"
     return ""
@@ -479,8 +496,8 @@ _EXAMPLES = {"int": "8", "float": "0.5", "bool": "true", "string": '"text"', "pa
 
 
 def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
-    """One pydantic error in the words of a user: `[section] key = value: what is expected`."""
-    if not detail["loc"]:  # a check of ours over several keys, already in full
+    """Words one pydantic error for the user: `[section] key = value: what is expected`."""
+    if not detail["loc"]:  # from a `model_validator` above, whose message is complete
         return f"[{section}] {detail['msg'].removeprefix('Value error, ')}"
     key = str(detail["loc"][0])
     if remedy := FORMER_KEYS.get((section, key)):
@@ -498,8 +515,8 @@ def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
         message = "expected one more value"
     elif message.startswith("Input should be"):
         message = "must be" + message.removeprefix("Input should be")
-    place = "".join(f"[{index}]" for index in detail["loc"][1:] if isinstance(index, int))
-    return f"[{section}] {key}{place} = {_shown(value)}: {message}"
+    position = "".join(f"[{index}]" for index in detail["loc"][1:] if isinstance(index, int))
+    return f"[{section}] {key}{position} = {_shown(value)}: {message}"
 
 
 def _did_you_mean(word: str, known: Mapping[str, Any]) -> str:
@@ -511,7 +528,7 @@ def _shown(value: Any) -> str:
     try:
         text = json.dumps(value, default=str)
     except _NO_TOML:
-        return _TOO_MUCH
+        return _TOO_LONG
     return text if len(text) < 300 else f"{text[:300]}..."
 
 
@@ -521,15 +538,15 @@ def _shown(value: Any) -> str:
 
 
 def dumps(recipe: Recipe, leave_out: Collection[str] = ()) -> str:
-    """The recipe as TOML with every value filled in; `load` of it gives an equal recipe.
+    """Returns the recipe as TOML with all values. `load` of this text gives an equal recipe.
 
     Args:
-        leave_out: fields (`section.key`) that are not written, and so have their defaults later.
+        leave_out: fields (`section.key`) that are not written. `load` gives them their defaults.
     """
     lines = []
     for name, table in recipe.model_dump(mode="json").items():
         lines.append(f"[{name}]")
-        # JSON's strings, numbers, booleans and flat lists are TOML's as well.
+        # JSON's strings, numbers, booleans and lists are valid TOML.
         lines += [
             f"{key} = {json.dumps(value, ensure_ascii=False)}"
             for key, value in table.items()
@@ -540,10 +557,10 @@ def dumps(recipe: Recipe, leave_out: Collection[str] = ()) -> str:
 
 
 def may_vary(per_machine: bool = False) -> frozenset[str]:
-    """Names of the fields that may change when a run resumes: `data.root` and so on.
+    """Names the fields that may change when a run resumes, such as `data.root`.
 
     Args:
-        per_machine: only those that may differ between the processes of one start.
+        per_machine: name only those that may differ between the processes of one start.
     """
     return frozenset(
         f"{section}.{key}"
@@ -555,14 +572,14 @@ def may_vary(per_machine: bool = False) -> frozenset[str]:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Settings that make `new` another run than `old`: `train.seed: 0 -> 1`."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    """Lists the settings whose change makes `new` a different run: `train.seed: 0 -> 1`."""
+    old_values, new_values = old.model_dump(mode="json"), new.model_dump(mode="json")
     varying = may_vary()
     return [
-        f"{section}.{key}: {_shown(before[section][key])} -> {_shown(value)}"
-        for section, table in after.items()
+        f"{section}.{key}: {_shown(old_values[section][key])} -> {_shown(value)}"
+        for section, table in new_values.items()
         for key, value in table.items()
-        if before[section][key] != value and f"{section}.{key}" not in varying
+        if old_values[section][key] != value and f"{section}.{key}" not in varying
     ]
 
 
@@ -571,12 +588,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-TRAINS = "Trains the network of a recipe, or goes on where an earlier run stopped."
+TRAINS = "Trains the network of a recipe, or resumes a run that was stopped."
 PRINTS = "Prints a recipe in full as TOML: every setting, with the defaults. Nothing is trained."
 
 
 def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
-    """The recipe that the command line names; a wrong one ends the process with exit code 2."""
+    """Loads the recipe that the command line names. A fault ends the process with exit code 2."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",

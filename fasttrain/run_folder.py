@@ -1,17 +1,17 @@
-"""The run folder: what lies in it, and whether a command may go on there. Needs no torch.
+"""The run folder: its files, and whether a command may start or resume there. Needs no torch.
 
     recipe.toml             the recipe in full
     environment.json        one entry per start: versions, hardware, commit, command
     metrics.jsonl           one line per event: train, eval, skipped, limit, done
-    samples-rank0.jsonl     with log.samples: what each update of that process was fed
-    skipped_step_....json   the first of updates whose loss was not finite, with its samples
+    samples-rank0.jsonl     with log.samples: the samples of that rank in each update
+    skipped_step_....json   a skipped update whose loss was not finite, with its samples
     checkpoints/            step_00012512/ and so on
-    DONE                    the closing event; written last
+    DONE                    the closing event, written last
     lock                    held by the process that trains here
-    stop                    made by a user, asks the run to save and stop
-    before-20261124T.../    what `checkpoint.resume` has put out of the way
+    stop                    a file that a user makes to have the run save and stop
+    before-20261124T.../    what a start with `checkpoint.resume` has moved aside
 
-`step` in a line is the 0-based index of the last update that it speaks of.
+`step` in a line is the 0-based index of the last update that the line describes.
 """
 
 import contextlib
@@ -36,19 +36,19 @@ CHECKPOINTS = "checkpoints"
 DONE = "DONE"
 LOCK = "lock"
 STOP = "stop"
-STEP = re.compile(r"step_(\d{8,})")  # a finished checkpoint, by the updates before it
-WORDS = ("auto", "force", "anew")  # that checkpoint.resume may be; else it names a checkpoint
-LOCK_WAIT_S = 30.0  # for the process of a stopped job to leave
+STEP = re.compile(r"step_(\d{8,})")  # a complete checkpoint, named by its number of updates
+WORDS = ("auto", "force", "anew")  # any other checkpoint.resume is the path of a checkpoint
+LOCK_WAIT_S = 30.0  # the process of a stopped job may need so long to end
 
 
 def samples_file(rank: int) -> str:
-    """Name of the file in which process `rank` logs what it was fed."""
+    """Name of the file in which `rank` logs the samples of its updates."""
     return f"samples-rank{rank}.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeRule:
-    """What `checkpoint.resume` means. Nobody else reads that setting."""
+    """The meaning of `checkpoint.resume`. No other code interprets that setting."""
 
     text: str
 
@@ -64,17 +64,17 @@ class ResumeRule:
 
     @property
     def anew(self) -> bool:
-        """Begin, and move aside what is in the run folder (`anew`)."""
+        """Start from step 0, and move aside what is in the run folder (`anew`)."""
         return self.text == "anew"
 
     @property
     def named(self) -> Path | None:
-        """Continue from this checkpoint, and move aside what came after it."""
+        """Continue from this checkpoint, and move aside later ones (a path)."""
         return None if self.text in WORDS else Path(self.text)
 
     @property
     def expects_same_run(self) -> bool:
-        """The run folder must hold this run or none, and a finished run is left alone (`auto`)."""
+        """Refuse the folder of another run, and leave a complete run alone (`auto`)."""
         return self.text == "auto"
 
 
@@ -89,8 +89,8 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
     Returns:
         The closing event of the run if it is complete; else None.
     Raises:
-        ConfigError: the folder holds a run of another recipe, its `DONE` is damaged, or there is no
-            such checkpoint or file of weights.
+        ConfigError: the folder holds a run of another recipe; its `DONE` is damaged; or the
+            checkpoint or the weights that the recipe names do not exist.
     """
     folder, resume = run_dir(recipe), resume_of(recipe)
     if resume.named and resume.named.is_file():
@@ -116,20 +116,20 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _check_same_run(folder: Path, recipe: Recipe) -> None:
-    # A start that saved nothing leaves nothing that could be mixed up: it may have been refused.
+    # Without a checkpoint there is nothing to mix up: the earlier start may have been refused.
     if not (folder / RECIPE).exists() or not any((folder / CHECKPOINTS).glob("step_*")):
         return
     changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
     if changed:
         raise ConfigError(
             "\n  ".join([f"{folder} holds a run of another recipe:", *changed])
-            + "\nuse the old values, or another folder with --set log.run_dir=..., or go on "
-            "regardless with --set checkpoint.resume=force"
+            + "\nuse the old values, or another folder with --set log.run_dir=..., or resume in "
+            "spite of this with --set checkpoint.resume=force"
         )
 
 
 def _closing_event(folder: Path, max_steps: int | None) -> dict[str, Any] | None:
-    """What `DONE` says; None if there is none, or `max_steps` was raised since."""
+    """Reads `DONE`. Returns None if there is no such file, or if `max_steps` was raised since."""
     if not (folder / DONE).exists():
         return None
     try:
@@ -138,7 +138,7 @@ def _closing_event(folder: Path, max_steps: int | None) -> dict[str, Any] | None
         reached = done["step"] + 1 >= total_steps
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{folder / DONE} is damaged; remove it, and the same command goes on from the newest "
+            f"{folder / DONE} is damaged; remove it, and the same command resumes from the newest "
             "checkpoint"
         ) from None
     return done if reached else None
@@ -160,17 +160,17 @@ def run_dir(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def locked(recipe: Recipe) -> Iterator[None]:
-    """Makes the folder and takes it for this process. For one process of the run.
+    """Makes the run folder and locks it meanwhile. Only rank 0 calls this.
 
     Raises:
-        ConfigError: another run has it, or the folder cannot be written.
+        ConfigError: another process holds the lock, or the folder cannot be written.
     """
     folder = run_dir(recipe)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / CHECKPOINTS):
-            if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, f"no permission for {place}")
+        for path in (folder, folder / CHECKPOINTS):
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"no permission for {path}")
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(
@@ -185,10 +185,10 @@ def locked(recipe: Recipe) -> Iterator[None]:
 
 
 def _take(file: int, folder: Path) -> None:
-    """Locks the open lock file of a run folder, and writes into it who holds it."""
+    """Locks the open lock file of a run folder, and writes the name of this process into it."""
     try:
         taken = files.lock(file, wait_s=LOCK_WAIT_S)
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return
     if not taken:
         holder = os.pread(file, 200, 0).decode(errors="replace").strip()
@@ -201,11 +201,10 @@ def _take(file: int, folder: Path) -> None:
 
 
 def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
-    """Notes a start in the folder, and moves aside what is in its way. For one process of the run.
+    """Records a start in the run folder, and moves aside what is in its way. Only rank 0 calls it.
 
     Args:
-        environment: is added to `environment.json`.
-
+        environment: the entry of this start in `environment.json`.
     Raises:
         OSError: the file system refused.
     """
@@ -215,19 +214,19 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
         _put_aside(folder, resume.named)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    # `resume` is a wish for one start, so later ones have its default, `auto`.
+    # `resume` is meant for one start. Without it, a later start has the default, `auto`.
     files.write_text(folder / RECIPE, config.dumps(recipe, leave_out=("checkpoint.resume",)))
     starts = []
     if (folder / ENVIRONMENT).exists():
         try:
             starts = [*json.loads((folder / ENVIRONMENT).read_bytes())]
-        except (OSError, ValueError, TypeError):  # not worth a run, nor to be lost
+        except (OSError, ValueError, TypeError):  # no reason to stop a run; the file is kept
             (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
     files.write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
 
 
 def write_done(folder: Path, record: dict[str, Any]) -> None:
-    """Marks the run as done, with its closing event.
+    """Marks the run as done: writes its closing event into `DONE`.
 
     Raises:
         OSError: the file system refused.
@@ -236,18 +235,19 @@ def write_done(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _put_aside(folder: Path, named: Path | None) -> None:
-    """Moves what an earlier run left; of a checkpoint's own run, only what came after it."""
+    """Moves the files of an earlier run aside. If `named` is a checkpoint of this folder, moves
+    only what is later than it."""
     aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
     aside.mkdir()
     if named and named.resolve().parent == (folder / CHECKPOINTS).resolve():
-        for path in folder.glob("*.jsonl"):  # whose later lines are cut
+        for path in folder.glob("*.jsonl"):  # copied, as `cut_lines` removes the later lines
             files.write_bytes(aside / path.name, path.read_bytes())
         (aside / CHECKPOINTS).mkdir()
         later = [path for path in (folder / CHECKPOINTS).iterdir() if path.name > named.name]
         files.move(later, aside / CHECKPOINTS)
         return
-    # The mark of a finished run goes first, then its checkpoints: a kill between two moves then
-    # leaves no mark without checkpoints, at which a start with `auto` would say that all is done.
+    # `DONE` is moved first, then the checkpoints. If the process is killed between two moves, no
+    # `DONE` remains without its checkpoints; a start with `auto` would take that run for complete.
     names = [path.name for path in folder.iterdir()]
     moved = [name for name in names if name != LOCK and not name.startswith("before-")]
     moved.sort(key=lambda name: (name != DONE, name != CHECKPOINTS, name))
@@ -255,32 +255,39 @@ def _put_aside(folder: Path, named: Path | None) -> None:
 
 
 def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:
-    """Drops all lines at or past `first_step`, of every process, and of evaluations those after
-    `last_eval`: they will be written again."""
+    """Removes the lines that the resumed run will write again, from the files of all ranks.
+
+    Args:
+        first_step: lines of this step and later ones are removed.
+        last_eval: evaluations of steps after this one are removed.
+    Raises:
+        OSError: the file system refused.
+    """
     for path in [folder / METRICS, *folder.glob("samples-rank*.jsonl")]:
         if path.exists():
             lines = path.read_text(errors="surrogateescape").splitlines()
-            kept = [line for line in lines if _before(line, first_step, last_eval)]
+            kept = [line for line in lines if _is_kept(line, first_step, last_eval)]
             files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _before(line: str, first_step: int, last_eval: int) -> bool:
+def _is_kept(line: str, first_step: int, last_eval: int) -> bool:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:  # half a line, from a process that was killed
+    except json.JSONDecodeError:  # half a line of a process that was killed
         return False
     try:
         if record["event"] == "eval" and record["step"] > last_eval:
             return False
         return bool(record["event"] != "done" and record["step"] < first_step)
-    except (KeyError, TypeError):  # not of ours
+    except (KeyError, TypeError):  # not a line of fasttrain
         return True
 
 
 class JsonLines:
-    """Appends records to a file, each a line that other programs see at once.
+    """Appends records to a file, one line each. Other programs see a line at once.
 
-    What a full disk refuses is kept and written with the next line: no line is lost or cut in two.
+    If the disk is full, the rest of a line is kept and written before the next one. So no line is
+    lost or cut in two.
     """
 
     def __init__(self, path: Path) -> None:
@@ -289,11 +296,11 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         self.rest += json.dumps(record).encode() + b"\n"
-        with contextlib.suppress(OSError):  # `flush` tells
+        with contextlib.suppress(OSError):  # `flush` will raise it
             self._write_rest()
 
     def flush(self) -> None:
-        """Writes what is left, and has all lines survive a loss of power.
+        """Writes what was kept, and syncs the file so that all lines survive a power failure.
 
         Raises:
             OSError: the file system refused.

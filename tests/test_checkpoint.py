@@ -209,7 +209,7 @@ def test_without_a_good_checkpoint_the_run_stops_and_names_each_fault(tmp_path: 
         checkpoint.newest_good(tmp_path, lambda text: None)
     assert "step_00000004/training.pt" in str(error.value)
     assert "step_00000008/training.pt" in str(error.value)
-    assert "start anew in another folder: --set log.run_dir=" in str(error.value)
+    assert "start in another folder: --set log.run_dir=" in str(error.value)
 
 
 def test_without_any_checkpoint_a_run_starts_from_step_0(tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_other_data_is_refused_and_another_number_of_threads_gives_a_warning(
 ) -> None:
     folder = checkpoint.save(tmp_path, learner(step=4), ABOUT, keep=2)
     other = ABOUT | {"data": {"train": "1", "val": "3"}}
-    with pytest.raises(CheckpointError, match="the val index at shards is not the one it saw"):
+    with pytest.raises(
+        CheckpointError, match="the val index at shards is not the one it was trained on"
+    ):
         checkpoint.choose_checkpoint(tmp_path, "auto", other, quiet)
     changed = ABOUT | {"recipe": {"train": {"seed": 1, "global_batch_size": 512}}}
     with pytest.raises(CheckpointError) as error:
@@ -234,9 +236,9 @@ def test_other_data_is_refused_and_another_number_of_threads_gives_a_warning(
     assert (
         checkpoint.choose_checkpoint(tmp_path, "force", other | changed, warnings.append) == folder
     )
-    assert "was made otherwise" in warnings.pop() and not warnings
+    assert "was trained with other data" in warnings.pop() and not warnings
     checkpoint.restore(folder, learner(), ABOUT | {"cpu_threads": 4}, warnings.append)
-    assert "saved with 1 CPU threads, going on with 4" in warnings[0]
+    assert "saved with 1 CPU threads, resuming with 4" in warnings[0]
 
 
 def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
@@ -246,7 +248,7 @@ def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
     for names, resume in ((["a", "b", "c"], "force"), (["a", "c"], "auto")):
         with pytest.raises(CheckpointError) as error:
             checkpoint.choose_checkpoint(tmp_path, resume, ABOUT | {"classes": names}, quiet)
-        assert f"its classes are others: 2 classes there, {len(names)} here" in str(error.value)
+        assert f"its classes differ: 2 classes there, {len(names)} here" in str(error.value)
         assert f"checkpoint.resume=auto --set model.weights={folder}" in str(error.value)
         # A last layer of another size is none to go on with; other names may be.
         assert ("checkpoint.resume=force" in str(error.value)) == (len(names) == 2)
@@ -255,7 +257,7 @@ def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
     assert checkpoint.choose_checkpoint(
         tmp_path, "force", ABOUT | {"classes": ["a", "c"]}, warned.append
     )
-    assert "its classes are others" in warned[0]
+    assert "its classes differ" in warned[0]
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

@@ -87,8 +87,11 @@ def test_overrides() -> None:
         ("model.arch=medium", "[model] arch = \"medium\": must be 'large' or 'small'"),
         ("data.flip=1", "[data] flip = 1: expected bool, got int"),
         ("data.crop_area=[0.5]", "[data] crop_area[1] = [0.5]: expected one more value"),
-        ("data.crop_area=[0.9, 0.1]", "[data] crop_area = [0.9, 0.1]: must rise within (0, 1]"),
-        ("data.crop_ratio=[2, 1]", "[data] crop_ratio = [2, 1]: must rise from above 0"),
+        (
+            "data.crop_area=[0.9, 0.1]",
+            "[data] crop_area = [0.9, 0.1]: needs 0 < smallest <= largest <= 1",
+        ),
+        ("data.crop_ratio=[2, 1]", "[data] crop_ratio = [2, 1]: needs 0 < smallest <= largest"),
         ("data.eval_crop_px=300", "[data] eval_crop_px = 300: larger than the resized image"),
         ("data.crop_px=16", "[data] crop_px = 16: must be at least 32 pixels"),
         ("data.crop_px=224.5", "[data] crop_px = 224.5: expected a number of pixels, or pairs"),
@@ -97,7 +100,7 @@ def test_overrides() -> None:
         ("data.augment_magnitude=31", "must be less than or equal to 30"),
         (
             "data.augment_ops=3",
-            '[data] augment_ops = 3: only RandAugment has it; set augment = "rand"',
+            '[data] augment_ops = 3: only RandAugment uses it; set augment = "rand"',
         ),
         ("data.color_jitter=[0, 0, 0, 0.6]", "[data] color_jitter[3] = 0.6: the hue turns by"),
         ("data.color_jitter=[0, -1, 0, 0]", "[data] color_jitter[1] = -1: must be greater than or"),
@@ -107,7 +110,7 @@ def test_overrides() -> None:
         (
             "optim.warmup_epochs=200",
             "[optim] warmup_epochs = 200: longer than the run ([train] epochs = 150); "
-            "lower it or train longer",
+            "lower warmup_epochs or raise epochs",
         ),
         ("optim.momentum=1", "[optim] momentum = 1: must be less than 1"),
         ("checkpoint.keep=1", "[checkpoint] keep = 1: must be greater than or equal to 2"),

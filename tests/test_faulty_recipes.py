@@ -18,7 +18,7 @@ RECIPES = [
     (b"\0", "not valid TOML: Invalid statement"),
     (b"x = " + b"[" * 5000, "not valid TOML: maximum recursion depth exceeded"),
     (b"[train]\nepochs = " + b"9" * 5000, "not valid TOML: Exceeds the limit (4300 digits)"),
-    (b"[train]\nepochs = 0x" + b"f" * 5000, "[train] epochs = ...: must be less: 64 bits"),
+    (b"[train]\nepochs = 0x" + b"f" * 5000, "[train] epochs = ...: must be smaller; numbers have"),
     (b"[train]\nepochs." + b".".join([b"a"] * 3000) + b" = 1", "[train] epochs = ...: must be"),
     (b"epochs = 3", "[epochs]: unknown section; known are data, model, optim, train"),
     (b"train = 3", "train = 3: [train] must be a section"),
@@ -54,7 +54,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("log.run_dir=$NOT_SET/run", ["$NOT_SET is not set in the environment; set it or write the"]),
     ("log.run_dir=x${NOT_SET}", ["${NOT_SET} is not set in the environment; set it or write"]),
     ("log.run_dir=\udcff", ["must be plain text"]),
-    ("train.seed=9223372036854775808", ["[train] seed = 9223372036854775808: must be less: 64"]),
+    ("train.seed=9223372036854775808", ["[train] seed = 9223372036854775808: must be smaller"]),
     (
         "train.epochs=" + "[" * 5000,
         ['[train] epochs = "[[', "expected int, got str; for example epochs = 150"],

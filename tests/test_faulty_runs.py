@@ -37,7 +37,7 @@ def test_each_damaged_file_of_a_checkpoint_is_named(
     said = f"{path}: No such file or directory" if damage == "remove" else f"{path} is damaged"
     if name == "SHA256SUMS":
         said = f"{path} is missing" if damage == "remove" else "model.safetensors is damaged"
-    remedy = "restore one from a copy, or start anew in another folder: --set log.run_dir="
+    remedy = "restore one from a copy, or start in another folder: --set log.run_dir="
     refused(train.main, going_on, "no checkpoint under", said, remedy)
 
 
@@ -60,7 +60,11 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
         ),
         (
             lambda state: state["data"].update(train="0" * 64),
-            ["the train index at", "is not the one it saw", "--set checkpoint.resume=force"],
+            [
+                "the train index at",
+                "is not the one it was trained on",
+                "--set checkpoint.resume=force",
+            ],
         ),
         (
             lambda state: state["recipe"]["train"].update(seed=5),

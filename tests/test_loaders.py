@@ -339,7 +339,7 @@ def test_replacing_has_a_limit_and_ends_at_evaluations(copied: Path) -> None:
     settings = config.Data(root=copied, on_bad_sample="replace")
     with pytest.raises(DataError, match="sample 5, "):
         list(loaders.eval_loader(split, settings, 4, 0, 1, CPU))
-    with pytest.raises(ValueError, match="max_bad_samples = 7: none is replaced"):
+    with pytest.raises(ValueError, match="max_bad_samples = 7: no sample is replaced"):
         config.Data(max_bad_samples=7)
 
 
