@@ -1,7 +1,7 @@
-"""Training images changed inside the DALI pipeline: RandAugment, TrivialAugment, colour, erasing.
+"""Augmentations inside the DALI pipeline: RandAugment, TrivialAugment, colour jitter, erasing.
 
-Nothing is drawn here: what happens to an image comes in as `sampling.Augment`. So DALI's single
-operations are used (`auto_aug.augmentations`), and not its policies, which draw inside.
+Nothing is drawn here: `sampling.Augment` says what happens to each image. So this module uses
+DALI's single operations (`auto_aug.augmentations`), not its policies, which draw by themselves.
 """
 
 from typing import Any
@@ -15,18 +15,19 @@ from nvidia.dali.pipeline import do_not_convert
 from fasttrain import config
 from fasttrain.sampling import MAGNITUDE_BINS, Augment, augmented
 
-FILL = 128  # where an operation moves the image away: grey, near ImageNet's mean
+FILL = 128  # value of uncovered pixels: grey, near ImageNet's mean
 
 
 @core.augmentation(randomly_negate=True)
 def _translate(images: Any, offset: Any, size: Any, unit: Any) -> Any:
-    """Shifts by whole pixels, cut off towards 0 as torchvision does.
+    """Shifts by whole pixels, truncated towards 0 as torchvision does.
 
     Args:
-        offset: (y, x) in `unit`s of pixels.
+        offset: (y, x), to be multiplied by `unit`.
         size: (height, width) of the images.
+        unit: pixels per unit of `offset`, (y, x).
     """
-    # A slice that reaches over the edge: on CPUs ten times as fast as DALI's own, a warp.
+    # A slice beyond the edge is ten times as fast on a CPU as DALI's operation, a warp.
     pixels = offset * unit
     pixels = math.max(math.floor(pixels), 0) + math.min(math.ceil(pixels), 0)
     return fn.slice(
@@ -47,7 +48,7 @@ def _along_y(magnitude: float) -> list[float]:
     return [magnitude, 0]
 
 
-# DALI's own two use operators by deprecated names, and a warning of it would be in every run.
+# DALI's versions of these two use deprecated operators, so every run would print a warning.
 @core.augmentation(randomly_negate=True, mag_to_param=dali.sharpness_kernel, param_device="auto")
 def _sharpness(images: Any, kernel: Any) -> Any:
     return fn.filter(images, kernel)
@@ -61,10 +62,10 @@ def _equalize(images: Any, _: None) -> Any:
 _translate_x = _translate.augmentation(mag_to_param=_along_x)
 _translate_y = _translate.augmentation(mag_to_param=_along_y)
 
-# Each operation with its magnitudes at bins 0 and 30, in RandAugment and in TrivialAugment Wide, as
-# in torchvision. A draw names an operation by its place: another order is another run.
+# For each operation: its magnitudes at bins 0 and 30 in RandAugment, and in TrivialAugment Wide, as
+# in torchvision. A draw is an index into this table, so a new order would change every run.
 OPERATIONS: dict[str, tuple[Any, tuple[float, float] | None, tuple[float, float] | None]] = {
-    "translate_x": (_translate_x, (0, 150 / 331), (0, 32)),  # of the width; pixels
+    "translate_x": (_translate_x, (0, 150 / 331), (0, 32)),  # fraction of the width; pixels
     "translate_y": (_translate_y, (0, 150 / 331), (0, 32)),
     "shear_x": (dali.shear_x, (0, 0.3), (0, 0.99)),
     "shear_y": (dali.shear_y, (0, 0.3), (0, 0.99)),
@@ -83,7 +84,7 @@ OPERATIONS: dict[str, tuple[Any, tuple[float, float] | None, tuple[float, float]
 
 @do_not_convert
 def inputs(settings: config.Data) -> dict[str, tuple[Any, int]]:
-    """DALI's type and the dimensions of an image's row in each column that `settings` ask for."""
+    """DALI's dtype and the number of dimensions per image, for each `Augment` field in use."""
     kinds = {"operations": (types.INT32, 2), "jitter": (types.FLOAT, 1), "erase": (types.FLOAT, 1)}
     return {name: kinds[name] for name in augmented(settings)}
 
@@ -91,7 +92,8 @@ def inputs(settings: config.Data) -> dict[str, tuple[Any, int]]:
 @do_not_convert
 def _suite(rand: bool) -> list[Any]:
     """The operations of RandAugment or TrivialAugment Wide, in order."""
-    # The conditionals are in `core.select`; rewriting what it calls as well takes seconds.
+    # DALI must rewrite only the conditionals of `core.select`. Rewriting the operations that it
+    # calls would take seconds.
     return [
         do_not_convert(operation.augmentation(mag_range=of_rand if rand else of_trivial).__call__)
         for operation, of_rand, of_trivial in OPERATIONS.values()
@@ -99,12 +101,15 @@ def _suite(rand: bool) -> list[Any]:
 
 
 def augment(images: Any, given: Augment, settings: config.Data) -> Any:
-    """uint8 images `(H, W, 3)` after the operations and the colour jitter that `given` holds.
+    """Applies operations and colour jitter to uint8 images `(H, W, 3)`, inside a DALI pipeline.
 
-    For use within a pipeline, whose nodes `given` holds; with operations the pipeline needs
-    `enable_conditionals=True`. Differs from torchvision in this: uncovered pixels are grey, not
-    black; the jitter is always saturation and hue, then contrast, then brightness, not shuffled;
-    its contrast is about 128, not about the image's mean, and its hue turns in YIQ, not HSV.
+    The differences from torchvision: uncovered pixels are grey, not black. The jitter's order is
+    fixed: saturation and hue, then contrast, then brightness. Its contrast is relative to 128, not
+    to the image's mean. Its hue rotates in YIQ, not in HSV.
+
+    Args:
+        given: nodes of the pipeline. With operations, the pipeline needs
+            `enable_conditionals=True`.
     """
     if given.operations is not None:
         rand = settings.augment == "rand"
@@ -132,15 +137,15 @@ def augment(images: Any, given: Augment, settings: config.Data) -> Any:
 
 
 def erase(images: Any, given: Augment, half: bool) -> Any:
-    """Normalised images `(H, W, 3)` with the windows in `given` at 0, which is ImageNet's mean.
+    """Sets the windows in `given` to 0, which is ImageNet's mean, in normalised images `(H, W, 3)`.
 
     Args:
-        images: float32, if `given` has windows: on a GPU, DALI erases nothing in float16.
-        half: float16 is asked for.
+        images: float32 if `given` has windows: on a GPU, DALI does not erase in float16.
+        half: return float16.
     """
     if given.erase is None:
         return images
     corner, size = given.erase[0:2], given.erase[2:4]
     images = fn.erase(images, anchor=corner, shape=size, axis_names="HW", fill_value=0.0)
-    # In uint8, before they are normalised, the mean could be met only to a step of 1/255.
+    # Erase after normalising: in uint8, the mean would be exact only to 1/255.
     return fn.cast(images, dtype=types.FLOAT16) if half else images

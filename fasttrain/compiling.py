@@ -1,4 +1,4 @@
-"""What torch.compile compiles for updates and evaluations, and with which options."""
+"""torch.compile for updates and evaluations: the functions and the options."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,25 +9,30 @@ from torch.nn import functional as F
 
 from fasttrain import config
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of images (B, 3, S, S) and labels, as `Updater.micro`
+Loss = Callable[[Tensor, Tensor], Tensor]  # images and labels, as `Updater.micro` takes; 0-d result
 
-# Inductor writes a result that several kernels read, BatchNorm's output in the backward of
-# hard-swish among them, in float32: 18 of 165 GB an update of Large at batch 1024 (counted from its
-# schedule, torch 2.14.1). Above these numbers of reads and operations it does so only later.
+# Inductor stores a result in float32 if several kernels read it. One such result is BatchNorm's
+# output in the backward of hard-swish. For Large at batch 1024 these are 18 of the 165 GB of an
+# update (counted from Inductor's schedule, torch 2.14.1). With these thresholds, Inductor stores a
+# result only if it has more reads or operations.
 FUSE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
-MOST_SIZES = 64  # of images in a run, each compiled once
+MAX_IMAGE_SIZES = 64  # in a run; each is compiled once
 
 
 def compiler_options(mode: str) -> dict[str, Any] | None:
-    """The compiler's options for a mode; None where it compiles nothing."""
+    """The compiler's options for a mode; None if the mode compiles nothing."""
     if "compile" not in mode:
         return None
-    # Dropout is drawn as eager draws it.
+    # With `fallback_random`, dropout draws the same numbers as in eager mode.
     return {"fallback_random": True, **(FUSE if "fuse" in mode else {})}
 
 
 def loss_function(model: nn.Module, train: config.Train, options: dict[str, Any] | None) -> Loss:
-    """Mean cross-entropy of a batch; compiled, if there are options, for each size of image."""
+    """The function that gives the mean cross-entropy of a batch (0-d).
+
+    Args:
+        options: the compiler's options; None returns a function that is not compiled.
+    """
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
@@ -36,10 +41,10 @@ def loss_function(model: nn.Module, train: config.Train, options: dict[str, Any]
 
 
 def compiled(function: Any, options: dict[str, Any]) -> Any:
-    """The function compiled, once for each size of image, at its first call with that size."""
-    from torch._dynamo import config as dynamo  # takes seconds
+    """`function`, compiled anew at its first call with each image size."""
+    from torch._dynamo import config as dynamo  # the import takes seconds
 
-    # Beyond its limit, 8, the compiler would run further sizes eagerly without a word.
-    dynamo.recompile_limit = MOST_SIZES
+    # The default limit is 8 sizes. Further sizes would run eagerly without a warning.
+    dynamo.recompile_limit = MAX_IMAGE_SIZES
     dynamo.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False, options=options)

@@ -1,9 +1,9 @@
-"""Which way of decoding works on this GPU, and is the fastest: tried before the run.
+"""Chooses the fastest decoder that works on this GPU, by trials before the run.
 
-A decoder that crashes takes its process along, so each strategy is tried by a fresh interpreter, as
-the run will use it: on real images of the split, with the run's batches, precision and threads, and
-against the pixels of the CPU. Once a node: the first process tries, the others wait for it and read
-what it found; later runs remember what worked.
+A decoder that crashes ends its process, so a fresh interpreter tries each strategy. It uses the
+split's real images and the run's batch size, precision and threads, and compares the pixels with
+the CPU's. On each node, the first process tries; the others wait and read its results. Later runs
+reuse the results of the strategies that worked.
 """
 
 import json
@@ -30,40 +30,40 @@ if TYPE_CHECKING:
     from fasttrain.batch import Placement
 
 STRATEGIES = ("gpu_window", "gpu_full", "cpu")
-TIMEOUT_S = 180  # of one strategy
-LOADS_S = 20.0  # of one strategy, after which no further `hw_decoder_load` is tried
-MEASURED_S = 2.0  # of one measurement of speed
+TIMEOUT_S = 180  # for one strategy
+LOADS_S = 20.0  # for one strategy; after it no further `hw_decoder_load` is tried
+MEASURED_S = 2.0  # for one measurement of speed
 CHECKED = 2  # batches whose pixels are compared with the CPU's
-# Differences from the CPU's pixels in steps of 1/255, each a mean over an image. GPUs round in
-# another way, and unless `jpeg_fancy_upsampling` is set, they repeat colours between pixels: over
-# 197 photographs of ImageNet, that alone makes 0.9 on average and 6.2 in one (computed with
-# Pillow). Another photograph in its place makes 50 or more.
-TOLERANCE = 4.0  # on average over all images
-RUINED = 12.0  # in one
+# Limits for the difference from the CPU's pixels, in steps of 1/255, as a mean over an image. GPUs
+# round differently. Unless `jpeg_fancy_upsampling` is set, they also repeat colours between pixels:
+# over 197 photographs of ImageNet, that alone makes 0.9 on average and 6.2 in the worst image
+# (computed with Pillow). A wrong photograph makes 50 or more.
+TOLERANCE = 4.0  # for the mean over all images
+RUINED = 12.0  # for a single image
 
 
 class DecodeError(Fault, RuntimeError):
-    """No strategy, or not the one that the recipe names, can decode here."""
+    """No strategy can decode here, or the recipe's strategy cannot."""
 
     raised_on_every_rank = True
 
 
 class Job(NamedTuple):
-    """What a process of the run asks of its decoder."""
+    """What a process of the run needs from its decoder."""
 
-    gpu: bool  # whether images are made on a GPU
-    threads: int  # of the CPU
-    batch_size: int  # images of a micro-batch
-    half: bool  # images as float16
+    gpu: bool  # images are made on a GPU
+    threads: int  # CPU threads
+    batch_size: int  # images in a micro-batch
+    half: bool  # images are float16, else float32
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderTrial:
-    """What came of trying one strategy."""
+    """The result of trying one strategy."""
 
     strategy: str
-    images_per_s: float  # 0 where it failed
-    difference: float  # from the CPU's pixels, on average, in steps of 1/255
+    images_per_s: float  # 0 if it failed
+    difference: float  # mean difference from the CPU's pixels, in steps of 1/255
     fault: str = ""
     load: float | None = None  # the fastest `hw_decoder_load`, if the GPU decodes
 
@@ -84,14 +84,14 @@ def choose_decoder(
     environ: Mapping[str, str],
     attempt: Callable[[str], DecoderTrial] | None = None,
 ) -> tuple[config.Data, str]:
-    """`data` with the `decode` and `hw_decoder_load` to use, and one sentence on why.
+    """Sets `decode` and `hw_decoder_load` in `data`; returns it with one sentence on the reason.
 
-    Asks for no GPU in this process.
+    This process itself does not use the GPU.
 
     Args:
         attempt: tries one strategy; by default in a fresh interpreter.
     Raises:
-        DecodeError: the recipe asks for a GPU that is not there, or nothing works.
+        DecodeError: the recipe needs a GPU and there is none, or no strategy works.
     """
     if split.store == "raw":
         return data, "decode: nothing to decode, the shards hold pixels"
@@ -111,7 +111,7 @@ def choose_decoder(
     best = fastest(tried)
     if best is None:
         faults = "\n  ".join(str(trial) for trial in tried)
-        raise DecodeError(f"no way of decoding works here:\n  {faults}")
+        raise DecodeError(f"[data] decode = auto: no way of decoding works here:\n  {faults}")
     chosen: dict[str, Any] = {"decode": best.strategy}
     if best.load is not None:
         chosen["hw_decoder_load"] = best.load
@@ -120,13 +120,14 @@ def choose_decoder(
 
 
 def surest(chosen: Sequence[str]) -> str:
-    """The strategy for all processes of a run, of those that each of them chose: the surest."""
+    """The most reliable of the strategies that the ranks chose; all ranks then use it."""
     return min(chosen, key=("cpu", "gpu_full", "gpu_window", "auto").index)
 
 
 def _once_a_node(
     split: Split, data: config.Data, job: Job, attempt: Callable[[str], DecoderTrial]
 ) -> list[DecoderTrial]:
+    """The trials of all strategies: stored ones, and new ones by one process per node."""
     gpu, versions = _gpu(), _versions()
     settings = (
         data.crop_px, data.interpolation, data.hw_decoder_load, data.jpeg_fancy_upsampling,
@@ -138,13 +139,13 @@ def _once_a_node(
         known = measured.recall(key) if gpu else None
         trials = {found["strategy"]: DecoderTrial(**found) for found in known or ()}
         tried = [trials.get(strategy) or attempt(strategy) for strategy in STRATEGIES]
-        # What failed is tried again by the next run: its memory may have been another's.
+        # The next run tries failed strategies again: another process may have held the memory.
         measured.remember(key, [asdict(trial) for trial in tried if not trial.fault])
         return tried
 
 
 def _gpu() -> str:
-    """Names and driver of the GPUs, without touching them; empty where it cannot be told."""
+    """Names and driver version of the GPUs, without using them; empty if nvidia-smi fails."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -160,7 +161,7 @@ def _versions() -> dict[str, str]:
 def try_in_a_process(
     split: Split, data: config.Data, strategy: str, job: Job, environ: Mapping[str, str]
 ) -> DecoderTrial:
-    """Tries one strategy in a fresh interpreter, and says what became of it."""
+    """Tries one strategy in a fresh interpreter."""
     settings = data.model_copy(update={"decode": strategy, "root": split.root})
     command = [sys.executable, "-m", "fasttrain.decoding", settings.model_dump_json()]
     try:
@@ -177,7 +178,7 @@ def try_in_a_process(
         return DecoderTrial(strategy, 0.0, 0.0, f"crashed with signal {-done.returncode}")
     last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:]
     if done.returncode or not last:
-        reason = last[0] if last else "nothing said"
+        reason = last[0] if last else "no message"
         return DecoderTrial(strategy, 0.0, 0.0, f"failed: {reason}"[:300])
     return DecoderTrial(**json.loads(last[0]))
 
@@ -188,8 +189,11 @@ def try_in_a_process(
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """What is wrong with pixels, by each image's mean difference from the CPU's, in steps of 1/255;
-    empty if nothing is."""
+    """Describes the fault of decoded pixels; empty if they are right.
+
+    Args:
+        differences: each image's mean difference from the CPU's pixels, in steps of 1/255.
+    """
     mean, worst = sum(differences) / len(differences), max(differences)
     if mean <= TOLERANCE and worst <= RUINED:
         return ""
@@ -201,9 +205,9 @@ def verdict(differences: Sequence[float]) -> str:
 
 
 def differences_of(ours: "Tensor", theirs: "Tensor") -> list[float]:
-    """Of two normalised batches `(B, 3, S, S)`, each image's mean difference in steps of 1/255.
+    """Each image's mean difference between two normalised batches `(B, 3, S, S)`.
 
-    What is not a number counts as infinitely far.
+    The unit is a step of 1/255. NaN in a batch makes the difference infinite.
     """
     import torch
 
@@ -215,7 +219,7 @@ def differences_of(ours: "Tensor", theirs: "Tensor") -> list[float]:
 
 
 def loads_to_try(settings: config.Data, threads: int) -> list[float]:
-    """`hw_decoder_load` as the recipe has it; or the estimate, half and twice as much."""
+    """The recipe's `hw_decoder_load`; for `auto` the estimate, half of it and twice as much."""
     from fasttrain import pipeline
 
     load = pipeline.load_of(settings, threads)
@@ -225,7 +229,10 @@ def loads_to_try(settings: config.Data, threads: int) -> list[float]:
 
 
 def fastest_load(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[float, float]:
-    """The load with the most images/s, and those; the first is tried, the others in `LOADS_S`."""
+    """The load with the most images/s, and that speed.
+
+    The first load is always tried, the others only until `LOADS_S` have passed.
+    """
     end = time.monotonic() + LOADS_S
     found: list[tuple[float, float]] = []
     for load in loads:
@@ -236,8 +243,8 @@ def fastest_load(loads: Sequence[float], rate_of: Callable[[float], float]) -> t
     return load, rate
 
 
-def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") -> DecoderTrial:
-    """Tries the strategy `settings.decode` in this process, which it may crash."""
+def try_here(split: Split, settings: config.Data, job: Job, placement: "Placement") -> DecoderTrial:
+    """Tries the strategy `settings.decode` in this process. A bad decoder may crash the process."""
     import torch
 
     from fasttrain import loaders, schedule
@@ -248,11 +255,11 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") 
     plan = schedule.make_plan(train, config.Optim(), split.num_samples, 1)
     on_cpu = Placement(torch.device("cpu"), half=False, threads=job.threads)
     plain = settings.model_copy(update={"decode": "cpu"})
-    # Augmented images would differ by more: their operations round otherwise on a GPU, too.
+    # Augmented images would differ more: the operations round differently on a GPU.
     unchanged: dict[str, Any] = {"augment": "none", "color_jitter": (0, 0, 0, 0), "erase": 0.0}
     pair = [
         loaders.train_batches(split, each.model_copy(update=unchanged), plan, 0, where, 0)
-        for each, where in ((settings, place), (plain, on_cpu))
+        for each, where in ((settings, placement), (plain, on_cpu))
     ]
     differences: list[float] = []
     for _ in range(CHECKED):
@@ -266,17 +273,21 @@ def try_here(split: Split, settings: config.Data, job: Job, place: "Placement") 
 
     def rate_of(load: float) -> float:
         loaded = settings.model_copy(update={"hw_decoder_load": load})
-        return loaders.measure(split, loaded, plan, 0, place, seconds=MEASURED_S)[0]
+        return loaders.measure(split, loaded, plan, 0, placement, seconds=MEASURED_S)[0]
 
-    on_gpu = settings.decode.startswith("gpu") and place.device.type == "cuda"
+    on_gpu = settings.decode.startswith("gpu") and placement.device.type == "cuda"
     loads = loads_to_try(settings, job.threads) if on_gpu else [0.0]
     load, rate = fastest_load(loads, rate_of)
     return DecoderTrial(settings.decode, rate, mean, load=load if on_gpu else None)
 
 
 def _main(argv: list[str]) -> None:
-    """What the fresh interpreter does: settings as JSON, split, job as JSON."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected: no dump of gigabytes
+    """The program of the fresh interpreter.
+
+    Args:
+        argv: settings as JSON, the split's name, the job as JSON.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash would dump gigabytes of core
     import torch
 
     from fasttrain import shards
@@ -286,8 +297,8 @@ def _main(argv: list[str]) -> None:
     text, name, job_text = argv
     settings, job = config.Data.model_validate_json(text), Job(*json.loads(job_text))
     device = torch.device("cuda", 0) if job.gpu else torch.device("cpu")
-    place = Placement(device, job.half, job.threads)
-    trial = try_here(shards.open_split(settings.root, name), settings, job, place)
+    placement = Placement(device, job.half, job.threads)
+    trial = try_here(shards.open_split(settings.root, name), settings, job, placement)
     sys.stdout.write(json.dumps(asdict(trial)) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Depthwise convolution, with a faster weight gradient where the CPU's library has a slow one."""
+"""Depthwise convolution with a faster weight gradient for small images on a CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from torch.nn.grad import conv2d_input
 class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` with one filter per channel, zero-padded by half the kernel, without bias.
 
-    Same parameters and result. On a CPU, oneDNN computes the weight gradient of images smaller than
-    the kernel one small product per image and channel: 35.6 ms for (64, 432, 4, 4) and 5 x 5 on two
-    cores of an AVX2-only EPYC, where summing over the taps of the kernel takes 3.7 ms (torch
-    2.14.1, 2026-11-24). Larger images have their own fast kernel there.
+    Parameters and results are those of `nn.Conv2d`. On a CPU, if images are smaller than the
+    kernel, oneDNN computes the weight gradient as one small product per image and channel. That
+    takes 35.6 ms for (64, 432, 4, 4) and 5 x 5 on two cores of an AVX2-only EPYC. Summing over the
+    taps of the kernel, as here, takes 3.7 ms (torch 2.14.1, 2026-11-24). oneDNN has a fast kernel
+    for larger images.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
@@ -23,8 +24,8 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # What is scripted or traced computes no gradient and cannot be saved with Python in it.
-        # TorchScript compiles no branch that it knows it will not take, and has no super().
+        # A scripted or traced network computes no gradient and cannot be saved with Python in it.
+        # TorchScript does not compile a branch that it knows it will not take. It has no super().
         if not torch.jit.is_scripting():
             small = -(-x.shape[3] // self.stride[0]) < self.kernel_size[0]
             ours = small and x.device.type == "cpu" and x.dtype == self.weight.dtype
@@ -35,7 +36,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class _TapSums(Function):
-    """The convolution, its weight gradient as one sum of products per tap of the kernel."""
+    """The convolution; its weight gradient is one sum of products per tap of the kernel."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, s: int) -> Tensor:
@@ -60,14 +61,18 @@ class _TapSums(Function):
             ],
             dim=1,
         )  # (C, k * k)
-        # The same place in memory for either layout of w, which DistributedDataParallel asks for.
+        # DistributedDataParallel wants the strides of w. With one input channel per filter, the
+        # memory is the same for either layout of w.
         return grad_x, grad_w.as_strided(w.shape, w.stride()), None
 
 
 def _overlap(in_px: int, out_px: int, shift: int, stride: int) -> tuple[slice, slice]:
-    """Input and output positions that one tap brings together, `shift` from the kernel's centre.
+    """The input and output positions that one tap connects along one dimension.
 
-    An input of 4, stride 1 and shift -1: outputs 1, 2, 3 see inputs 0, 1, 2.
+    Example: with 4 inputs, stride 1 and shift -1, outputs 1, 2, 3 read inputs 0, 1, 2.
+
+    Args:
+        shift: position of the tap, relative to the kernel's centre.
     """
     first = max(0, -(shift // stride))
     last = min(out_px - 1, (in_px - 1 - shift) // stride)

@@ -1,4 +1,4 @@
-"""Kernels of torch that repeat bit for bit, and seeds that depend on counters alone."""
+"""Deterministic torch kernels, and seeds that depend on counters alone."""
 
 import os
 
@@ -8,10 +8,10 @@ from fasttrain import rng
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Has torch take its fastest kernels.
+    """Makes torch use its fastest kernels.
 
     Args:
-        deterministic: only of those that repeat bit for bit.
+        deterministic: use only kernels whose results repeat bit for bit.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -23,10 +23,16 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 def seed_torch(seed: int, stream: rng.Stream, *counters: int) -> None:
-    """Seeds torch's generators from counters, so that nothing depends on what was drawn before.
+    """Seeds torch from counters, so that a draw does not depend on earlier draws.
 
-    Those of the CPU and of this process's GPU. `torch.manual_seed` would seed those of all devices
-    there are, and takes 0.2 to 0.8 ms, as it formats a traceback for each kind that is not in use.
+    This seeds the generators of the CPU and of this process's GPU. `torch.manual_seed` would seed
+    those of all devices. It takes 0.2 to 0.8 ms, because it formats a traceback for each kind of
+    device that is not in use.
+
+    Args:
+        seed: the run's seed.
+        stream: what the draws are for.
+        counters: for example the step and the micro-batch.
     """
     number = int(rng.hash64(seed, stream, *counters)[0]) >> 1
     torch.default_generator.manual_seed(number)

@@ -1,4 +1,4 @@
-"""The logits of a network in evaluation: eagerly, compiled, or as a CUDA graph."""
+"""Computes a network's logits in evaluation: eagerly, compiled, or as a CUDA graph."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,20 @@ Run = Callable[[Any, Callable[[], object]], None]  # runs a function under a key
 
 
 class Evaluator:
-    """The logits of a network in evaluation, carried out as the updates are.
+    """Computes a network's logits in evaluation, in the same way as the updates.
 
-    Batches of the size that was rehearsed are compiled, or recorded, or both; the last batch of an
-    evaluation may be smaller, and is carried out eagerly.
+    A batch of a shape that was rehearsed runs compiled, as a graph, or both. A batch of another
+    shape runs eagerly: the last batch of an evaluation may be smaller.
     """
 
     def __init__(
         self, module: nn.Module, options: dict[str, Any] | None = None, run: Run | None = None
     ) -> None:
+        """
+        Args:
+            options: the compiler's options; None compiles nothing.
+            run: runs a function under a key, as a CUDA graph; None records nothing.
+        """
         self.module = module
         self.forward: Callable[[Tensor], Tensor] = module
         if options is not None:
@@ -32,25 +37,25 @@ class Evaluator:
         self.rehearsed: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # images and logits
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, S, S)` to logits `(B, C)`, which the next call may overwrite."""
+        """Maps images `(B, 3, S, S)` to logits `(B, C)`. The next call may overwrite the result."""
         if images.shape not in self.rehearsed:
             logits: Tensor = self.module(images)
             return logits
         if self.run is None:
             return self.forward(images)
-        place, logits = self.rehearsed[images.shape]
-        place.copy_(images, non_blocking=True)
-        self.run((id(self), images.shape), lambda: logits.copy_(self.forward(place)))
+        inputs, logits = self.rehearsed[images.shape]
+        inputs.copy_(images, non_blocking=True)
+        self.run((id(self), images.shape), lambda: logits.copy_(self.forward(inputs)))
         return logits
 
     @torch.no_grad()
     def rehearse(self, images: Tensor) -> None:
-        """Compiles and records for batches of this shape."""
+        """Compiles and records the forward pass for batches of this shape."""
         if self.plain or images.shape in self.rehearsed:
             return
         was_training, was_cached = self.module.training, torch.is_autocast_cache_enabled()
         self.module.eval()
-        # What autocast keeps of weights that it has cast would not be in the recording.
+        # A graph must contain the casts of the weights: autocast's cache would leave them out.
         torch.set_autocast_cache_enabled(False)
         try:
             logits = self.forward(images)
@@ -64,7 +69,7 @@ class Evaluator:
 def evaluators_of(
     learner: Learner, options: dict[str, Any] | None, run: Run | None
 ) -> list[Evaluator]:
-    """The evaluators of the network, and of its moving average if there is one."""
+    """Evaluators for the network and, if there is one, for its moving average."""
     modules = [learner.module, *([learner.ema.module] if learner.ema else [])]
     return [Evaluator(module, options, run) for module in modules]
 

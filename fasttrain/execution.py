@@ -1,13 +1,13 @@
-"""How an update is carried out: `train.execution`. Same results by each, but for rounding.
+"""The ways to carry out an update: `train.execution`. Their results differ only by rounding.
 
-eager    PyTorch's own: forward, backward with DistributedDataParallel, optimizer, averages
-compile  the same with forward, loss and backward compiled by torch.compile
-graph    all of an update recorded once as a CUDA graph and replayed, so that the host launches one
-         thing instead of a thousand; exchanges one flat gradient instead of DDP's buckets
-compile_graph  the graph of the compiled update
-..._fuse       the compiler computes cheap results again and stores none of them: compiling.FUSE
+eager    PyTorch as usual: forward, backward with DistributedDataParallel, optimizer, averages
+compile  the same, but torch.compile compiles forward, loss and backward
+graph    one CUDA graph holds the whole update, so that the host launches one graph instead of a
+         thousand kernels; one all-reduce of a flat gradient replaces DDP's buckets
+compile_graph  a CUDA graph of the compiled update
+..._fuse       the compiler recomputes cheap results instead of storing them: compiling.FUSE
 
-`modes` tries them on made-up images, and takes the fastest.
+`modes` tries them on made-up images and chooses the fastest.
 """
 
 import copy
@@ -36,7 +36,10 @@ Batch = tuple[Tensor, Tensor]  # images and labels
 
 
 class Eager:
-    """Carries out updates, compiled or not: `micro` for each micro-batch, then `update`."""
+    """Carries out updates, compiled or not.
+
+    Call `micro` for each micro-batch of an update, then `update`.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,10 @@ class Eager:
         train: config.Train,
         options: dict[str, Any] | None = None,
     ) -> None:
-        """`options` are those of the compiler; None where nothing is compiled."""
+        """
+        Args:
+            options: the compiler's options; None compiles nothing.
+        """
         self.accelerator = accelerator
         self.learner = learner
         self.accumulation = plan.accumulation
@@ -56,11 +62,12 @@ class Eager:
         self.evaluators = evaluators_of(learner, options, None)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
-        """Adds the gradients of a micro-batch; only with the `is_last` are they exchanged.
+        """Adds the gradients of a micro-batch to those of the update.
 
         Args:
             images: float `(B, 3, S, S)`, channels-last.
             labels: int64 `(B,)`, or probabilities `(B, C)`.
+            is_last: this is the update's last micro-batch: all-reduce the gradients.
         """
         learner = self.learner
         with nullcontext() if is_last else self.accelerator.no_sync(learner.model):
@@ -70,7 +77,11 @@ class Eager:
         self.guard.add(loss, len(labels))
 
     def update(self, lr: float) -> None:
-        """Moves weights, BatchNorm's statistics and the average of the weights, if it counts."""
+        """Updates weights, BatchNorm's statistics and the weight average, unless the guard rejects.
+
+        Args:
+            lr: learning rate, before each parameter group's `lr_factor`.
+        """
         learner = self.learner
         for group in learner.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1)
@@ -84,8 +95,11 @@ class Eager:
             learner.ema.update(learner.flat, weight)
 
     def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
-        """Compiles for batches of these sizes. Changes nothing.
+        """Compiles for batches of these shapes. Leaves weights and statistics unchanged.
 
+        Args:
+            training: images and labels, as `micro` takes them.
+            evaluation: images `(B, 3, S, S)`.
         Raises:
             Exception: what the compiler raises.
         """
@@ -99,27 +113,30 @@ class Eager:
             loss.backward()
         learner.optimizer.zero_grad()
         with torch.no_grad():
-            for tensor, before in zip(learner.flat, kept, strict=True):
-                tensor.copy_(before)
+            for tensor, original in zip(learner.flat, kept, strict=True):
+                tensor.copy_(original)
         rehearse_all(self.accelerator, self.evaluators, evaluation)
 
     def close(self) -> None:
-        """Frees what only updates need."""
+        """Frees the gradients."""
         for parameter in self.learner.module.parameters():
             parameter.grad = None
 
 
 class ComputeCopy:
-    """A network that forward and backward run in the place of another, for few kernels.
+    """A copy of a network that runs forward and backward with fewer kernels than the original.
 
-    It shares BatchNorm's parameters and statistics with the network. Its other parameters are
-    copies in the type in which autocast multiplies: `refresh` makes them all at once, where
-    autocast casts each weight, and backward each gradient, by a kernel of its own. Nor does it
-    count BatchNorm's batches, which takes a kernel a layer.
+    It shares BatchNorm's parameters and statistics with the original. Its other parameters are
+    copies in the dtype in which autocast multiplies. `refresh` casts all of them at once. Autocast
+    would cast each weight, and backward each gradient, by a separate kernel. The copy does not
+    count BatchNorm's batches either: that takes one kernel per layer.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        """`dtype` is autocast's; None where all is float32, and all parameters are shared."""
+        """
+        Args:
+            dtype: autocast's dtype; None if all is float32, and then all parameters are shared.
+        """
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         cast = [p for layer in layers for p in layer.parameters()] if dtype else []
         copies = [nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in cast]
@@ -129,12 +146,12 @@ class ComputeCopy:
         for layer in self.module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.num_batches_tracked = None
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]  # not frozen
+        self.trainable = [p for p in self.module.parameters() if p.requires_grad]
         self.copies = flat.lines([p.detach() for p in copies], cast)
         self.originals = flat.lines([p.detach() for p in cast], cast)
 
     def refresh(self) -> None:
-        """Takes over the weights as they are now."""
+        """Copies the original's current weights."""
         if self.copies:
             torch._foreach_copy_(self.copies, self.originals)
 
@@ -144,10 +161,11 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 class Graphed:
-    """Carries out updates as CUDA graphs: one, or with accumulation two, for each size of image.
+    """Carries out updates as CUDA graphs: one per image size, or two with gradient accumulation.
 
-    Whatever changes from update to update lies in tensors that stay where they are: images, labels,
-    learning rate, the weight of the average. All gradients are views of one flat tensor.
+    A graph reads and writes fixed addresses. So everything that changes from update to update lies
+    in tensors that are never replaced: images, labels, learning rates and the weight with which the
+    network enters its moving average. All gradients are views of one flat tensor.
     """
 
     def __init__(
@@ -159,7 +177,11 @@ class Graphed:
         options: dict[str, Any] | None = None,
         run: Run | None = None,
     ) -> None:
-        """`options` as of `Eager`. `run` runs a function; by default as a CUDA graph."""
+        """
+        Args:
+            options: the compiler's options; None compiles nothing.
+            run: runs a function under a key; by default as a CUDA graph.
+        """
         self.accelerator = accelerator
         self.learner = learner
         self.world_size = plan.world_size
@@ -167,12 +189,12 @@ class Graphed:
         device = accelerator.device
         on_gpu = device.type == "cuda"
         self.guard = Guard(learner, plan, train.max_skipped_steps, compile_it=on_gpu)
-        self.lrs: dict[float, Tensor] = {}  # of the groups, by their factor
+        self.lrs: dict[float, Tensor] = {}  # learning rate for each `lr_factor`
         self.ema_weight = torch.zeros((), device=device)
-        # Gradients are added up over processes and micro-batches, where DDP takes their mean.
+        # Gradients are summed over ranks and micro-batches. DDP would take the mean.
         self.share = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
         self.inputs: dict[Any, Batch] = {}
-        self.pending: Any = None  # the key of the last micro-batch's inputs
+        self.pending: Any = None  # input key of the update's last micro-batch, until `update` runs
         self.exchange_bf16 = train.gradient_exchange == "bf16"
         for group in learner.optimizer.param_groups:
             factor = group.get("lr_factor", 1)
@@ -186,10 +208,10 @@ class Graphed:
         views = flat.views_of(self.gradients, parameters)
         for parameter, view in zip(parameters, views, strict=True):
             parameter.grad = view
-        # Of one micro-batch: added to the others where there are several.
+        # Gradients of one micro-batch; with accumulation they are then added to `gradients`.
         self.fresh = torch.zeros_like(self.gradients) if plan.accumulation > 1 else self.gradients
-        places = flat.views_of(self.fresh, parameters)  # of the gradients
-        self.places = [v for v, p in zip(places, parameters, strict=True) if p.requires_grad]
+        views = flat.views_of(self.fresh, parameters)
+        self.fresh_views = [v for v, p in zip(views, parameters, strict=True) if p.requires_grad]
         layers = [layer for layer in learner.module.modules() if isinstance(layer, _BatchNorm)]
         self.counted = torch.tensor([not _is_frozen(x) for x in layers], device=device).long()
         self.recorder = None if run else Recorder(self._touched())
@@ -198,7 +220,7 @@ class Graphed:
         self.evaluators = evaluators_of(learner, options, self.run)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
-        """As of `Eager`; the last one is carried out with the update."""
+        """As `Eager.micro`, but `update` carries out the last micro-batch."""
         key = self._take(images, labels)
         if is_last:
             self.pending = key
@@ -206,23 +228,27 @@ class Graphed:
             self.run(("micro", key), lambda: self._backward(key))
 
     def update(self, lr: float) -> None:
+        """As `Eager.update`, including the last micro-batch."""
         learner = self.learner
-        assert self.pending, "no micro-batch was the last"
+        assert self.pending, "call `micro` with is_last=True before `update`"
         key, self.pending = self.pending, None
         learner.state.step += 1
-        for factor, place in self.lrs.items():
-            place.fill_(lr * factor)
+        for factor, group_lr in self.lrs.items():
+            group_lr.fill_(lr * factor)
         if learner.ema:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
         self.run(("update", key), lambda: self._whole(key))
 
     def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
-        """Records the graphs for batches of these sizes. Changes nothing.
+        """Records the graphs for batches of these shapes. Leaves weights and statistics unchanged.
 
-        To be done before a loader starts: see `Recorder.record`.
+        Call it before a loader starts: see `Recorder.record`.
 
+        Args:
+            training: images and labels, as `micro` takes them.
+            evaluation: images `(B, 3, S, S)`.
         Raises:
-            Exception: what the compiler or CUDA raise.
+            Exception: what the compiler or CUDA raises.
         """
         if self.recorder is None:
             return
@@ -234,7 +260,7 @@ class Graphed:
         rehearse_all(self.accelerator, self.evaluators, evaluation)
 
     def close(self) -> None:
-        """Frees the graphs, and the memory that only they need."""
+        """Frees the graphs, their inputs and the gradients."""
         if self.recorder:
             self.recorder.close()
         self.inputs.clear()
@@ -242,7 +268,7 @@ class Graphed:
             parameter.grad = None
 
     def _take(self, images: Tensor, labels: Tensor) -> Any:
-        """Copies a micro-batch to where the graphs look for it; returns its key."""
+        """Copies a micro-batch into the graphs' input tensors; returns the key of its shape."""
         key = (images.shape, labels.shape, labels.dtype)
         if key not in self.inputs:
             self.inputs[key] = torch.empty_like(images, dtype=self.dtype), torch.empty_like(labels)
@@ -251,17 +277,18 @@ class Graphed:
         return key
 
     def _backward(self, key: Any) -> None:
-        """Adds the gradients of the micro-batch under `key`."""
+        """Adds the gradients of the micro-batch that `_take` stored under `key`."""
         images, labels = self.inputs[key]
         with torch.no_grad():
             self.compute.refresh()
         with self.accelerator.autocast():
             loss = self.loss_of(images, labels)
-        found = torch.autograd.grad(loss, self.compute.parameters, self.share)
+        found = torch.autograd.grad(loss, self.compute.trainable, self.share)
         with torch.no_grad():
-            targets, sources = flat.lines(self.places, self.places), flat.lines(found, self.places)
+            views = self.fresh_views
+            targets, sources = flat.lines(views, views), flat.lines(found, views)
             for dtype in dict.fromkeys(source.dtype for source in sources):
-                # Lists of one type are copied by few kernels.
+                # Few kernels copy a list of tensors if they all have one dtype.
                 pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype]
                 torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
             if self.fresh is not self.gradients:
@@ -270,7 +297,8 @@ class Graphed:
         self.guard.add(loss, len(labels))
 
     @torch.no_grad()
-    def _move(self) -> None:
+    def _step(self) -> None:
+        """Reduces the gradients over the ranks, and updates the network unless it is rejected."""
         learner = self.learner
         if self.world_size > 1:
             if self.exchange_bf16:
@@ -287,12 +315,12 @@ class Graphed:
             learner.ema.update(learner.flat, self.guard.kept(self.ema_weight))
 
     def _whole(self, key: Any) -> None:
-        """An update, with its last micro-batch."""
+        """The last micro-batch and the update: one graph."""
         self._backward(key)
-        self._move()
+        self._step()
 
     def _touched(self) -> list[Tensor]:
-        """All that an update changes, and that is there before and after it."""
+        """The tensors that an update changes and that outlive it."""
         learner = self.learner
         momenta = [
             state["momentum_buffer"]
@@ -309,34 +337,39 @@ Updater = Eager | Graphed
 def prepare(
     mode: str, accelerator: Accelerator, module: nn.Module, recipe: config.Recipe, plan: Plan
 ) -> Learner:
-    """All that training changes, on the device, with the network wrapped as `mode` needs it."""
+    """Builds all that training changes, on the device, and wraps the network for `mode`.
+
+    Args:
+        mode: a value of `train.execution`, but not `auto`.
+        module: the network, on its device, channels-last.
+    """
     average = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     optimizer: Any = build_optimizer(module, recipe.optim)
     model = module
     if "graph" not in mode:
         hooks = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
         accelerator.ddp_handler = DistributedDataParallelKwargs(
-            broadcast_buffers=False,  # BatchNorm's statistics are averaged: guard.Guard
+            broadcast_buffers=False,  # guard.Guard averages BatchNorm's statistics instead
             gradient_as_bucket_view=True,
             static_graph=mode == "eager" and plan.accumulation == 1,
             comm_hook=hooks[recipe.train.gradient_exchange],
         )
-        with warnings.catch_warnings():  # torch 2.14 has another name, which Accelerate has not
+        with warnings.catch_warnings():  # torch 2.14 renamed the option; Accelerate did not
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model, optimizer = accelerator.prepare(module, optimizer)
         if accelerator.num_processes > 1:
             _settle_buckets(accelerator, model)
-    # DistributedDataParallel would take the tensors apart again.
+    # Flatten last: DistributedDataParallel would separate the tensors again.
     flattened = flat.flatten(module)
     return Learner(model, module, flattened, optimizer, average, accelerator.scaler)
 
 
 def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
-    """Has DistributedDataParallel arrange its buckets before the first update.
+    """Makes DistributedDataParallel arrange its buckets before the first update.
 
-    It does so anew when it has seen one pass, or two of a static graph. Their layout is the order
-    in which gradients of three processes and more are added up: with another one in the first
-    updates after a restart, a run would not end bit for bit equal.
+    DDP rearranges its buckets after the first pass, or after the second one of a static graph. With
+    three or more ranks, the bucket layout decides in which order gradients are summed. If the first
+    updates after a restart had another layout, the run would not end bit for bit equal.
     """
     model.eval()  # changes no statistics and draws nothing
     image = torch.zeros(1, 3, 32, 32, device=accelerator.device)
@@ -351,9 +384,9 @@ def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
 def build(
     mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
 ) -> Updater:
-    """What carries out the updates of a learner that `prepare` made for `mode`.
+    """Builds the updater for a learner that `prepare` made for the same `mode`.
 
-    A checkpoint has to be restored before: graphs keep the places of the tensors.
+    Restore a checkpoint first: graphs keep the addresses of the tensors.
     """
     kind = Graphed if "graph" in mode else Eager
     return kind(accelerator, learner, plan, train, compiler_options(mode))

@@ -1,4 +1,4 @@
-"""Draws and bytes of a loader's batches, some of them on their way ahead of the decoder."""
+"""Gives a loader the draws and the bytes of its batches, and reads ahead of the decoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from fasttrain import config
 from fasttrain.order import Order
-from fasttrain.reading import ShardReader, places_of
+from fasttrain.reading import ShardReader, ranges_of
 from fasttrain.sampling import Draw
 from fasttrain.shards import Split
 
@@ -24,22 +24,25 @@ class Feed:
         Args:
             numbers: the batches of the order, in steps of 1.
             windows_only: of raw images, give only the rows of their windows.
-            make_reader: is told how many batches may be in flight.
+            make_reader: its third argument is the number of batches that may be in flight.
         """
         self.order, self.split = order, order.split
         self.numbers = numbers
         self.windows_only = windows_only
         self.ahead = order.data.read_ahead
-        # In flight: those read ahead, those inside DALI, the one taken out, the one going in.
+        # In flight: the batches read ahead, those in DALI's queue, one entering and one leaving it.
         in_flight = order.data.read_ahead + order.data.queue_depth + 2
         self.reader = make_reader(order.split, order.data, in_flight)
         self.draws: dict[int, Draw] = {}
         self.next = numbers.start
 
     def __call__(self, number: int) -> tuple[Draw, Any]:
-        """The draw and the bytes of a batch, as the reader's `take` gives them.
+        """Returns the draw and the bytes of a batch, as the reader's `take` gives them.
 
-        Batches have to be asked for in the order of their numbers.
+        Call it in the order of the batches' numbers.
+
+        Raises:
+            DataError: as `ShardReader.take`.
         """
         begun = self.next
         while self.next < min(number + self.ahead + 1, self.numbers.stop):
@@ -49,8 +52,8 @@ class Feed:
             self.reader.announce(self.order.pieces(started))
         draw, views = self.draws[number], self.reader.take(number)
         if self.split.store == "raw" and self.order.verified(number):
-            # These were read whole, so that their checksums could be compared.
-            _, offsets, sizes = places_of(self.split, draw, self.windows_only)
+            # The images were read whole, to compare checksums. The maker needs only this part.
+            _, offsets, sizes = ranges_of(self.split, draw, self.windows_only)
             starts = offsets - self.split.offset[draw.ids].astype(np.int64)
             views = self.reader.cut(views, starts, sizes)
         return draw, views
@@ -58,8 +61,8 @@ class Feed:
     def _start(self, number: int) -> None:
         self.draws[number] = draw = self.order.draw(number)
         verified = self.order.verified(number)
-        places = places_of(self.split, draw, self.windows_only, whole=verified)
-        self.reader.start(number, places, draw.ids.tolist() if verified else ())
+        ranges = ranges_of(self.split, draw, self.windows_only, whole=verified)
+        self.reader.start(number, ranges, draw.ids.tolist() if verified else ())
 
     def done(self, number: int) -> Draw:
         """Frees the bytes of a batch that is decoded; returns its draw."""
@@ -67,4 +70,5 @@ class Feed:
         return self.draws.pop(number)
 
     def close(self) -> None:
+        """Closes the reader."""
         self.reader.close()

@@ -1,4 +1,4 @@
-"""The tensors of a network as views of a few flat ones, so that one operation reaches them all."""
+"""Makes a network's tensors views of a few flat ones, so that one operation reaches them all."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Flat(NamedTuple):
-    """What a network learns. Its parameters and the buffers of BatchNorm are views of these."""
+    """What a network learns. Its parameters and BatchNorm buffers are views of these tensors."""
 
     weights: Tensor  # float32 (P,), in the order of `module.parameters()`
     statistics: Tensor  # float32 (S + 1,): running means and variances, and one spare value
@@ -17,22 +17,22 @@ class Flat(NamedTuple):
 
     @property
     def averaged(self) -> Tensor:
-        """Weights and statistics in one tensor: they lie one after the other. A view."""
+        """A view of weights and statistics as one tensor: they are adjacent in memory."""
         end = self.statistics.storage_offset() + self.statistics.numel() - 1
         return self.weights.as_strided((end,), (1,))
 
 
 @torch.no_grad()
 def flatten(module: nn.Module) -> Flat:
-    """Makes the parameters and the buffers of BatchNorm views of flat tensors.
+    """Makes the parameters and the BatchNorm buffers views of flat tensors.
 
-    Values, shapes, strides and names stay. The optimizer has to be built afterwards or keep the
-    parameters themselves, which stay the same objects.
+    Values, shapes, strides and names stay. The parameters stay the same objects, so an optimizer
+    that was built before remains valid if it refers to the parameters and not to their data.
     """
     parameters = list(module.parameters())
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     num_weights = sum(p.numel() for p in parameters)
-    # The compiler copies an input whose address is no multiple of 16 bytes.
+    # Align the statistics: the compiler copies an input whose address is no multiple of 16 bytes.
     begin = -(-num_weights // 4) * 4
     num_statistics = 2 * sum(layer.num_features for layer in layers) + 1
     whole = torch.zeros(begin + num_statistics, device=parameters[0].device)
@@ -47,7 +47,7 @@ def flatten(module: nn.Module) -> Flat:
 
 
 def views_of(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    """Views of a flat tensor, one after the other, with the shapes and strides of `like`."""
+    """Adjacent views of a flat tensor, with the shapes and strides of `like`."""
     views, start = [], flat.storage_offset()
     for tensor in like:
         views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
@@ -56,11 +56,10 @@ def views_of(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
 
 
 def lines(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor as one dimension, in the order in which the memory of its `like` lies.
+    """Flattens each tensor to one dimension, in the memory order of its partner in `like`.
 
-    A view where the tensor lies in that order already, as nearly all do; else a copy. So the
-    operations on lists (`torch._foreach_...`) find equal strides, and take a few kernels instead of
-    one for each tensor.
+    The result is a view if the tensor has that order already, as nearly all have; else a copy. With
+    equal strides, `torch._foreach_...` takes a few kernels instead of one for each tensor.
     """
     found = []
     for tensor, other in zip(tensors, like, strict=True):
@@ -73,14 +72,14 @@ def lines(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The strides that matter: those of dimensions of more than one element."""
+    """The strides of the dimensions with more than one element: only these matter."""
     return [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _move_buffers(layers: list[_BatchNorm], names: tuple[str, ...], flat: Tensor) -> None:
-    """Makes the buffers of those names views of `flat`, in the order of the layers."""
-    placed = [(layer, name) for layer in layers for name in names]
-    buffers: list[Tensor] = [getattr(layer, name) for layer, name in placed]
-    for (layer, name), buffer, view in zip(placed, buffers, views_of(flat, buffers), strict=True):
+    """Makes the buffers with these names views of `flat`, in the order of the layers."""
+    owners = [(layer, name) for layer in layers for name in names]
+    buffers: list[Tensor] = [getattr(layer, name) for layer, name in owners]
+    for (layer, name), buffer, view in zip(owners, buffers, views_of(flat, buffers), strict=True):
         view.copy_(buffer)
         setattr(layer, name, view)

@@ -1,11 +1,11 @@
-"""Bytes of whole batches of raw images, side by side in one buffer each, for one copy to a GPU.
+"""Packs the raw images of a batch into one buffer, for a single copy to the GPU.
 
-Threads copy them out of the mapped tars by `process_vm_readv`, asked for our own process: one call
-takes on up to 1024 ranges, without the interpreter's lock, and where a file has shrunk it returns
-an error, where a plain copy would be SIGBUS. A plain copy of each image takes 37 us on a core,
-this 45 (170 KB, two cores of an AMD EPYC, 2026-11-27); but it takes the lock anew for each image,
-and waits up to 5 ms for it while another thread runs Python. It is used where the system forbids
-the call.
+Threads copy the bytes out of the mapped tars by `process_vm_readv` on their own process. One call
+copies up to 1024 ranges without the interpreter's lock. If a file has shrunk, the call returns an
+error; a plain copy would raise SIGBUS. Per image and core, a plain copy takes 37 us and this one 45
+(170 KB, two cores of an AMD EPYC, 2026-11-27). But the plain copy takes the interpreter's lock for
+each image, and waits up to 5 ms for it while another thread runs Python. It is the fallback if the
+system forbids the call.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from fasttrain.reading import (
     CHUNK,
     BadSamples,
     DataError,
-    Places,
+    Ranges,
     Ring,
     ShardReader,
     faults_of,
@@ -34,7 +34,7 @@ from fasttrain.reading import (
 )
 from fasttrain.shards import Split
 
-RANGES = 1024  # that one call takes: IOV_MAX of Linux
+MAX_RANGES = 1024  # per call: IOV_MAX of Linux
 SMALLEST_TASK = 16  # images
 
 
@@ -42,14 +42,14 @@ class Packed(NamedTuple):
     """The bytes of a batch."""
 
     buffer: NDArray[np.uint8]  # (N,): the head, then the images, without gaps
-    starts: NDArray[np.int64]  # (B,): where in it each image begins
+    starts: NDArray[np.int64]  # (B,): offset of each image in the buffer
 
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch on its way."""
+    """A batch between `start` and `give_back`."""
 
-    places: Places
+    ranges: Ranges
     verified: Sequence[int]
     shards: list[int]
     paging: list[Future[dict[int, str]]] = field(default_factory=list)
@@ -58,10 +58,10 @@ class _Batch:
 
 
 class Packer(ShardReader):
-    """A `ShardReader` whose `take` gives a `Packed`.
+    """A `ShardReader` whose `take` returns a `Packed`.
 
-    Mapped tars are paged in as far ahead as those of any reader, but copied only one batch ahead:
-    pinned memory is dear. Tars that are not mapped are read straight into the buffers.
+    Mapped tars are paged in as far ahead as by a `ShardReader`, but copied only one batch ahead,
+    because pinned memory is scarce. Tars that are not mapped are read straight into the buffers.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Packer(ShardReader):
     ) -> None:
         """
         Args:
-            in_flight: batches between `start` and `give_back`.
-            head_bytes: left free in front of a buffer, for each image of its batch.
-            make: gives a buffer of so many bytes.
+            in_flight: the most batches between `start` and `give_back`.
+            head_bytes: bytes per image that are left free at the start of a buffer.
+            make: allocates a buffer of a given number of bytes; by default in ordinary memory.
         """
         super().__init__(split, data, in_flight)
-        # Mapped: the batch taken, the next one, and one that is still on its way to the device.
+        # Mapped: the batch taken, the next one, and one that is still being copied to the device.
         self.ring = Ring(3 if self.mapped else in_flight, make)
         self.head_bytes = head_bytes
         self.bases = np.zeros(len(split.shard_paths), np.uint64)  # addresses of the maps
@@ -88,33 +88,34 @@ class Packer(ShardReader):
         self.copiers = ThreadPoolExecutor(data.read_threads, "gather")
         self.move = _Mover()
 
-    def start(self, number: int, places: Places, verified: Sequence[int] = ()) -> None:
-        shards = np.unique(places.shards).tolist()
+    def start(self, number: int, ranges: Ranges, verified: Sequence[int] = ()) -> None:
+        """As `ShardReader.start`."""
+        shards = np.unique(ranges.shards).tolist()
         for shard in shards:
             self._open(shard)
             if self.mapped:
                 self.bases[shard] = self.addresses[shard]
-        self.batches[number] = batch = _Batch(places, verified, shards)
+        self.batches[number] = batch = _Batch(ranges, verified, shards)
         if not self.mapped:
             self._copy(number)
         elif not self._resting(number):
-            triples = places.triples()
+            triples = ranges.triples()
             for first in range(0, len(triples), CHUNK):
                 part = triples[first : first + CHUNK]
                 batch.paging.append(self.pool.submit(self._read, part, (), ()))
 
     def take(self, number: int) -> Packed:  # type: ignore[override]
-        """The bytes of a started batch; waits for them, and begins to copy those of the next.
+        """Waits for a started batch; returns its bytes, and begins to copy the next batch.
 
         Raises:
-            BadSamples: they were to be verified, and some are damaged.
-            DataError: they could not be read.
+            BadSamples: the batch was verified, and some samples are damaged.
+            DataError: the bytes could not be read.
         """
         begun = time.perf_counter()
         batch = self.batches[number]
         for task in batch.paging:
             task.result()
-        # Before the copy, which would take zeros for what a file has lost of its last page.
+        # Check before the copy: what a file has lost of its last page would be copied as zeros.
         self._check_sizes(batch.shards)
         for upcoming in (number, number + 1):
             if upcoming in self.batches and not self.batches[upcoming].packed:
@@ -132,55 +133,58 @@ class Packer(ShardReader):
     def cut(  # type: ignore[override]
         self, packed: Packed, starts: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> Packed:
+        """Moves the start of each image by `starts`; the kernel needs no `sizes`."""
         return packed._replace(starts=packed.starts + starts)
 
     def give_back(self, number: int) -> None:
+        """As `ShardReader.give_back`."""
         del self.batches[number]
         self.ring.give_back(number)
 
     def close(self) -> None:
-        # Before the maps go, which a copy may still read.
+        """Stops the threads and closes the files."""
+        # Copies first: they read the maps.
         self.copiers.shutdown(cancel_futures=True)
         super().close()
 
     def _copy(self, number: int) -> None:
         """Begins to copy the bytes of a batch into a buffer."""
         batch = self.batches[number]
-        shards, offsets, sizes = batch.places
+        shards, offsets, sizes = batch.ranges
         head = len(sizes) * self.head_bytes
         ends = head + np.cumsum(sizes)
         starts, end = ends - sizes, int(ends[-1])
         buffer = self.ring.lend(number, end)[:end]
         batch.packed = Packed(buffer, starts)
-        # Few tasks, as each asks for the interpreter's lock.
+        # Few tasks: each one takes the interpreter's lock.
         size = max(SMALLEST_TASK, -(-len(sizes) // self.threads))
         for first in range(0, len(sizes), size):
             part = slice(first, first + size)
-            places = Places(shards[part], offsets[part], sizes[part])
+            ranges = Ranges(shards[part], offsets[part], sizes[part])
             task = self.copiers.submit(
-                self._copy_part, places, buffer, starts[part], batch.verified[part]
+                self._copy_part, ranges, buffer, starts[part], batch.verified[part]
             )
             batch.copying.append(task)
 
     def _copy_part(
         self,
-        places: Places,
+        ranges: Ranges,
         buffer: NDArray[np.uint8],
         starts: NDArray[np.int64],
         verified: Sequence[int],
     ) -> dict[int, str]:
-        """What a thread does: copies bytes, and says what is wrong with those to be verified."""
+        """A thread's task: copies bytes, and returns the faults of the `verified` samples."""
         if self.mapped:
-            sources = self.bases[places.shards] + places.offsets.astype(np.uint64)
-            copied = self.move(buffer.ctypes.data + int(starts[0]), sources, places.sizes)
+            sources = self.bases[ranges.shards] + ranges.offsets.astype(np.uint64)
+            copied = self.move(buffer.ctypes.data + int(starts[0]), sources, ranges.sizes)
             if copied < len(sources):
-                raise self._unreadable(int(places.shards[copied]), int(places.offsets[copied]))
+                raise self._unreadable(int(ranges.shards[copied]), int(ranges.offsets[copied]))
         else:
-            views = views_of(memoryview(buffer), starts, places.sizes)  # type: ignore[arg-type]
-            self._pread(places.triples(), views)
+            views = views_of(memoryview(buffer), starts, ranges.sizes)  # type: ignore[arg-type]
+            self._pread(ranges.triples(), views)
         if not verified:
             return {}
-        views = views_of(memoryview(buffer), starts, places.sizes)  # type: ignore[arg-type]
+        views = views_of(memoryview(buffer), starts, ranges.sizes)  # type: ignore[arg-type]
         return faults_of(self.split, verified, views)
 
     def _unreadable(self, shard: int, offset: int) -> DataError:
@@ -191,7 +195,7 @@ class Packer(ShardReader):
 
 
 class _Mover:
-    """Copies ranges of this process's memory to one place, one behind the other."""
+    """Copies ranges of this process's memory to one address, without gaps."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -205,39 +209,40 @@ class _Mover:
     def __call__(self, target: int, sources: NDArray[np.uint64], sizes: NDArray[np.int64]) -> int:
         """Copies `sizes` bytes each from the addresses `sources` to the address `target`.
 
-        Returns the number of ranges that were copied whole, all but for a fault.
+        Returns:
+            The number of ranges that were copied whole; fewer than given if one is unreadable.
         """
         if not self.by_system:
             starts = target + np.cumsum(sizes) - sizes
             for start, source, size in zip(
                 starts.tolist(), sources.tolist(), sizes.tolist(), strict=True
             ):
-                ctypes.memmove(start, source, size)  # lets other threads run
+                ctypes.memmove(start, source, size)  # releases the interpreter's lock
             return len(sizes)
         ends, done = np.cumsum(sizes), 0
         while (first := int(np.searchsorted(ends, done, "right"))) < len(sizes):
-            rows = slice(first, first + RANGES)
+            rows = slice(first, first + MAX_RANGES)
             ranges = np.stack([sources[rows], sizes[rows].astype(np.uint64)], 1)
-            # A call may end within a range: at 2 GB, or where memory was short.
+            # A call may end within a range: after 2 GB, or if memory is short.
             begun = done - int(ends[first] - sizes[first])
             ranges[0] += np.array([begun, -begun], np.int64).astype(np.uint64)
-            copied = self._ask(target + done, ranges)
+            copied = self._call(target + done, ranges)
             if copied <= 0:
                 return first
             done += copied
         return len(sizes)
 
-    def _ask(self, target: int, ranges: NDArray[np.uint64]) -> int:
-        """One call for `ranges` `(n, 2)`, addresses and sizes. Returns how many bytes it copied."""
+    def _call(self, target: int, ranges: NDArray[np.uint64]) -> int:
+        """One system call for `ranges` `(n, 2)`, addresses and sizes; returns the bytes copied."""
         into = np.array([target, ranges[:, 1].sum()], np.uint64)
         assert self.read
         return int(self.read(os.getpid(), into.ctypes.data, 1, ranges.ctypes.data, len(ranges), 0))
 
     def _is_permitted(self) -> bool:
-        """Tries it on a few bytes: containers may forbid the call, and old kernels lack it."""
+        """Tries the call on a few bytes: containers may forbid it, and old kernels lack it."""
         there, here = np.arange(64, dtype=np.uint8), np.zeros(64, np.uint8)
         ranges = np.array([[there.ctypes.data, 32], [there.ctypes.data + 32, 32]], np.uint64)
-        if self._ask(here.ctypes.data, ranges) == 64:
+        if self._call(here.ctypes.data, ranges) == 64:
             return bool((here == there).all())
         code = ctypes.get_errno()
         if code not in (errno.EPERM, errno.ENOSYS, errno.EACCES, errno.EFAULT):

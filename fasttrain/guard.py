@@ -1,8 +1,8 @@
-"""Keeps an update whose loss or gradient is not finite from changing anything.
+"""Rejects an update whose loss or gradient is not finite, so that it changes nothing.
 
 One forward pass over a bad image, or one step that is too long, would spoil BatchNorm's statistics,
 the weights, the momentum and the moving average for good. The device decides whether an update
-counts. All ranks decide alike. The host learns of it when it next asks.
+counts, and all ranks decide alike. The host learns of it when it next calls `Guard.read`.
 """
 
 from collections.abc import Callable
@@ -16,26 +16,30 @@ from fasttrain.schedule import Plan
 
 
 class Skipped(NamedTuple):
-    """The updates that were left out since the guard was last asked: how many, and the first."""
+    """The updates that were skipped since the last `read`: their number, and the first of them."""
 
     number: int
-    offset: int  # of the first, counted from 0 over the updates since the guard was last asked
-    loss: float  # mean over this process's images
-    gradient_norm: float
+    offset: int  # position of the first, from 0, among the updates since the last `read`
+    loss: float  # of the first: mean over this rank's images
+    gradient_norm: float  # of the first
 
 
 class Guard:
-    """Decides on each update of a network: `add` its losses, `decide`, and move by `kept`.
+    """Accepts or rejects each update of a network.
 
-    It averages BatchNorm's running statistics over the ranks by one small all-reduce an update.
-    DistributedDataParallel would let each rank evaluate with its own statistics, or broadcast those
-    of rank 0. To do it in every update keeps the run a function of the step alone.
+    For each update, call `add` with the loss of each micro-batch, then `decide`. `kept` then scales
+    the change of the moving average: by 1, or by 0 if the update was rejected.
 
-    Under float16 the scaler deals with infinite gradients. Then only the loss and the statistics
-    count here.
+    The guard averages BatchNorm's running statistics over the ranks, by one small all-reduce per
+    update. With DistributedDataParallel alone, each rank would evaluate with its own statistics, or
+    rank 0 would broadcast its statistics. The average is taken in every update, so that the run
+    depends on the step alone.
 
-    All numbers are float64 and lie on the device. The arithmetic is written for few kernels: 25 an
-    update, and 8 where it is compiled.
+    Under float16 the scaler handles infinite gradients, and the guard checks only the loss and the
+    statistics.
+
+    All numbers are float64 on the device. The arithmetic takes few kernels: 25 per update, or 8 if
+    it is compiled.
     """
 
     def __init__(
@@ -43,12 +47,12 @@ class Guard:
     ) -> None:
         """
         Args:
-            max_skipped: once more updates than that are rejected, all others are rejected too.
-            compile_it: compile the arithmetic, which takes fewer kernels.
+            max_skipped: once more updates than this are rejected, every later one is rejected too.
+            compile_it: compile the arithmetic, to launch fewer kernels.
         """
         self.max_skipped = max_skipped
         self.world_size = plan.world_size
-        self.images = plan.micro_batch_size * plan.accumulation  # of this process, an update
+        self.images = plan.micro_batch_size * plan.accumulation  # of this rank per update
         self.flat = learner.flat
         self.scaler = learner.scaler
         self.first_gradient = learner.optimizer.param_groups[0]["params"][0]
@@ -58,48 +62,48 @@ class Guard:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.loss_sum = zeros()  # over this process's images, of the updates that counted
-        self.loss = zeros()  # of the update that is being made, summed over its images
-        self.offset = zeros()  # of that update, counted since `read`
-        # Updates that were skipped in all, less `max_skipped`; and since `read`.
-        self.excess = zeros() + (state.skipped_steps - max_skipped)
-        self.number = zeros()
+        self.loss_sum = zeros()  # over this rank's images in all accepted updates
+        self.loss = zeros()  # of the current update, summed over this rank's images
+        self.offset = zeros()  # number of updates since `read`
+        self.excess = zeros() + (state.skipped_steps - max_skipped)  # all skipped - max_skipped
+        self.number = zeros()  # of updates skipped since `read`
         # Offset, loss and gradient norm of the first update that was skipped since `read`.
         self.first = [zeros(), zeros(), zeros()]
-        self.keep = torch.ones((), device=device)  # 1 where the latest update counted, else 0
-        self.skip = torch.zeros((), device=device)  # the opposite
-        if self.scaler is None:  # which would hand its own to the optimizer
+        self.keep = torch.ones((), device=device)  # 1 if the latest update was accepted, else 0
+        self.skip = torch.zeros((), device=device)  # 1 - keep
+        if self.scaler is None:  # a scaler would give its own `found_inf` to the optimizer
             optimizer: Any = learner.optimizer
-            fused: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate's, or ours
+            fused: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate may wrap it
             fused.found_inf, fused.grad_scale = self.skip, None
-        self.before = [tensor.clone() for tensor in self._statistics()]
+        self.accepted = [tensor.clone() for tensor in self._statistics()]
         self.settle = self._compiled() if compile_it else self._settle
 
     def add(self, loss: Tensor, num_images: int) -> None:
-        """Takes in the mean loss (0-d) of a micro-batch."""
+        """Adds the mean loss (0-d) of a micro-batch of `num_images` images."""
         self.loss.add_(loss.detach(), alpha=num_images)
 
     @torch.no_grad()
     def decide(self, gradient_norm: Tensor) -> None:
         """Accepts or rejects the update, given the norm (0-d) of the reduced gradients.
 
-        Settles BatchNorm's statistics and adds up the loss. Without a scaler, the optimizer then
-        leaves out a rejected step by itself.
+        Averages BatchNorm's statistics, or restores them if the update is rejected. Adds an
+        accepted loss to `loss_sum`. Without a scaler, the optimizer skips a rejected step by
+        itself.
         """
         statistics = self.flat.statistics
-        statistics[-1] = self.loss  # all processes must judge it as well
+        statistics[-1] = self.loss  # so that every rank sees the loss of all ranks
         if self.world_size > 1:
             torch.distributed.all_reduce(statistics)
             statistics /= self.world_size
         self.settle(gradient_norm)
-        if self.scaler is not None:  # it leaves out a step whose gradients are not finite
+        if self.scaler is not None:  # the scaler skips a step whose gradients are not finite
             assert self.first_gradient.grad is not None
             self.first_gradient.grad += torch.where(self.skip == 0, 0.0, torch.nan)
 
     def _compiled(self) -> Callable[[Tensor], None]:
-        """`_settle` as 6 kernels; or as it is where nothing can be compiled.
+        """`_settle` compiled to 6 kernels, or uncompiled if the compiler fails.
 
-        Compiling fails where the machine has no C compiler. The results are the same.
+        Compiling fails on a machine without a C compiler. The results are the same.
         """
         compiled = torch.compile(self._settle, dynamic=False)
         changed = [*self._statistics(), *self.tensors()]
@@ -107,24 +111,24 @@ class Guard:
         try:
             with torch.no_grad():
                 compiled(torch.zeros_like(self.flat.weights[0]))
-        except Exception:  # each part of the compiler raises its own
+        except Exception:  # the parts of the compiler have no common exception
             compiled = self._settle
-        for tensor, before in zip(changed, kept, strict=True):
-            tensor.copy_(before)
+        for tensor, original in zip(changed, kept, strict=True):
+            tensor.copy_(original)
         return compiled
 
     def _settle(self, gradient_norm: Tensor) -> None:
-        """The decision itself, and what follows from it on this device."""
+        """Decides on the update, and updates statistics, sums and counters accordingly."""
         total = self.flat.statistics.sum(dtype=torch.float64)  # float32 values cannot overflow it
         if self.scaler is None:
             total = total + gradient_norm
-        # A finite number less itself is 0; any other gives NaN, which is not >= anything.
+        # x - x is 0 if x is finite, else NaN. NaN >= y is always false.
         good = (total - total) >= self.excess
         bad = ~good
         is_first = bad > self.number
-        for now, before in zip(self._statistics(), self.before, strict=True):
-            torch.where(good, now, before, out=now)
-            before.copy_(now)
+        for now, accepted in zip(self._statistics(), self.accepted, strict=True):
+            torch.where(good, now, accepted, out=now)
+            accepted.copy_(now)
         for first, now in zip(self.first, (self.offset, self.loss, gradient_norm), strict=True):
             torch.where(is_first, now, first, out=first)
         torch.where(good, self.loss_sum + self.loss, self.loss_sum, out=self.loss_sum)
@@ -136,21 +140,24 @@ class Guard:
         self.loss.zero_()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """What BatchNorm changes in a forward pass."""
+        """The tensors that BatchNorm changes in a forward pass."""
         return self.flat.statistics, self.flat.counts
 
     def kept(self, weight: float | Tensor) -> Tensor:
-        """`weight` where the latest update counted, else 0; 0-d on the device."""
+        """`weight` if the latest update was accepted, else 0; 0-d on the device."""
         return weight * self.keep
 
     def read(self) -> Skipped | None:
-        """What was skipped since the last call, if anything. Waits for the device."""
+        """The updates that were skipped since the last call; None if none was.
+
+        Waits for the device.
+        """
         number, offset, loss, norm = torch.stack([self.number, *self.first]).tolist()
         self.number.zero_()
         self.offset.zero_()
         return Skipped(int(number), int(offset), loss / self.images, norm) if number else None
 
     def tensors(self) -> list[Tensor]:
-        """All that `decide` changes, but for what the network learns."""
+        """The tensors that `decide` changes, without those of the network."""
         counters = [self.loss_sum, self.offset, self.loss, self.excess, self.number, *self.first]
-        return [*counters, self.keep, self.skip, *self.before]
+        return [*counters, self.keep, self.skip, *self.accepted]

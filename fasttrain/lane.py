@@ -1,4 +1,4 @@
-"""A CUDA stream of a loader's own, and the way of its batches to the stream that trains."""
+"""A loader's own CUDA stream, and the handover of its batches to the stream that trains."""
 
 import contextlib
 import queue
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def pinned(num_bytes: int) -> NDArray[np.uint8]:
-    """At least so many bytes of host memory that a GPU can read by itself.
+    """Allocates at least `num_bytes` of pinned host memory, uint8.
 
     Raises:
-        MemoryError: the system gives none.
+        MemoryError: the system has no such memory left.
     """
-    # PyTorch takes the next power of two in any case.
+    # PyTorch rounds up to the next power of two in any case: use all of it.
     size = 1 << (num_bytes - 1).bit_length()
     try:
         memory: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
@@ -32,37 +32,41 @@ def pinned(num_bytes: int) -> NDArray[np.uint8]:
 
 
 class Lane:
-    """Orders a loader's thread and the thread that takes its batches, on the device.
+    """Synchronises a loader's thread with the thread that takes its batches, on the device.
 
-    Neither waits for what it has begun. The thread that takes batches makes its own stream wait for
-    them, on the device; its host thread goes on. Their memory comes from the loader's stream, so
-    the allocator is told who else uses it: when a batch dies, its memory is reused only after what
-    that stream had been given by then. So a batch may be kept for as long as one likes.
+    The taking thread never blocks: its CUDA stream waits for a batch on the device. The memory of a
+    batch comes from the loader's stream, so `take` tells the allocator which stream uses it, too.
+    When a batch dies, its memory is reused only after the work that this stream had then. So a
+    batch may be kept for any time.
 
-    The loader's thread does wait, for the device: it makes a batch only once the one `ahead` before
-    it has been used up there. Without that, a host that launches updates faster than the device
-    runs them would have a batch in memory for each of them.
+    The loader's thread does block: it makes a batch only once the device has finished with the
+    batch that came `ahead` batches before. Otherwise, a host that launches updates faster than the
+    device runs them would hold one batch in memory for each of them.
 
-    While a graph is recorded, under `capture_error_mode="thread_local"`, the loader's thread may
-    allocate and wait all the same; but nothing may be taken within the recording.
+    While a graph is recorded under `capture_error_mode="thread_local"`, the loader's thread may
+    allocate and wait. But `take` must not be called within the recording.
 
-    On a CPU there is nothing to order.
+    On a CPU there is nothing to synchronise.
     """
 
     def __init__(self, device: torch.device, ahead: int) -> None:
-        """`ahead` is at least 2: a batch counts as used once the next one is asked for."""
+        """
+        Args:
+            ahead: at least 2, because a batch counts as used only when the next one is taken.
+        """
         self.device = device
         self.ahead = ahead
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.number = 0  # of batches begun
-        self.waited_s = 0.0  # in `begin`
-        self.made: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events, one a batch, in order
+        self.number = 0  # batches begun
+        self.waited_s = 0.0  # time spent in `begin`
+        # One event per batch, in order: its work is done; its use is over.
+        self.made: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.used: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    # The loader's thread
+    # Called by the loader's thread
 
     def begin(self, closed: threading.Event) -> bool:
-        """Waits until one more batch may be made; False if `closed` was set meanwhile."""
+        """Waits until one more batch may be made; returns False if `closed` was set meanwhile."""
         begun = time.perf_counter()
         if self.number >= self.ahead:
             while True:
@@ -78,26 +82,30 @@ class Lane:
         return True
 
     def work(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it, the thread's current stream is this one."""
+        """A context in which this stream is the thread's current stream."""
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
     def event(self) -> Any:
-        """Happens when all that this stream was given is done; None on a CPU."""
+        """An event that occurs when this stream's work so far is done; None on a CPU."""
         return self._recorded(self.stream) if self.stream else None
 
     def finish(self) -> None:
-        """All of a batch has been given to the stream."""
+        """Marks a batch as made: the stream holds all of its work."""
         self.made.put(self.event())
 
     def close(self) -> None:
-        """Waits for the stream."""
+        """Waits until the stream's work is done."""
         if self.stream:
             self.stream.synchronize()
 
-    # The thread that takes batches
+    # Called by the thread that takes batches
 
     def take(self, tensors: Sequence[Tensor]) -> None:
-        """From here on, the current stream may use the tensors of the next batch."""
+        """Lets the current stream use the next batch: it waits, on the device, until it is made.
+
+        Args:
+            tensors: all tensors of the batch.
+        """
         event = self.made.get_nowait()
         if event is None:
             return
@@ -107,12 +115,12 @@ class Lane:
             tensor.record_stream(stream)
 
     def give_back(self) -> None:
-        """All that uses the batch taken last has been given to the current stream."""
+        """Marks the last batch as used: the current stream holds all work that needs it."""
         current = torch.cuda.current_stream(self.device) if self.stream else None
         self.used.put(self._recorded(current) if current else None)
 
     def _recorded(self, stream: Any) -> Any:
-        # Blocking: the thread that waits sleeps, where it would keep a core busy.
+        # Blocking: a thread that waits sleeps instead of keeping a core busy.
         event = torch.cuda.Event(blocking=True)
         event.record(stream)
         return event

@@ -1,9 +1,9 @@
 """MobileNetV3 Large and Small, written as the paper's tables.
 
-The networks are those of github.com/d-li14/mobilenetv3.pytorch, module for module and name for
-name, so that its published weights load unchanged. They differ from torchvision's in two ways:
-squeeze-excite stands *before* the activation of the depthwise convolution, and below width 1.0 the
-last hidden layer keeps its 1280 (Large) or 1024 (Small) units.
+All modules and their names are those of github.com/d-li14/mobilenetv3.pytorch, so that its
+published weights load unchanged. The networks differ from torchvision's in two ways: squeeze-excite
+comes *before* the activation of the depthwise convolution, and below width 1.0 the last hidden
+layer keeps its 1280 (Large) or 1024 (Small) units.
 
 Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
 """
@@ -17,8 +17,8 @@ from fasttrain.depthwise import DepthwiseConv2d
 
 Arch = Literal["large", "small"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
-STAGES = 5  # of both: at a half, a quarter, ... of the image's side
-LAST_LAYER = "classifier.3"  # the name of the layer whose rows are the classes
+STAGES = 5  # of both networks: each halves the side of its input
+LAST_LAYER = "classifier.3"  # the layer whose rows are the classes
 
 
 class Row(NamedTuple):
@@ -77,15 +77,15 @@ def round_channels(channels: float) -> int:
 def spatial_mean(x: Tensor) -> Tensor:
     """Mean over height and width: `(B, C, H, W)` to `(B, C)`.
 
-    The gradient of `x.mean((2, 3))` comes out as NCHW, and each addition and BatchNorm before it
-    then reads two layouts: 2.4 GB an update of Large at batch 1024. The gradient of this one is
-    channels-last, as x is.
+    The gradient of `x.mean((2, 3))` would be NCHW. Each addition and BatchNorm before it would then
+    read two layouts: 2.4 GB per update of Large at batch 1024. The gradient of this function is
+    channels-last, like `x`.
     """
     return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate that the spatial means decide: `(B, C, H, W)` to the same."""
+    """Scales each channel of `(B, C, H, W)` by a gate computed from the spatial means."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,7 +103,10 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise, squeeze-excite, project; with a shortcut where the shapes allow it."""
+    """Expand, depthwise, squeeze-excite, project; plus a shortcut if input and output shapes agree.
+
+    Maps `(B, in_channels, H, W)` to `(B, out_channels, H / stride, W / stride)`.
+    """
 
     def __init__(self, in_channels: int, row: Row, width: float) -> None:
         super().__init__()
@@ -139,13 +142,14 @@ def _conv_bn_act(in_channels: int, out_channels: int, kernel: int, stride: int) 
 
 
 class MobileNetV3(nn.Module):
-    """Images float `(B, 3, H, W)`, normalised, best channels-last, to logits `(B, num_classes)`.
+    """Maps normalised float images `(B, 3, H, W)` to logits `(B, num_classes)`.
 
-    Use `mobilenetv3_large`, `mobilenetv3_small` or `build_model`.
+    Channels-last images are the fastest. Build it by `mobilenetv3_large`, `mobilenetv3_small` or
+    `build_model`.
     """
 
-    about: str = "this network"  # in messages
-    frozen_stages: int = 0  # whose BatchNorm stays in evaluation mode
+    about: str = "this network"  # its name in messages
+    frozen_stages: int = 0  # how many of the first stages are frozen
 
     def __init__(
         self,
@@ -175,9 +179,10 @@ class MobileNetV3(nn.Module):
         self.apply(_init_weights)
 
     def freeze(self, stages: int) -> None:
-        """Has the first so many of five stages keep their weights and BatchNorm's statistics.
+        """Freezes weights and BatchNorm statistics of the first `stages` of five stages.
 
-        A stage begins wherever the image is halved; the last one has the last convolution too.
+        A stage begins at each layer that halves the image. The last stage includes the last
+        convolution.
         """
         self.frozen_stages = stages
         for layer in self._frozen():
@@ -185,7 +190,7 @@ class MobileNetV3(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As of `nn.Module`, but frozen stages stay in evaluation mode."""
+        """As `nn.Module.train`, but frozen stages stay in evaluation mode."""
         super().train(mode)
         for layer in self._frozen():
             layer.eval()
@@ -209,7 +214,10 @@ class MobileNetV3(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Convolutions normal by fan-out, linear layers normal of 0.01, BatchNorm the identity."""
+    """Draws the weights: Kaiming normal by fan-out for convolutions, std 0.01 for linear layers.
+
+    BatchNorm keeps PyTorch's default, the identity.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -232,7 +240,7 @@ def mobilenetv3_small(
 
 
 def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
-    """The network that a recipe's `[model]` names, initialised from torch's current seed."""
+    """Builds the network that a recipe's `[model]` names, initialised from torch's current seed."""
     build = mobilenetv3_large if arch == "large" else mobilenetv3_small
     network = build(width, num_classes, dropout)
     network.about = f"MobileNetV3-{arch.capitalize()} {width:g} with {num_classes:,} classes"
@@ -240,7 +248,7 @@ def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> M
 
 
 def count_macs(model: nn.Module, image_px: int) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image of `image_px` squared."""
+    """Counts the multiply-adds of convolutions and linear layers for one square image."""
     total = 0
 
     def add(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Which way to carry out updates (`train.execution`): tried before a run, and what works then.
+"""Chooses the way to carry out updates (`train.execution`) by trials before the run, and starts it.
 
-Nothing that is tried leaves a trace in what is trained.
+Trials train copies of the network: they change nothing of the run itself.
 """
 
 import copy
@@ -26,23 +26,24 @@ from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 from fasttrain.trials import fastest
 
-AGREES = 0.01  # relative difference of the mean loss from eager's
-COMPILE_S = 120  # what compiling takes on a CPU: 111 s measured for Small 0.75
-GAIN = 0.1  # of the time, about, by compiling on a CPU: -8 to 20 % measured
-TOO_SLOW = 2 / 3  # of float32's speed, at which bfloat16 on a CPU is a mistake
-LOOK_PX, LOOK_RATIO = 128, 0.5  # of a first look at bfloat16, which ends there if it is slower
-CPU_IMAGES = 32  # of a micro-batch, at most, in trials on a CPU
+LOSS_TOLERANCE = 0.01  # relative difference of a mode's mean loss from eager's
+COMPILE_S = 120  # duration of compiling on a CPU: 111 s measured for Small 0.75
+GAIN = 0.1  # part of the time that compiling saves on a CPU: -8 to 20 % measured
+TOO_SLOW = 2 / 3  # bfloat16 below this part of float32's speed on a CPU is an error
+LOOK_PX = 128  # image side in the first, short measurement of bfloat16
+LOOK_RATIO = 0.5  # bfloat16 below this part of float32's speed there is not measured further
+CPU_IMAGES = 32  # largest micro-batch in trials on a CPU
 
 
 class ExecutionError(Fault, RuntimeError):
-    """An update cannot be carried out as the recipe asks."""
+    """Updates cannot be carried out as the recipe says."""
 
     raised_on_every_rank = True
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is to be trained, and where."""
+    """The network to train, the recipe and the device."""
 
     accelerator: Accelerator
     module: nn.Module  # on its device, channels-last
@@ -55,7 +56,7 @@ class Setup:
         return self.accelerator.device.type == "cpu"
 
     def images(self, size: int, px: int) -> Tensor:
-        """Made-up images `(size, 3, px, px)`, of the type and layout of the loader's."""
+        """Made-up images `(size, 3, px, px)`, with the dtype and layout of the loader's images."""
         half = half_images(not self.on_cpu, self.recipe.train.precision)
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(0)
@@ -65,7 +66,7 @@ class Setup:
         )
 
     def batch(self, size: int, px: int) -> Batch:
-        """Made-up images, and labels `(size,)`, or `(size, C)` where labels are mixed."""
+        """Made-up images, and labels `(size,)`, or `(size, C)` if MixUp or CutMix is on."""
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(self.num_classes, (size,), generator=generator)
         if self.recipe.train.mixup_alpha or self.recipe.train.cutmix_alpha:
@@ -75,12 +76,12 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class ModeTrial:
-    """What became of an attempt at a mode: `fault` is empty where it worked."""
+    """The result of trying a mode."""
 
     mode: str
-    images_per_s: float = 0.0  # of all processes
-    loss: float = 0.0
-    fault: str = ""
+    images_per_s: float = 0.0  # of all ranks together
+    loss: float = 0.0  # mean over the images of all updates
+    fault: str = ""  # empty if the mode worked
     remark: str = ""
 
     def __str__(self) -> str:
@@ -95,13 +96,13 @@ class ModeTrial:
 def choose_execution(
     setup: Setup, previous_mode: str | None, say: Callable[[str], object]
 ) -> tuple[str, str]:
-    """The mode to use, and one sentence on why; the same in all processes.
+    """Chooses the mode, and returns it with one sentence that gives the reason.
 
-    What was measured without a fault is remembered for later runs on such a machine.
+    All ranks return the same. If no trial failed, later runs on such a machine reuse the result.
 
     Args:
         previous_mode: the mode of the run before it was stopped, on this kind of device; or None.
-        say: is told what takes long.
+        say: prints a line before something that takes long.
     Raises:
         ExecutionError: not even eager works, or bfloat16 is far slower than float32 on this CPU.
     """
@@ -116,7 +117,7 @@ def choose_execution(
     if previous_mode:
         return previous_mode, f"execution: {previous_mode}, as before the stop"
     if train.deterministic:
-        return "eager", "execution: eager, as a choice by speed may differ from run to run"
+        return "eager", "execution: eager, as a deterministic run must not choose by speed"
     key = _key(setup)
     remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
@@ -125,7 +126,7 @@ def choose_execution(
 
 
 def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
-    """Time of bfloat16 over that of float32, the same in all processes; 0 on a GPU.
+    """Time of bfloat16 divided by that of float32; 0 on a GPU. All ranks return the same.
 
     Raises:
         ExecutionError: bfloat16 is far slower.
@@ -134,8 +135,8 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
     if setup.on_cpu:
         say("measuring bfloat16 beside float32 on this CPU")
         ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
-    # All ranks take the slowest one's ratio: a rank that decided otherwise would leave the others
-    # waiting in a collective.
+    # All ranks use the slowest rank's ratio. If one rank decided differently, the others would wait
+    # for it in a collective.
     ratio = min(gather_object([ratio]))
     if ratio < TOO_SLOW:
         raise ExecutionError(slow_bf16(ratio))
@@ -143,7 +144,7 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
 
 
 def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> tuple[str, str]:
-    """As `choose_execution`, by trials; remembers under `key` what was measured without a fault."""
+    """The result of `choose_execution` by trials; stores it under `key` if no trial failed."""
     notice = (
         "trying ways to carry out updates, which can take minutes; the fastest is remembered for "
         "later runs, and --set train.execution=MODE tries none"
@@ -167,11 +168,11 @@ def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> t
 
 
 def _try_others(setup: Setup, eager_loss: float) -> list[ModeTrial]:
-    """Tries the modes beside eager, and the simpler forms of each mode that fails."""
+    """Tries the modes other than eager, and the simpler forms of each mode that fails."""
     trials, modes = [], _candidates(setup)
     for mode in modes:
         trial = try_mode(mode, setup)
-        if not trial.fault and not abs(trial.loss - eager_loss) <= AGREES * eager_loss:
+        if not trial.fault and not abs(trial.loss - eager_loss) <= LOSS_TOLERANCE * eager_loss:
             fault = f"has another loss ({trial.loss:.4f}, eager {eager_loss:.4f})"
             trial = replace(trial, fault=fault)
         trials.append(trial)
@@ -181,19 +182,19 @@ def _try_others(setup: Setup, eager_loss: float) -> list[ModeTrial]:
 
 
 def _candidates(setup: Setup) -> list[str]:
-    """The modes to try beside eager."""
+    """The modes to try in addition to eager."""
     if setup.on_cpu or setup.recipe.train.precision == "fp16":
-        return ["compile"]  # a scaled loss decides on the host whether to update
-    # With `_fuse` updates are 1.07 times as fast (Large, batch 1024, H200), and each mode that is
-    # compiled takes minutes to try: without it, only where it fails.
+        return ["compile"]  # no graph for fp16: the host decides there whether to update
+    # `_fuse` makes updates 1.07 times as fast (Large, batch 1024, H200). Each compiled mode takes
+    # minutes to try, so the modes without `_fuse` are tried only if those with it fail.
     found = ["graph", "compile_graph_fuse"]
-    # One process alone gains nothing by launching what it could replay. Of several, those that are
-    # not recorded exchange gradients while others are still being computed.
+    # Without a graph, DDP all-reduces gradients while others are still being computed. A single
+    # rank has no all-reduce, so it gains nothing by launching what a graph could replay.
     return found if setup.plan.world_size == 1 else [*found, "compile_fuse"]
 
 
 def _key(setup: Setup) -> str:
-    """Of all that decides which mode is the fastest."""
+    """The key that stores the choice. It covers all that decides which mode is the fastest."""
     device = setup.accelerator.device
     recipe, plan = setup.recipe, setup.plan
     return measured.key_of(
@@ -205,20 +206,24 @@ def _key(setup: Setup) -> str:
 
 
 def slow_bf16(ratio: float) -> str:
-    """What is said where bfloat16 has too small a part of float32's speed."""
+    """The error message if bfloat16 reaches only `ratio` of float32's speed."""
     return (
         f"[train] precision = bf16: takes {1 / ratio:.1f} times as long as float32 on this CPU: "
-        "use --set train.precision=no\n(--set train.execution=eager takes bf16 all the same; a run "
-        "that was begun in bf16 goes on in float32 with --set checkpoint.resume=force)"
+        "use --set train.precision=no\n(--set train.execution=eager uses bf16 in spite of this; to "
+        "resume a bf16 run in float32, add --set checkpoint.resume=force)"
     )
 
 
 def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
-    """Speed of forward, and backward, in bfloat16 over that in float32, on this CPU.
+    """Speed of bfloat16 divided by that of float32, for a pass on this CPU.
 
-    A look at two small images comes first: where oneDNN has no kernels for bfloat16, a pass of 8
-    images of 224 px takes 9 times as long as in float32, and a minute on a CPU that others use as
-    well (Large, AVX2, torch 2.14.1).
+    Two small images are measured first. If oneDNN has no bfloat16 kernels, a pass of 8 images of
+    224 px takes 9 times as long as in float32, and a minute on a CPU with other work (Large, AVX2,
+    torch 2.14.1).
+
+    Args:
+        px: side of the images.
+        backward: measure forward and backward, not forward alone.
     """
     network = copy.deepcopy(module)
 
@@ -251,7 +256,10 @@ def bf16_ratio(module: nn.Module, px: int, backward: bool = True) -> float:
 
 
 def try_mode(mode: str, setup: Setup) -> ModeTrial:
-    """A few updates of a copy of the network, on made-up images of the recipe's largest size."""
+    """Times a few updates of a copy of the network, on made-up images of the recipe's largest size.
+
+    All ranks must call it. They return the same speed, loss and fault.
+    """
     size, plan = setup.plan.micro_batch_size, setup.plan
     size = min(size, CPU_IMAGES) if setup.on_cpu else size
     plan = replace(
@@ -259,7 +267,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     )
     tried = replace(setup, plan=plan)
     images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
-    # A process that fails would have the others wait for it in an exchange: each tries alone first.
+    # Each rank tries alone first. If it failed later, the others would wait in a collective.
     if plan.world_size > 1 and mode != "eager":
         if fault := _first(_fault_alone(mode, tried, (images, labels))):
             return ModeTrial(mode, fault=fault)
@@ -285,13 +293,13 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
             updates(warm_up)
         seconds = updates(timed)
         loss = float(updater.guard.loss_sum) / (size * (warm_up + timed))
-    except Exception as error:  # of a compiler, or of a device that lacks something
+    except Exception as error:  # from the compiler, or from a device that lacks a feature
         fault = _text(error)
     finally:
         learner = updates = None  # type: ignore[assignment]
         _give_back(mode, setup, updater)
         updater = None
-        if scaler:  # which the run shares
+        if scaler:  # the run uses the same object
             scaler.__dict__.update(scaling)
     results = gather_object([(seconds, loss, fault)])
     faults = [text for _, _, text in results if text]
@@ -301,7 +309,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
 
 
 def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float]:
-    """A function that carries out so many updates, and returns the seconds that they took."""
+    """A function that carries out a given number of updates and returns the seconds they took."""
 
     def updates(number: int) -> float:
         begun = time.perf_counter()
@@ -316,7 +324,7 @@ def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float
 
 
 def _fault_alone(mode: str, setup: Setup, batch: Batch) -> str:
-    """What fails when this process compiles and records without exchanging anything; or nothing."""
+    """Compiles and records on this rank alone, without collectives; returns the fault, if any."""
     plan = replace(setup.plan, world_size=1)
     module, recipe = copy.deepcopy(setup.module), setup.recipe
     updater: Updater | None = None
@@ -333,26 +341,26 @@ def _fault_alone(mode: str, setup: Setup, batch: Batch) -> str:
 
 
 def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
-    """Frees what a trial held: at batch 1024 some 25 GB, which the next one needs."""
+    """Frees the memory of a trial: about 25 GB at batch 1024, which the next trial needs."""
     if updater:
         updater.close()
     del updater
     setup.accelerator.free_memory()
-    if mode != "eager":  # the others compile the network, or the guard
+    if mode != "eager":  # the other modes compile the network or the guard
         torch.compiler.reset()
     gc.collect()
     if not setup.on_cpu:
-        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream that multiplied
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream that used cuBLAS
         torch.cuda.empty_cache()
 
 
 def _text(error: Exception) -> str:
-    said = str(error).strip().splitlines() or ["nothing said"]
+    said = str(error).strip().splitlines() or ["no message"]
     return f"failed: {type(error).__name__}: {said[0]}"
 
 
 def _first(fault: str) -> str:
-    """The first fault of all processes, given this one's; empty where there is none."""
+    """Gathers the fault of every rank; returns the first one, or "" if there is none."""
     return next(filter(None, gather_object([fault])), "")
 
 
@@ -362,10 +370,13 @@ _CONVOLVED = re.compile(
 
 
 def lost_channels_last(code: Sequence[str]) -> list[str]:
-    """The results of convolutions, forward and backward, that compiled code has in another layout.
+    """Finds the convolutions, forward and backward, whose results are not channels-last.
 
-    Inductor is reported to lose it in the backward of depthwise convolutions on a GPU, which is 20
-    to 58 % slower.
+    Inductor is reported to lose the layout in the backward of depthwise convolutions on a GPU,
+    which is 20 to 58 % slower.
+
+    Args:
+        code: the sources that Inductor generated.
     """
     lost = []
     for line in "\n".join(code).splitlines():
@@ -384,17 +395,17 @@ def lost_channels_last(code: Sequence[str]) -> list[str]:
 def start(
     mode: str, setup: Setup, restore: Callable[[Learner], object], say: Callable[[str], object]
 ) -> tuple[str, Learner, Updater]:
-    """What trains in `mode`, compiled and recorded; or in a simpler mode where that fails.
+    """Builds learner and updater for `mode`, or for a simpler mode if that one fails.
 
-    To be called before a loader starts: see `graphs.Recorder.record`.
+    Call it before a loader starts: see `graphs.Recorder.record`.
 
     Args:
-        restore: loads the checkpoint that the run goes on from, if any.
-        say: is told of each mode that failed.
+        restore: loads the checkpoint to resume from, if there is one.
+        say: prints a line for each mode that takes long or fails.
     Returns:
-        The mode that works, and what carries out its updates.
+        The mode that works, its learner and its updater.
     Raises:
-        ExecutionError: the mode that the recipe names fails, or every one.
+        ExecutionError: the mode that the recipe names fails, or every mode fails.
     """
     recipe, plan = setup.recipe, setup.plan
     for attempt in _simpler(mode):
@@ -415,21 +426,21 @@ def start(
         del updater
         if recipe.train.execution != "auto":
             raise ExecutionError(
-                f"[train] execution = {attempt}: {fault}; use auto, which takes what works"
+                f"[train] execution = {attempt}: {fault}; use auto, which chooses a mode that works"
             )
-        say(f"WARNING: train.execution = {attempt} {fault}; trying a simpler one")
-    raise ExecutionError("no update could be carried out")
+        say(f"WARNING: train.execution = {attempt} {fault}; trying a simpler mode")
+    raise ExecutionError("no update could be carried out in any mode; the warnings say why")
 
 
 def _simpler(mode: str) -> list[str]:
-    """A mode and those to fall back on, in this order."""
+    """The mode, then those to fall back on, in this order."""
     found = [mode, mode.removesuffix("_fuse")]
     found += ["compile"] if "compile" in mode else []
     return [*dict.fromkeys([*found, "eager"])]
 
 
 def _batches_to_come(setup: Setup, step: int) -> tuple[list[Batch], list[Tensor]]:
-    """A made-up batch of each size of image that updates from `step` on, and evaluations, have."""
+    """Made-up batches: one of each image size in the updates from `step` on, and in evaluations."""
     plan, data = setup.plan, setup.recipe.data
     epochs = range(plan.epoch_of(step), plan.epoch_of(plan.total_steps - 1) + 1)
     sizes = dict.fromkeys(schedule.crop_px_at(epoch, data.crop_px) for epoch in epochs)

@@ -1,4 +1,4 @@
-"""The DALI graph that turns bytes of images into batches. Needs DALI; `data` imports it late."""
+"""The DALI graph that turns images' bytes into batches. Needs DALI: import this module late."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ from fasttrain.sampling import Augment
 
 
 class Form(NamedTuple):
-    """Which graph is built."""
+    """Which graph to build."""
 
-    kind: str  # `train`, `val` or `windows`, see `_graph`
-    decode: str  # `raw` where the images are pixels, else as `data.decode`
-    largest: tuple[int, int]  # height and width of the largest image, see `_graph`
+    kind: str  # `train`, `val` or `windows`: see `_graph`
+    decode: str  # `raw` if the shards hold pixels, else as `data.decode`
+    largest: tuple[int, int]  # height and width of the largest image: memory for the decoder
 
 
-class Place(Protocol):
-    """Where it runs; `Placement` is one."""
+class Target(Protocol):
+    """The device, dtype and threads of a graph; `batch.Placement` is one."""
 
     @property
     def device(self) -> torch.device: ...
@@ -39,15 +39,16 @@ def build(
     form: Form,
     settings: config.Data,
     source: Callable[[int], Any],
-    place: Place,
+    target: Target,
     batch_size: int,
 ) -> Any:
-    """The pipeline, ready to `run`; `source` is asked for batches by their numbers from 0.
+    """Builds the pipeline, ready to `run`.
 
     Args:
-        batch_size: of the largest batch.
+        source: returns the inputs of a batch, given its index from 0: see `_graph`.
+        batch_size: size of the largest batch.
     """
-    pipeline = graph_of(form, settings, source, place, batch_size)
+    pipeline = graph_of(form, settings, source, target, batch_size)
     pipeline.build()
     return pipeline
 
@@ -56,32 +57,32 @@ def graph_of(
     form: Form,
     settings: config.Data,
     source: Callable[[int], Any],
-    place: Place,
+    target: Target,
     batch_size: int,
 ) -> Any:
-    """The pipeline of `build` before it is built: its graph alone, for which no GPU is needed."""
-    gpu = place.device.type == "cuda"
+    """The pipeline of `build`, not built yet: this needs no GPU."""
+    gpu = target.device.type == "cuda"
     graph = _graph(
         source=source,
         form=form,
         settings=settings,
         mixed={
             "device": "mixed",
-            "hw_decoder_load": load_of(settings, place.threads),
+            "hw_decoder_load": load_of(settings, target.threads),
             "jpeg_fancy_upsampling": settings.jpeg_fancy_upsampling,
             "preallocate_height_hint": form.largest[0],
             "preallocate_width_hint": form.largest[1],
-            # Threads that are bound to the first cores would share them with the threads of every
-            # other pipeline, and of every other process here.
+            # With affinity, the threads of all pipelines of all processes would share the first
+            # cores.
             "affine": False,
         }
         if gpu and form.decode.startswith("gpu")
         else {},
         gpu=gpu,
-        half=place.half,
+        half=target.half,
         batch_size=batch_size,
-        num_threads=place.threads,
-        device_id=place.device.index if gpu else None,
+        num_threads=target.threads,
+        device_id=target.device.index if gpu else None,
         prefetch_queue_depth=settings.queue_depth,
         enable_conditionals=form.kind == "train" and settings.augment != "none",
     )
@@ -90,9 +91,10 @@ def graph_of(
 
 
 def _remove_generated() -> None:
-    """Removes the files of Python that DALI writes of a graph with conditions, once imported.
+    """Removes the Python files that DALI generates for a graph with conditionals.
 
-    DALI itself removes them when Python ends, but not where a process is stopped or killed.
+    They are not needed once they are imported. DALI removes them when Python exits, but not if the
+    process is killed.
     """
     for name, module in [*sys.modules.items()]:
         if name.startswith("__autograph_generated_file") and module.__file__:
@@ -100,18 +102,24 @@ def _remove_generated() -> None:
                 os.remove(module.__file__)
 
 
-# A list of DALI's own goes into the pipeline as it is. Of a Python list, DALI looks at each image
-# again, under the interpreter's lock: 7.1 us an image in all instead of 5.2, and 11.3 with a layout
-# given to `external_source` (1024 images, two cores of an AMD EPYC, DALI 2.4, 2026-11-27).
+# These functions return DALI's own lists, which enter the pipeline unchanged: 5.2 us per image in
+# all. With a Python list, DALI inspects each image again under the interpreter's lock: 7.1 us, and
+# 11.3 us with a layout given to `external_source` (1024 images, two cores of an AMD EPYC, DALI 2.4,
+# 2026-11-27).
 
 
 def bytes_of(views: Sequence[memoryview]) -> TensorListCPU:
-    """Images as they are stored, uncopied, for `build`'s source."""
+    """Encoded images for `build`'s source, uncopied."""
     return _listed([TensorCPU(view, "") for view in views], "")
 
 
 def pixels_of(views: Sequence[memoryview], widths: Sequence[int]) -> TensorListCPU:
-    """Raw images, or rows of them, of these widths, uncopied, for `build`'s source."""
+    """Raw images, or some of their rows, for `build`'s source, uncopied.
+
+    Args:
+        views: bytes of RGB pixels, row by row.
+        widths: width of each image in pixels.
+    """
     images = [
         TensorCPU(view.cast("B", (len(view) // (3 * width), width, 3)), "HWC")
         for view, width in zip(views, widths, strict=True)
@@ -124,23 +132,24 @@ def _listed(images: list[TensorCPU], layout: str) -> TensorListCPU:
 
 
 def tensor_of(images: TensorListCPU | TensorListGPU) -> Tensor:
-    """The images that `run` returned, as one tensor, uncopied."""
+    """The images that `run` returned as one tensor, `(B, H, W, 3)`, uncopied."""
     tensor: Any = images.as_tensor()
     if isinstance(images, TensorListCPU):
         return torch.from_dlpack(tensor)
-    # -1: no stream waits. By default torch's current stream would, which in a loader's thread is
-    # the stream that trains. Nothing is read too early: `run` without a stream returns once the
-    # images are complete, as DALI documents it. Nothing is overwritten too early: when the tensor
-    # dies, a thread of DALI waits for the whole device before it frees the memory (dltensor.h:
+    # -1: no stream waits. By default torch's current stream would wait, and in a loader's thread
+    # that is the stream that trains. Nothing is read too early: DALI documents that `run` without a
+    # stream returns once the images are complete. Nothing is overwritten too early: when the tensor
+    # dies, a DALI thread waits for the whole device before it frees the memory (dltensor.h:
     # EnqueueForDeletion; and in the library DLTensorGraveyard::run, cudaDeviceSynchronize).
     return torch.from_dlpack(tensor.__dlpack__(stream=-1))
 
 
 def load_of(settings: config.Data, threads: int) -> float:
-    """The part of a batch for the GPU's JPEG decoder, where it has one.
+    """The fraction of a batch for the GPU's hardware JPEG decoder, if it has one.
 
-    `auto` takes 7 / (7 + threads), an estimate: the decoder of a Hopper GPU does as much as some
-    seven CPU threads that decode with the GPU's cores. 0.30 with 16 threads, 0.10 with 64.
+    `auto` means 7 / (7 + threads): 0.30 with 16 threads, 0.10 with 64. This is an estimate: a
+    Hopper GPU's hardware decoder does the work of about seven CPU threads that decode with the
+    GPU's cores.
     """
     load = settings.hw_decoder_load
     return round(7 / (7 + threads), 2) if load == "auto" else load
@@ -155,20 +164,20 @@ def _graph(
     gpu: bool,
     half: bool,
 ) -> Any:
-    """What DALI makes of what `source` gives for a batch's number.
+    """Decodes, cuts, resizes, augments and normalises a batch.
 
-    `source` returns the images' bytes (or their pixels, uint8 `(h, w, 3)`), corners (y, x) and
-    sizes (h, w) of the windows, flips, the output size (h, w), and what `augment.inputs` names.
-
-    `train` cuts windows of whole pixels and resizes them. `val` resizes windows of fractions of
-    pixels out of whole images. Both reach PIL's pixels to 1/255. `windows` ends with the windows.
-    On a CPU, the GPU's strategies decode there.
+    `train` cuts windows of whole pixels and resizes them. `val` resizes windows with fractional
+    corners out of whole images. Both differ from PIL's pixels by at most 1/255. `windows` only cuts
+    windows. On a CPU, the GPU's strategies decode on the CPU.
 
     Args:
-        mixed: arguments of a decoder on the GPU; empty where the CPU decodes.
-        half: images as float16.
+        source: given a batch's index, returns the images' bytes (or their pixels, uint8
+            `(h, w, 3)`), the corners (y, x) and sizes (h, w) of the windows, the flips, the output
+            size (h, w), and the columns of `augment.inputs`.
+        mixed: arguments for a decoder on the GPU; empty if the CPU decodes.
+        half: make float16 images, else float32.
     Returns:
-        Images `(B, S, S, 3)`, normalised; or windows uint8 `(h, w, 3)`.
+        Normalised images `(B, S, S, 3)`; or windows uint8 `(h, w, 3)`.
     """
     kind, decode, _ = form
     source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
@@ -210,7 +219,7 @@ def _graph(
 
 
 def _normalised(images: Any, flip: Any, half: bool) -> Any:
-    """Images `(B, S, S, 3)`, mirrored where `flip` is 1, normalised; float16 or float32."""
+    """Mirrors images `(B, S, S, 3)` if `flip` is 1, and normalises; float16 or float32."""
     return fn.crop_mirror_normalize(
         images,
         mirror=flip,

@@ -1,8 +1,9 @@
-"""Bytes of the shards, read ahead of the decoder, several reads at a time.
+"""Reads bytes of the shards ahead of the decoder, several reads at a time.
 
-mmap     views of the mapped tars: nothing is copied; threads page in what comes next, so that
-         nobody waits for storage in a page fault; they rest while all is in memory already
-pread    copies into buffers of our own, each lent to one batch at a time
+mmap     gives views of the mapped tars and copies nothing. Threads page in the next batches, so
+         that the decoder does not wait for storage in page faults. They pause while all is in
+         memory already.
+pread    copies into buffers of its own. Each buffer is lent to one batch at a time.
 """
 
 import ctypes
@@ -27,22 +28,26 @@ from fasttrain.faults import Fault
 from fasttrain.sampling import Draw, Piece
 from fasttrain.shards import PPM_HEADER, Split
 
-OTHER_FILES = 16  # that a process opens beside the tars: logs, checkpoints, modules
-CHUNK = 16  # images that one task of a reading thread takes on
-SUSPICION = 16  # batches that are paged in after one for which storage had to be asked
-PIECE_BYTES = 4 << 20  # the kernel is told of large ranges in pieces of this size
-_MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits for them, with an error and no SIGBUS
+OTHER_FILES = 16  # files that a process opens in addition to the tars: logs, checkpoints, modules
+CHUNK = 16  # images per task of a reading thread
+SUSPICION = 16  # after a read from storage, page in this many batches
+PIECE_BYTES = 4 << 20  # large ranges are announced to the kernel in pieces of this size
+_MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits; fails by an error, not by SIGBUS
 
 
 class DataError(Fault, RuntimeError):
-    """A batch could not be read; names the samples at fault."""
+    """A batch could not be read."""
 
 
 class BadSamples(DataError):
-    """Samples whose bytes are not those that were indexed, or do not fit the index."""
+    """Samples whose bytes differ from those that were indexed, or do not fit the index."""
 
     def __init__(self, split: Split, faults: Mapping[int, str], what: str = "damaged") -> None:
-        """`faults` says of each sample what is wrong with it."""
+        """
+        Args:
+            faults: the fault of each bad sample.
+            what: begins the message.
+        """
         listed = [f"sample {s}, {split.describe(s)}: {fault}" for s, fault in faults.items()]
         super().__init__("\n  ".join([f"{what}:", *listed]) + remedy(split))
         self.faults = faults
@@ -51,15 +56,16 @@ class BadSamples(DataError):
 def remedy(split: Split) -> str:
     """The last line of an error about the files of a data set."""
     return (
-        f"\nfind all that is damaged with: python tools/verify_shards.py {split.root}\n"
-        "and copy it anew or make the data set again"
+        f"\nlist all damaged files with: python tools/verify_shards.py {split.root}\n"
+        "then copy them again, or make the data set again"
     )
 
 
 def raise_file_limit() -> int:
-    """Lets this process open as many files as it ever may; returns how many those are.
+    """Raises this process's limit of open files to the hard limit; returns the new limit.
 
-    A mapped tar holds a descriptor, and ImageNet has more tars than the usual limit of 1024.
+    Each mapped tar holds a file descriptor, and ImageNet has more tars than the usual limit of
+    1024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -70,10 +76,10 @@ def raise_file_limit() -> int:
 
 
 def check_open_files(*splits: Split) -> None:
-    """Checks that the tars of all these splits may be open at the same time.
+    """Checks that this process may open the tars of all these splits at the same time.
 
     Raises:
-        DataError: this process may not open as many files.
+        DataError: it may not open so many files.
     """
     limit, opened = raise_file_limit(), len(os.listdir("/proc/self/fd"))
     tars = sum(len(split.shard_paths) for split in splits)
@@ -93,71 +99,73 @@ def _too_many_files(split: Split, tars: int, limit: int) -> DataError:
 def faults_of(
     split: Split, samples: Iterable[int], images: Iterable[memoryview], checksums: bool = True
 ) -> dict[int, str]:
-    """What is wrong with samples, of each that is not right, by its checksum and its header.
+    """Checks the checksums and headers of samples; returns the fault of each bad one.
 
     Args:
-        images: all bytes of each of the samples.
+        images: all bytes of each sample.
+        checksums: False checks only the headers.
     """
     faults = {}
     for sample, image in zip(samples, images, strict=True):
         if checksums and zlib.crc32(image) != split.crc32[sample]:
-            faults[sample] = "not as it was written, its crc32 is not the index's"
+            faults[sample] = "not as it was written, its crc32 differs from the index's"
         elif fault := _size_fault(split, sample, image):
             faults[sample] = fault
     return faults
 
 
 def _size_fault(split: Split, sample: int, image: memoryview) -> str:
-    """How the index is wrong about the size of an image with these bytes; empty if it is right."""
+    """The fault if the index gives this image another size than its bytes; else empty."""
     listed = int(split.width[sample]), int(split.height[sample])
     ppm = b"P6\n%d %d\n" % listed
     if image[: len(ppm)] == ppm or _frame_size(image) == listed:
         return ""
     try:
         found = Image.open(io.BytesIO(image)).size
-    except Exception:  # OSError, DecompressionBombError, ...: there is no saying which
+    except Exception:  # Pillow documents no full list: OSError, DecompressionBombError, and more
         return "no header of an image"
     return "" if found == listed else f"{found} pixels, but {listed} in {split.name}.index"
 
 
 def _frame_size(image: memoryview) -> tuple[int, int]:
-    """Width and height in the frame header of a JPEG; zeros where it is not easy to find.
+    """Width and height from the frame header of a JPEG; zeros if `_frame_header` does not find it.
 
-    1 us an image, where Pillow takes 50.
+    Takes 1 us per image; Pillow takes 50.
     """
-    if not (at := _frame_header(image)):
+    if not (start := _frame_header(image)):
         return 0, 0
-    return image[at + 7] << 8 | image[at + 8], image[at + 5] << 8 | image[at + 6]
+    width = image[start + 7] << 8 | image[start + 8]
+    return width, image[start + 5] << 8 | image[start + 6]
 
 
 def _frame_header(image: memoryview) -> int:
-    """Where the frame header of a JPEG begins; 0 where it is not easy to find."""
-    at = 2
-    while at + 12 <= len(image) and image[at] == 0xFF:
-        marker, high, low = image[at + 1 : at + 4]
+    """Offset of the frame header in a JPEG; 0 if a plain walk over the segments does not find it."""
+    offset = 2
+    while offset + 12 <= len(image) and image[offset] == 0xFF:
+        marker, high, low = image[offset + 1 : offset + 4]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return at
-        at += 2 + (high << 8 | low)
+            return offset
+        offset += 2 + (high << 8 | low)
     return 0
 
 
 def plain_grey(image: memoryview) -> memoryview:
-    """A JPEG that a GPU's hardware decoder decodes as CPUs do.
+    """Makes a greyscale JPEG safe for a GPU's hardware decoder; returns other images unchanged.
 
-    The sampling factors of a greyscale image have no meaning. Some encoders write others than
-    1 x 1, and of such images an H200 made another picture, without an error (DALI 2.4, nvImageCodec
-    0.9, 2026-11-27). Those alone are returned as a copy, with 1 x 1 in the header.
+    The sampling factors of a greyscale image have no meaning. Some encoders write factors other
+    than 1 x 1, and an H200 decoded such images to wrong pixels without an error (DALI 2.4,
+    nvImageCodec 0.9, 2026-11-27). For these images the result is a copy with 1 x 1 in the header.
     """
-    at = _frame_header(image)
-    if not at or image[at + 9] != 1 or image[at + 11] == 0x11:
+    start = _frame_header(image)
+    if not start or image[start + 9] != 1 or image[start + 11] == 0x11:
         return image
     copy = bytearray(image)
-    copy[at + 11] = 0x11
+    copy[start + 11] = 0x11
     return memoryview(copy)
 
 
-class Places(NamedTuple):
-    """Where the bytes of a batch's images lie, each `(B,)`."""
+class Ranges(NamedTuple):
+    """The byte ranges of a batch's images in the shards, each array `(B,)`."""
 
     shards: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -172,18 +180,19 @@ class Places(NamedTuple):
 def views_of(
     memory: memoryview, starts: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> list[memoryview]:
-    """The parts of `memory` that begin at `starts`."""
+    """Views of `memory` that begin at `starts` and have `sizes` bytes."""
     pairs = zip(starts.tolist(), sizes.tolist(), strict=True)
     return [memory[start : start + size] for start, size in pairs]
 
 
-def places_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False) -> Places:
-    """The bytes of a draw's images; of raw images their pixels, or but the rows of their windows.
+def ranges_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False) -> Ranges:
+    """The byte ranges of a draw's images: of encoded images all bytes, of raw images the pixels.
 
     Args:
-        whole: all bytes of raw images, too.
+        windows_only: of raw images, only the rows of the windows.
+        whole: of raw images too, all bytes.
     Raises:
-        BadSamples: the index gives raw images another size than they have bytes for.
+        BadSamples: the number of a raw image's bytes does not fit its size in the index.
     """
     ids = draw.ids
     offsets, sizes = split.offset[ids].astype(np.int64), split.size[ids].astype(np.int64)
@@ -192,31 +201,35 @@ def places_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False)
         pixels = row * split.height[ids]
         wrong = (pixels == 0) | (pixels > sizes) | (sizes > pixels + PPM_HEADER)
         if wrong.any():
-            fault = f"its bytes are not as many as its pixels in {split.name}.index ask for"
+            fault = f"the number of its bytes does not fit its size in {split.name}.index"
             raise BadSamples(split, dict.fromkeys(ids[wrong].tolist(), fault))
         if not whole:
-            offsets += sizes - pixels  # they come last
+            offsets += sizes - pixels  # the pixels follow the header
             sizes = pixels
         if windows_only and not whole:
             offsets += row * draw.windows[:, 1].astype(np.int64)
             sizes = row * draw.windows[:, 3].astype(np.int64)
-    return Places(split.shard[ids].astype(np.int64), offsets, sizes)
+    return Ranges(split.shard[ids].astype(np.int64), offsets, sizes)
 
 
 class Ring:
-    """Buffers of which each is lent to one batch, and to no other before it was given back."""
+    """A pool of buffers. Each is lent to one batch until that batch gives it back."""
 
     def __init__(self, size: int, make: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
-        """`make` gives a buffer of so many bytes; unset: of ordinary memory."""
+        """
+        Args:
+            size: number of buffers.
+            make: allocates a buffer of a given number of bytes; by default in ordinary memory.
+        """
         self.make = make or (lambda num_bytes: np.empty(num_bytes, np.uint8))
         self.free = [np.empty(0, np.uint8) for _ in range(size)]
         self.lent: dict[int, NDArray[np.uint8]] = {}
 
     def lend(self, number: int, num_bytes: int) -> NDArray[np.uint8]:
-        """At least `num_bytes` bytes for batch `number`.
+        """Lends batch `number` a buffer of at least `num_bytes` bytes.
 
         Raises:
-            RuntimeError: all are lent. DALI may still read any of them, so none may be reused.
+            RuntimeError: all buffers are lent. DALI may still read each, so none may be reused.
         """
         if not self.free:
             raise RuntimeError(
@@ -225,27 +238,37 @@ class Ring:
             )
         buffer = self.free.pop()
         if len(buffer) < num_bytes:
-            del buffer  # before the larger one is made
+            del buffer  # frees the memory before the larger buffer is made
             buffer = self.make(num_bytes * 5 // 4)
         self.lent[number] = buffer
         return buffer
 
     def give_back(self, number: int) -> None:
+        """Takes back the buffer of batch `number`."""
         self.free.append(self.lent.pop(number))
 
 
 class _Started(NamedTuple):
     """A batch that is being read."""
 
-    views: list[memoryview]  # of the bytes of each image
+    views: list[memoryview]  # the bytes of each image
     tasks: list[Future[dict[int, str]]]
     shards: set[int]
 
 
 class ShardReader:
-    """Reads batches of a split in the background: `start`, then `take`, then `give_back`."""
+    """Reads batches of a split in the background.
+
+    For each batch, call `start`, then `take`, then `give_back`.
+    """
 
     def __init__(self, split: Split, data: config.Data, num_buffers: int) -> None:
+        """
+        Args:
+            num_buffers: the most batches between `start` and `give_back`.
+        Raises:
+            DataError: this process may not open all tars of the split.
+        """
         check_open_files(split)
         self.split = split
         self.mapped = data.read == "mmap"
@@ -257,16 +280,20 @@ class ShardReader:
         self.maps: dict[int, memoryview] = {}
         self.addresses: dict[int, int] = {}
         self.started: dict[int, _Started] = {}
-        self.waited_s = 0.0  # in `take`: for storage
-        self.faults = 0  # of this process, so far, that had to ask storage
-        self.last_miss: int | None = None  # the batch before which that number last rose
-        self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run
+        self.waited_s = 0.0  # time that `take` waited for storage
+        self.major_faults = 0  # page faults of this process that read from storage
+        self.last_miss: int | None = None  # the last batch whose `start` saw that number rise
+        self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # releases the interpreter's lock
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-    def start(self, number: int, places: Places, verified: Sequence[int] = ()) -> None:
-        """Begins to read batch `number`; and to check it, if it is given which samples these are,
-        of which `places` must be all bytes."""
-        triples = places.triples()
+    def start(self, number: int, ranges: Ranges, verified: Sequence[int] = ()) -> None:
+        """Begins to read batch `number`.
+
+        Args:
+            verified: if not empty, the ids of the batch's samples: compare them with the index.
+                Then `ranges` must hold all bytes of each.
+        """
+        triples = ranges.triples()
         shards = {shard for shard, _, _ in triples}
         for shard in shards:
             self._open(shard)
@@ -276,8 +303,8 @@ class ShardReader:
                 self.started[number] = _Started(views, [], shards)
                 return
         else:
-            buffer = memoryview(self.ring.lend(number, int(places.sizes.sum())))  # type: ignore[arg-type]
-            views = views_of(buffer, np.cumsum(places.sizes) - places.sizes, places.sizes)
+            buffer = memoryview(self.ring.lend(number, int(ranges.sizes.sum())))  # type: ignore[arg-type]
+            views = views_of(buffer, np.cumsum(ranges.sizes) - ranges.sizes, ranges.sizes)
         parts = [slice(start, start + CHUNK) for start in range(0, len(views), CHUNK)]
         tasks = [
             self.pool.submit(self._read, triples[part], views[part], verified[part])
@@ -286,14 +313,14 @@ class ShardReader:
         self.started[number] = _Started(views, tasks, shards)
 
     def _resting(self, number: int) -> bool:
-        """Whether all seems to be in memory, so that nothing need be paged in for this batch."""
+        """True if all bytes seem to be in memory, so that this batch need not be paged in."""
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        if faults > self.faults or self.last_miss is None:
-            self.faults, self.last_miss = faults, number
+        if faults > self.major_faults or self.last_miss is None:
+            self.major_faults, self.last_miss = faults, number
         return not self.ahead or number - self.last_miss > SUSPICION
 
     def announce(self, pieces: Sequence[Piece]) -> None:
-        """Tells the kernel of ranges that will be read soon."""
+        """Asks the kernel to read these ranges ahead."""
         for shard, start, stop in pieces:
             self._open(shard)
             for offset in range(start, stop, PIECE_BYTES):
@@ -301,11 +328,11 @@ class ShardReader:
                 self.pool.submit(self._will_need, shard, offset, size)
 
     def take(self, number: int) -> list[memoryview]:
-        """The bytes of each image of a started batch, for reading only; waits for them.
+        """Waits for a started batch; returns the bytes of each image, read-only.
 
         Raises:
-            BadSamples: they were to be verified, and some are damaged.
-            DataError: they could not be read.
+            BadSamples: the batch was verified, and some samples are damaged.
+            DataError: the bytes could not be read.
         """
         views, tasks, shards = self.started[number]
         begun = time.perf_counter()
@@ -321,27 +348,31 @@ class ShardReader:
     def cut(
         self, views: list[memoryview], starts: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> list[memoryview]:
-        """Of what `take` gave, the part of each image that begins at `starts`."""
+        """Cuts `sizes` bytes from `starts` on out of each view that `take` returned."""
         triples = zip(views, starts.tolist(), sizes.tolist(), strict=True)
         return [view[start : start + size] for view, start, size in triples]
 
     def _check_sizes(self, shards: Iterable[int]) -> None:
-        """Looks whether maps are as large as they were: a read past the end would be SIGBUS."""
-        for shard in shards if self.mapped else ():  # 0.6 us each
+        """Checks that mapped files did not shrink: a read past the end would raise SIGBUS.
+
+        Takes 0.6 us per file.
+        """
+        for shard in shards if self.mapped else ():
             if self.mmaps[shard].size() != self.split.shard_bytes[shard]:
                 raise self._changed(shard)
 
     def give_back(self, number: int) -> None:
-        """What `take` gave is no longer read by anybody."""
+        """Ends the use of a batch: nobody reads any more what `take` returned."""
         del self.started[number]
         if not self.mapped:
             self.ring.give_back(number)
 
     def close(self) -> None:
+        """Stops the threads and closes the files."""
         self.pool.shutdown(cancel_futures=True)
         for file in self.files.values():
             os.close(file)
-        # Maps end with their last view, which DALI may still hold.
+        # A map ends with its last view, which DALI may still hold.
 
     def _open(self, shard: int) -> None:
         if shard in self.files or shard in self.maps:
@@ -356,8 +387,8 @@ class ShardReader:
             raise DataError(f"{path}: {error.strerror}{remedy(self.split)}") from None
         try:
             if os.fstat(file).st_size != self.split.shard_bytes[shard]:
-                raise self._changed(shard)  # a read past the end of a map would be SIGBUS
-            if self.mapped:  # which keeps a descriptor of its own
+                raise self._changed(shard)  # a read past the end of a map would raise SIGBUS
+            if self.mapped:  # the map duplicates the descriptor
                 self.mmaps[shard] = mmap.mmap(file, 0, prot=mmap.PROT_READ)
                 self.maps[shard] = memoryview(self.mmaps[shard])
                 self.addresses[shard] = np.frombuffer(self.maps[shard], np.uint8).ctypes.data
@@ -369,22 +400,22 @@ class ShardReader:
 
     def _read(
         self,
-        places: Sequence[tuple[int, int, int]],
+        triples: Sequence[tuple[int, int, int]],
         views: Sequence[memoryview],
         verified: Sequence[int],
     ) -> dict[int, str]:
-        """What a thread does: fetches bytes, and says what is wrong with those to be verified."""
+        """A thread's task: reads bytes, and returns the faults of the `verified` samples."""
         if self.mapped:
-            self._page_in(places)
+            self._page_in(triples)
         else:
-            self._pread(places, views)
+            self._pread(triples, views)
         return faults_of(self.split, verified, views) if verified else {}
 
-    def _page_in(self, places: Sequence[tuple[int, int, int]]) -> None:
-        for shard, offset, size in places:
+    def _page_in(self, triples: Sequence[tuple[int, int, int]]) -> None:
+        for shard, offset, size in triples:
             if self._advise(shard, offset, size, _MADV_POPULATE_READ):
                 code = ctypes.get_errno()
-                if code == errno.EINVAL:  # an older kernel: read ahead without waiting
+                if code == errno.EINVAL:  # a kernel before 5.14: read ahead without waiting
                     self._will_need(shard, offset, size)
                 elif code == errno.EFAULT:
                     raise self._changed(shard)
@@ -394,8 +425,8 @@ class ShardReader:
                         f"{path} at byte {offset}: {os.strerror(code)}{remedy(self.split)}"
                     )
 
-    def _pread(self, places: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
-        for (shard, offset, size), view in zip(places, views, strict=True):
+    def _pread(self, triples: Sequence[tuple[int, int, int]], views: Sequence[memoryview]) -> None:
+        for (shard, offset, size), view in zip(triples, views, strict=True):
             done = 0
             while done < size:
                 try:

@@ -1,7 +1,8 @@
-"""Windows of raw images -> a normalised batch, in one Triton kernel on the GPU.
+"""Turns windows of raw images into a normalised batch, by one Triton kernel on the GPU.
 
-PIL's pixels: rows are resized first and rounded to whole steps of 1/255, then columns, as PIL and
-`resize` do it, so a value differs from theirs where a sum falls on the border between two steps.
+Like PIL and `resize`, the kernel first resizes along rows and rounds to whole steps of 1/255, then
+resizes along columns. So a value differs from theirs only if a sum lies on the border between two
+steps.
 """
 
 import functools
@@ -17,19 +18,19 @@ from torch import Tensor
 from fasttrain.resize import MEAN, STD
 from fasttrain.sampling import Draw
 
-# In front of a batch's pixels, for each image: where it begins, its label, a row of the table.
-COLUMNS = 14  # of the table, int32; x, y and their steps are float32 in the same bits
-HEAD_BYTES = 2 * 8 + 4 * COLUMNS
+# A buffer begins with a head. It holds for each image its start, its label and a row of the table.
+COLUMNS = 14  # of the table, int32; x, y and their steps are float32 values in the same bits
+HEAD_BYTES = 2 * 8 + 4 * COLUMNS  # per image
 
-# A program makes so many rows of an image, and of the 3 * S values of a row. Compiled for sm_90, 8
-# rows take 48 registers with Triton 3.8 and 80 with 3.6, 16 rows 96 and 161, and none spills; the
-# inner loop has 8.2 and 11.8 instructions a value and tap with 8 rows, 7.1 and 10.4 with 16. Not
-# timed: `tools/benchmarks/record/packed.py` does so.
+# A Triton program makes a tile: this many rows of an image, and this many of a row's 3 * S values.
+# Compiled for sm_90, 8 rows take 48 registers with Triton 3.8 and 80 with 3.6; 16 rows take 96 and
+# 161. None spills. The inner loop has 8.2 and 11.8 instructions per value and tap with 8 rows, 7.1
+# and 10.4 with 16. Not timed here: `tools/benchmarks/record/packed.py` does so.
 TILE_ROWS = 8
 TILE_VALUES = 128
 WARPS = 4
 
-# Normalising: a step of 1/255, and 0.
+# normalised = byte * scale + shift
 _R_SCALE, _G_SCALE, _B_SCALE = (tl.constexpr(1 / (255 * std)) for std in STD)
 _R_SHIFT, _G_SHIFT, _B_SHIFT = (
     tl.constexpr(-mean / std) for mean, std in zip(MEAN, STD, strict=True)
@@ -39,13 +40,17 @@ _R_SHIFT, _G_SHIFT, _B_SHIFT = (
 class Head(NamedTuple):
     """Views of a buffer's first `B * HEAD_BYTES` bytes."""
 
-    starts: Any  # int64 (B,): the byte of the buffer at which an image begins
+    starts: Any  # int64 (B,): offset of each image in the buffer, in bytes
     labels: Any  # int64 (B,)
     table: Any  # int32 (B, COLUMNS), see `_resize`
 
 
 def head_of(buffer: Any, num_images: int) -> Head:
-    """The head of a buffer, a NumPy array or a tensor of uint8."""
+    """The head of a buffer.
+
+    Args:
+        buffer: uint8 `(N,)`, a NumPy array or a tensor.
+    """
     torch_types = isinstance(buffer, Tensor)
     longs, ints = (torch.int64, torch.int32) if torch_types else (np.int64, np.int32)
     end = 16 * num_images
@@ -61,14 +66,16 @@ def describe(
     sizes: tuple[NDArray[np.uint16], NDArray[np.uint16]],
     labels: NDArray[np.uint16],
 ) -> None:
-    """Writes what the kernel needs to know of a batch.
+    """Writes the inputs of the kernel into the head of a batch.
 
     Args:
-        starts: where in the buffer the first row of each image begins: in training, of its window.
-        sizes: width and height of the images.
+        starts: `(B,)`, offset of each image's first row in the buffer; in training, of the first
+            row of its window.
+        sizes: width and height of the images, `(B,)` each.
+        labels: `(B,)`.
     """
     width, height = (size.astype(np.int32) for size in sizes)
-    whole = draw.windows.dtype == np.float32  # validation: taps may leave the window
+    whole = draw.windows.dtype == np.float32  # validation: taps may read outside the window
     x, y, w, h = draw.windows.T
     zeros = np.zeros_like(width)
     table = head.table
@@ -87,11 +94,16 @@ def describe(
 
 
 def resize(buffer: Tensor, num_images: int, out_px: int, cubic: bool, half: bool) -> Tensor:
-    """Images `(B, 3, S, S)`, channels_last, float16 or float32, normalised, on the buffer's device.
+    """Resizes and normalises a batch.
 
     Args:
-        buffer: uint8 `(N,)`, a `Head` and the pixels; where no GPU is, Triton's interpreter reads
-            it.
+        buffer: uint8 `(N,)`, the head and then the pixels. Without a GPU, Triton's interpreter can
+            run the kernel.
+        out_px: side S of the images.
+        cubic: bicubic interpolation, else bilinear.
+        half: make float16 images, else float32.
+    Returns:
+        Images `(B, 3, S, S)`, channels-last, on the buffer's device.
     """
     head = head_of(buffer, num_images)
     images = torch.empty(
@@ -99,7 +111,7 @@ def resize(buffer: Tensor, num_images: int, out_px: int, cubic: bool, half: bool
         dtype=torch.float16 if half else torch.float32, device=buffer.device,
     )  # fmt: skip
     grid = (triton.cdiv(3 * out_px, TILE_VALUES), triton.cdiv(out_px, TILE_ROWS), num_images)
-    with torch.cuda.device_of(buffer):  # or Triton takes the thread's current device
+    with torch.cuda.device_of(buffer):  # by default Triton uses the thread's current device
         _resize[grid](
             images, buffer, head.starts, head.table, out_px,
             CUBIC=cubic, ROWS=TILE_ROWS, VALUES=TILE_VALUES, COLUMNS=COLUMNS, num_warps=WARPS,
@@ -109,20 +121,21 @@ def resize(buffer: Tensor, num_images: int, out_px: int, cubic: bool, half: bool
 
 @functools.cache
 def fault(device: torch.device, cubic: bool, half: bool) -> str:
-    """Why the kernel does not run on a device; empty where it does. Compiles it at first: seconds.
+    """Tests the kernel on a device; returns why it does not run there, or "" if it does.
 
-    Triton needs a C compiler for this, and a GPU that it knows.
+    The first call compiles the kernel, which takes seconds. Triton needs a C compiler and a GPU
+    that it supports.
     """
-    memory = np.full(HEAD_BYTES + 48, 255, np.uint8)  # and 4 x 4 white pixels
+    memory = np.full(HEAD_BYTES + 48, 255, np.uint8)  # a head and 4 x 4 white pixels
     draw = Draw(np.zeros(1, np.int64), np.array([[0, 0, 4, 4]], np.int32), np.ones(1, bool), 8)
     side = np.full(1, 4, np.uint16)
     describe(head_of(memory, 1), draw, np.full(1, HEAD_BYTES), (side, side), side)
     try:
         images = resize(torch.from_numpy(memory).to(device), 1, 8, cubic, half)
         found = images[0, :, 3, 3].tolist()
-    except Exception as error:  # of a compiler, of Triton, of CUDA: there is no list
+    except Exception as error:  # the compiler, Triton and CUDA have no common exception
         lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1] if lines else 'no more is known'}"
+        return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
     white = [(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
     return "" if np.allclose(found, white, atol=0.01) else f"white became {found}, not {white}"
 
@@ -134,9 +147,9 @@ def fault(device: torch.device, cubic: bool, half: bool) -> str:
 
 @triton.jit
 def _weight(distance: tl.tensor, CUBIC: tl.constexpr) -> tl.tensor:
-    """Of a pixel at this distance from the centre, in units of the filter.
+    """The filter's weight at this distance from its centre, in units of its scale.
 
-    Source: Pillow's triangle, and Keys' cubic with a = -0.5.
+    Source: Pillow's triangle filter, and Keys' cubic filter with a = -0.5.
     """
     t = tl.abs(distance)
     if CUBIC:
@@ -148,7 +161,7 @@ def _weight(distance: tl.tensor, CUBIC: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _step(value: tl.tensor) -> tl.tensor:
-    """Rounded to a whole step of 1/255, as PIL does after each direction."""
+    """Rounds to a whole step of 1/255 and clips, as PIL does after each direction."""
     return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0)
 
 
@@ -164,11 +177,11 @@ def _resize(
     VALUES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """One tile of one image.
+    """Makes one tile of one image.
 
-    Its row of the table: bytes of a source row; left, right, top, bottom, within which taps lie;
-    1 if mirrored; x, y of the window's corner and source pixels an output pixel along x, y; top,
-    left, bottom, right of what is erased, in output pixels.
+    The columns of the table are: bytes per source row; left, right, top and bottom limit of the
+    taps; 1 if mirrored; x and y of the window's corner; source pixels per output pixel along x and
+    y; top, left, bottom and right of the erased window, in output pixels.
     """
     image = tl.program_id(2)
     line = table + image * COLUMNS
@@ -182,8 +195,8 @@ def _resize(
     step_y = tl.load(line + 9).to(tl.float32, bitcast=True)
     pixels = buffer + tl.load(starts + image)
 
-    # A row's values, pixel by pixel and R, G, B in each: stores are then in one piece.
-    # What a tile has beyond the image repeats its border, and is not stored.
+    # A row's values are R, G, B of one pixel after another, so that stores are contiguous.
+    # Values of a tile beyond the image repeat its border and are not stored.
     own_value = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
     own_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     value, row = tl.minimum(own_value, 3 * size - 1), tl.minimum(own_row, size - 1)
@@ -195,7 +208,7 @@ def _resize(
     per_x, per_y = 1 / filter_x, 1 / filter_y
     centre_x = x + (source_column.to(tl.float32) + 0.5) * step_x
     centre_y = y + (row.to(tl.float32) + 0.5) * step_y
-    # An open interval of this length holds no more whole numbers than this.
+    # An open interval of length n holds at most ceil(n) whole numbers.
     taps_x = tl.ceil(2 * reach * filter_x).to(tl.int32)
     taps_y = tl.ceil(2 * reach * filter_y).to(tl.int32)
     first_x = tl.floor(centre_x - reach * filter_x + 0.5).to(tl.int32)
@@ -215,7 +228,7 @@ def _resize(
         weight_y = _weight((at_y.to(tl.float32) + 0.5 - centre_y) * per_y, CUBIC)
         weight_y = tl.where((at_y >= top) & (at_y < bottom), weight_y, 0.0)
         total_y += weight_y
-        # Taps outside weigh nothing; read is from within the image all the same.
+        # Taps outside have weight 0. Their address is clamped, so that all reads are valid.
         from_y = tl.minimum(tl.maximum(at_y, top), bottom - 1) * pitch
         resized = tl.full([ROWS, VALUES], 0.0, tl.float32)
         for tap_x in range(taps_x):

@@ -1,25 +1,25 @@
-"""Choices by trial: which of several ways worked, and is the fastest."""
+"""Chooses the fastest of several ways that were tried."""
 
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 
 class Trial(Protocol):
-    """What became of an attempt at one way."""
+    """The result of trying one way."""
 
     @property
     def images_per_s(self) -> float:
-        """Its speed; 0 if it failed."""
+        """The speed; 0 if the trial failed."""
 
     @property
     def fault(self) -> str:
-        """Why it failed; empty if it worked."""
+        """Why the trial failed; empty if it worked."""
 
 
 AnyTrial = TypeVar("AnyTrial", bound=Trial)
 
 
 def fastest(trials: Iterable[AnyTrial]) -> AnyTrial | None:
-    """The first of the fastest trials that worked; None if every one failed."""
+    """The fastest trial that worked (of equal ones the first); None if every trial failed."""
     working = [trial for trial in trials if not trial.fault]
     return max(working, key=lambda trial: trial.images_per_s, default=None)

@@ -14,7 +14,7 @@ from fasttrain.config import Optim, Train
 from fasttrain.feed import Feed
 from fasttrain.gather import Packer
 from fasttrain.order import TrainingOrder
-from fasttrain.reading import BadSamples, DataError, places_of
+from fasttrain.reading import BadSamples, DataError, ranges_of
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -38,7 +38,7 @@ def feed_for(split: Split, num_batches: int, verify: bool = False, **settings: A
 def test_batches_are_the_rows_of_the_windows(
     raw: Path, monkeypatch: pytest.MonkeyPatch, by_system: bool, verify: bool, settings: Any
 ) -> None:
-    monkeypatch.setattr(gather, "RANGES", 7)  # several calls a task
+    monkeypatch.setattr(gather, "MAX_RANGES", 7)  # several calls a task
     split = shards.open_split(raw, "train")
     tars = [path.read_bytes() for path in split.shard_paths]
     feed = feed_for(split, 9, verify, **settings)
@@ -47,7 +47,7 @@ def test_batches_are_the_rows_of_the_windows(
         feed.reader.move.by_system = False
     for number in range(9):
         draw, packed = feed(number)
-        shards_of, offsets, sizes = places_of(split, draw, windows_only=True)
+        shards_of, offsets, sizes = ranges_of(split, draw, windows_only=True)
         assert packed.starts[0] >= 40 * HEAD
         for place, start in enumerate(packed.starts):
             first, size = offsets[place], sizes[place]
@@ -62,7 +62,7 @@ def test_a_read_that_ends_early_is_continued(monkeypatch: pytest.MonkeyPatch) ->
     move = gather._Mover()
     if not move.by_system:
         pytest.skip("process_vm_readv is not permitted here")
-    real, asked = move._ask, []
+    real, asked = move._call, []
 
     def short(target: int, ranges: Any) -> int:
         asked.append(len(ranges))
@@ -72,7 +72,7 @@ def test_a_read_that_ends_early_is_continued(monkeypatch: pytest.MonkeyPatch) ->
             left -= int(cut[row, 1])
         return real(target, cut)
 
-    monkeypatch.setattr(move, "_ask", short)
+    monkeypatch.setattr(move, "_call", short)
     source = np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8)
     starts, sizes = np.array([5000, 0, 300, 9000]), np.array([700, 2500, 1, 1000])
     target = np.zeros(sizes.sum(), np.uint8)

@@ -224,7 +224,7 @@ def test_a_run_falls_back_on_a_mode_that_works(monkeypatch: pytest.MonkeyPatch) 
     assert said[0] == "preparing updates by compile_graph_fuse, which can take minutes"
     assert said[1] == (
         "WARNING: train.execution = compile_graph_fuse failed: RuntimeError: no compiler here; "
-        "trying a simpler one"
+        "trying a simpler mode"
     )
     asked = recipe_for(execution="compile")
     setup = modes.Setup(Accelerator(cpu=True), network(), asked, plan_for(recipe), 4)

@@ -19,7 +19,7 @@ from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.feed import Feed
 from fasttrain.order import TrainingOrder
-from fasttrain.reading import DataError, Ring, ShardReader, places_of, plain_grey
+from fasttrain.reading import DataError, Ring, ShardReader, ranges_of, plain_grey
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -90,12 +90,12 @@ def test_a_shard_that_shrinks_in_use_is_named(
     root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
     split = shards.open_split(root, "train")
     reader = ShardReader(split, config.Data(root=root, read=read), num_buffers=4)
-    places = places_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
-    reader.start(0, places)
+    ranges = ranges_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
+    reader.start(0, ranges)
     reader.take(0)
     path = split.shard_paths[0]
     path.write_bytes(path.read_bytes()[:4096])
-    reader.start(1, places)
+    reader.start(1, ranges)
     with pytest.raises(DataError, match=r"train-000000.tar changed its size while in use"):
         reader.take(1)  # and not SIGBUS
     reader.close()
@@ -108,10 +108,10 @@ def test_bytes_that_are_in_memory_are_not_paged_in_again(
     faults = 0  # of this process, that had to ask storage
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_majflt=faults))
     reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
-    places = places_of(split, sampling.eval_draw(split, config.Data(), 8, 0, 1, 0), False)
+    ranges = ranges_of(split, sampling.eval_draw(split, config.Data(), 8, 0, 1, 0), False)
 
     def is_paged_in(number: int) -> bool:
-        reader.start(number, places)
+        reader.start(number, ranges)
         reader.take(number)
         return bool(reader.started[number][1])
 
@@ -128,7 +128,7 @@ def test_verified_samples_are_read_by_threads_even_if_paging_in_rests(
     reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
     draw = sampling.eval_draw(split, config.Data(), 8, 0, 1, 0)
     for number, verified in enumerate(((), draw.ids.tolist())):
-        reader.start(number, places_of(split, draw, False), verified)
+        reader.start(number, ranges_of(split, draw, False), verified)
         assert bool(reader.started[number][1]) == bool(verified)
         reader.take(number)
     reader.close()
@@ -157,8 +157,8 @@ def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
     root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
     split = shards.open_split(root, "train")
     reader = ShardReader(split, config.Data(root=root), num_buffers=4)
-    places = places_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
-    reader.start(0, places)
+    ranges = ranges_of(split, sampling.eval_draw(split, config.Data(), 11, 0, 1, 0), False)
+    reader.start(0, ranges)
     assert not reader.started[0][1]
     os.truncate(split.shard_paths[0], 4096)
     with pytest.raises(DataError, match=r"train-000000.tar changed its size while in use"):
@@ -192,7 +192,7 @@ def test_of_raw_images_only_the_rows_of_the_windows_are_read(raw_split: Split) -
     plan = make_plan(Train(global_batch_size=8), Optim(), raw_split.num_samples, 1)
     draw = sampling.train_draw(raw_split, config.Data(), plan, 0, 0)
     tars = [path.read_bytes() for path in raw_split.shard_paths]
-    whole, rows = (places_of(raw_split, draw, windows_only) for windows_only in (False, True))
+    whole, rows = (ranges_of(raw_split, draw, windows_only) for windows_only in (False, True))
     for number, sample in enumerate(draw.ids):
         _, y, _, h = draw.windows[number].tolist()
         width = int(raw_split.width[sample])

@@ -107,7 +107,7 @@ def bookkeeping(job: steps.StepJob, updater: execution.Updater) -> list[Kernel]:
     They run here alone and without a CUDA graph; a graph launches the same kernels.
     """
     if isinstance(updater, execution.Graphed):
-        return kernels_of(updater._move, UPDATES)
+        return kernels_of(updater._step, UPDATES)
     images, labels = steps.resident_batch(job)
     updater.micro(images, labels, is_last=True)
     gradients = [p.grad for p in updater.learner.module.parameters()]
