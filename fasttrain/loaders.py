@@ -1,12 +1,12 @@
-"""The loader: batches on the device, made ahead of the training thread.
+"""The loader: makes batches on the device, ahead of the training thread.
 
     draw (ids, windows, flips, ...)     from `order`, a pure function of the batch's number
       -> bytes of the images            from `feed`, ahead of time, uncopied
       -> decode, cut, resize, augment, mirror, normalise      by one of `makers`
       -> Batch(images, labels, draw)    on the device, channels-last
 
-One thread per loader drives this and keeps a queue of finished batches. The training thread only
-takes from it.
+One thread per loader makes the batches and fills a queue. The training thread only takes batches
+from the queue.
 """
 
 import queue
@@ -30,14 +30,14 @@ from fasttrain.shards import Split
 
 
 class Loader:
-    """Iterates over the batches of an order, which a thread makes ahead.
+    """Iterates over the batches of an order, in order. A thread makes them ahead.
 
-    Batches come in order. An error of the thread is raised where its batch would have come. Samples
-    that turn out to be damaged are reported to the order: if it replaces them, the batches are made
-    anew from the one that failed. `stages` adds up over all iterations.
+    An error of the thread is raised in place of the batch that failed. The loader reports damaged
+    samples to the order. If the order replaces them, the thread makes the batches again, from the
+    one that failed on. `stages` sums the durations over all iterations.
 
     Raises:
-        DataError: while iterating; a batch could not be made.
+        DataError: while iterating: a batch could not be made.
     """
 
     def __init__(self, order: Order, placement: Placement, stages: Stages | None = None) -> None:
@@ -45,15 +45,15 @@ class Loader:
         self.placement = placement
         self.stages = stages or Stages()
         self.maker = maker_for(order, placement)
-        self.passes = 0
+        self.iteration = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self.passes += 1
-        numbers, depth = self.order.numbers(self.passes), self.order.data.queue_depth
+        self.iteration += 1
+        numbers, depth = self.order.numbers(self.iteration), self.order.data.queue_depth
         ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         closed = threading.Event()
         if isinstance(self.maker, KernelMaker):
-            # At work: the batch being made, those that are ready, and two that are used.
+            # In memory: the batch being made, those in the queue, and two in use.
             self.maker.lane = Lane(self.placement.device, depth + 3)
         lane = self.maker.lane
         thread = threading.Thread(target=self._produce, args=(numbers, ready, closed), daemon=True)
@@ -75,7 +75,7 @@ class Loader:
     def _produce(
         self, numbers: range, ready: "queue.Queue[Batch | BaseException]", closed: threading.Event
     ) -> None:
-        """The thread: puts each batch, or the error that ends it, into `ready`."""
+        """The thread's function: puts each batch, or the error that ends it, into `ready`."""
 
         def put(item: Batch | BaseException) -> None:
             while not closed.is_set():
@@ -87,7 +87,7 @@ class Loader:
         done = 0
         try:
             if self.placement.device.type == "cuda":
-                # Per thread: from_dlpack waits on its stream.
+                # The device is a setting per thread, and from_dlpack waits on its stream.
                 torch.cuda.set_device(self.placement.device)
             while done < len(numbers) and not closed.is_set():
                 try:
@@ -101,7 +101,7 @@ class Loader:
     def _made(
         self, numbers: range, put: Callable[[Batch], None], closed: threading.Event
     ) -> Iterator[None]:
-        """Makes the batches with those numbers, and puts each."""
+        """Makes the batches with these numbers, puts each into the queue, and times the stages."""
         windows_only, make_reader = self.maker.windows_only, self.maker.make_reader
         feed, lane = Feed(self.order, numbers, windows_only, make_reader), self.maker.lane
         begun, cpu_begun, waited_s = time.perf_counter(), time.thread_time(), 0.0
@@ -148,28 +148,31 @@ def eval_loader(
     world_size: int,
     placement: Placement,
 ) -> Loader:
-    """A rank's share of the validation batches: over all ranks, each image exactly once."""
+    """A loader for a rank's share of the validation batches. All ranks have each image once."""
     return Loader(EvaluationOrder(split, data, batch_size, rank, world_size), placement)
 
 
 def measure(
     split: Split, data: config.Data, plan: Plan, rank: int, placement: Placement, seconds: float
 ) -> tuple[float, bool]:
-    """Images/s of this process's training input with nothing else to do, over `seconds`.
+    """Measures the speed of this process's training input alone, without training.
 
-    Also returns whether they were steady: the speeds of the first and the second half differ by
-    less than a quarter. Other work on the machine disturbs a measurement that is not.
+    Args:
+        seconds: duration of the measurement.
+    Returns:
+        Images/s; and True if the speeds of the first and the second half differ by less than a
+        quarter. If they do not, other work on the machine disturbed the measurement.
     """
     on_gpu = placement.device.type == "cuda"
     micro = plan.micro_batch_size if on_gpu else min(plan.micro_batch_size, 32)
     small = replace(plan, micro_batch_size=micro, accumulation=1, total_steps=plan.schedule_steps)
-    # With the first batch come threads, buffers and the pipeline. Some of the next were ready by
-    # then. So many are not counted that as many are ready when the clock starts as when it stops.
+    # The first batch includes the start of threads, buffers and pipeline, and the queues fill
+    # meanwhile. After this many batches, the queues hold as many as at the end of the measurement.
     unmeasured = min(1 + 2 * data.queue_depth, small.total_steps - 1)
-    # The run itself will tell of samples that are replaced.
+    # No warnings: the run itself reports the samples that it replaces.
     order = TrainingOrder(split, data, small, rank, warn=lambda text: None)
     batches = iter(Loader(order, placement))
-    marks = [(time.perf_counter(), 0)]  # of time and images
+    marks = [(time.perf_counter(), 0)]  # time and number of images so far
     for number, batch in enumerate(batches):
         if number == unmeasured:
             marks = [(marks[-1][0], 0)]
@@ -183,5 +186,5 @@ def measure(
 
 def _speed(marks: Sequence[tuple[float, int]]) -> float:
     """Images/s from the first mark to the last."""
-    (begun, before), (ended, after) = marks[0], marks[-1]
-    return (after - before) / max(ended - begun, 1e-9)
+    (begun, images_then), (ended, images_now) = marks[0], marks[-1]
+    return (images_now - images_then) / max(ended - begun, 1e-9)

@@ -1,8 +1,8 @@
-"""Makers of batches: from draws and bytes to pixels on the device.
+"""Makes batches on the device from draws and bytes.
 
 DaliMaker      DALI decodes, cuts, resizes, augments, mirrors and normalises
 WindowMaker    on a CPU without augmentations: DALI decodes the windows, `resize` does the rest
-KernelMaker    raw images on a GPU: one copy a batch, and one kernel that does the rest
+KernelMaker    raw images on a GPU: one copy per batch, and one kernel that does the rest
 """
 
 import contextlib
@@ -38,10 +38,10 @@ from fasttrain.shards import Split
 
 
 def decoder_of(split: Split, data: config.Data, placement: Placement) -> str:
-    """How the images of a split are decoded: `raw`, `cpu`, or a strategy of the GPU."""
+    """The way to decode a split's images: `raw`, `cpu`, or a strategy of the GPU."""
     if split.store == "raw":
         return "raw"
-    if data.decode == "auto":  # untested; `decoding` tests
+    if data.decode == "auto":  # a guess without trials: `decoding` makes them
         return "gpu_full" if placement.device.type == "cuda" else "cpu"
     return data.decode
 
@@ -52,7 +52,7 @@ def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | 
     if decoder == "raw" and kernel_works(order.data, placement, order.training):
         return KernelMaker(order, placement)
     on_cpu = placement.device.type == "cpu" and decoder in ("cpu", "raw")
-    # Where DALI resizes on a CPU, it takes most of the time: see `resize`.
+    # On a CPU, DALI's resizing would take most of the time: see `resize`.
     if order.training and on_cpu and not sampling.augmented(order.data):
         return WindowMaker(order, placement)
     return DaliMaker(order, placement, "train" if order.training else "val")
@@ -64,12 +64,12 @@ def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | 
 
 
 def _dali() -> ModuleType:
-    """`fasttrain.pipeline`, imported where it is needed, as DALI may not be there."""
+    """`fasttrain.pipeline`, imported late: DALI may not be installed."""
     try:
         from fasttrain import pipeline
     except ModuleNotFoundError as error:
         raise DataError(
-            f"these images are made by DALI, which is not installed here ({error}): pip install "
+            f"these images need DALI, which is not installed here ({error}): pip install "
             "nvidia-dali-cuda130, or for CUDA 12 as the README says"
         ) from None
     return pipeline
@@ -87,7 +87,10 @@ class DaliMaker:
     lane: Lane | None = None
 
     def __init__(self, order: Order, placement: Placement, kind: str) -> None:
-        """`kind` is that of the graph: see `pipeline.Form`."""
+        """
+        Args:
+            kind: of the graph: see `pipeline.Form`.
+        """
         self.order, self.split, self.data = order, order.split, order.data
         self.placement = placement
         self.kind = kind
@@ -95,27 +98,27 @@ class DaliMaker:
         self.raw = self.decoder == "raw"
         self.windows_only = self.raw and order.training
         self.make_reader: MakeReader = ShardReader
-        self.given: tuple[Feed, threading.Event] | None = None  # what `_source` gives DALI
-        self.kept: Any = None  # DALI's pipeline, for the next iteration
+        self.current: tuple[Feed, threading.Event] | None = None  # the arguments of `run`
+        self.kept: Any = None  # DALI's pipeline, reused by the next iteration
 
     def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
-        """The batches of a feed, until `closed` is set."""
+        """Yields the batches of a feed, until `closed` is set."""
         pipeline = _dali()
         for images, draw in self.run(feed, closed):
-            # DALI writes (B, H, W, C); seen as (B, C, H, W) that is channels_last, uncopied.
+            # DALI writes (B, H, W, C). Viewed as (B, C, H, W), that is channels-last, uncopied.
             pixels = pipeline.tensor_of(images).permute(0, 3, 1, 2)
             yield Batch(pixels, labels_of(self.split, draw, self.placement.device), draw)
 
     def run(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
-        """What DALI makes of each batch, in DALI's own lists."""
-        self.given = feed, closed
+        """Yields DALI's output for each batch, as DALI's own lists, and the batch's draw."""
+        self.current = feed, closed
         graph, self.kept = self.kept or self._build(), None
         made = 0
         try:
             for number in feed.numbers:
                 try:
                     (images,) = graph.run()
-                except DataError:  # from `_source`; it is clear already
+                except DataError:  # raised by `_source`: the message is complete
                     raise
                 except RuntimeError as error:
                     raise self._fault(feed, error) from error
@@ -123,12 +126,12 @@ class DaliMaker:
                 yield images, feed.done(number)
         finally:
             if made == len(feed.numbers) and not self.order.training:
-                # To build another one for each evaluation takes seconds on a GPU.
+                # Keep the pipeline: building one for each evaluation takes seconds on a GPU.
                 with contextlib.suppress(StopIteration):
-                    graph.run()  # asks the source, which has nothing left
+                    graph.run()  # lets DALI see that the source is exhausted
                 graph.reset()
                 self.kept = graph
-            self.given = None
+            self.current = None
 
     def _build(self) -> Any:
         pipeline = _dali()
@@ -138,15 +141,15 @@ class DaliMaker:
         return pipeline.build(form, self.data, self._source, self.placement, self.order.batch_size)
 
     def _source(self, index: int) -> tuple[Any, ...]:
-        """What DALI is given for the batch of the feed at `index`, from 0."""
-        assert self.given
-        feed, closed = self.given
-        # An empty batch would kill DALI, so a process without a share never gets here.
+        """The inputs of DALI's graph for the feed's batch at `index`, from 0."""
+        assert self.current
+        feed, closed = self.current
+        # DALI crashes on an empty batch. So a rank without batches never runs the graph.
         if index >= len(feed.numbers) or closed.is_set():
             raise StopIteration
         draw, views = feed(feed.numbers[index])
         if self.kind == "val" and not self.raw:
-            # A window that is not within its image would crash the process.
+            # A window outside its image would crash the process.
             if faults := faults_of(self.split, draw.ids.tolist(), views, checksums=False):
                 raise BadSamples(self.split, faults)
         images, corner, size = self._cut(draw, views)
@@ -157,12 +160,12 @@ class DaliMaker:
         return images, corner, size, draw.flips.astype(np.int32), out, *changes
 
     def _cut(self, draw: Draw, views: list[memoryview]) -> tuple[Any, Any, Any]:
-        """Images in DALI's form, and the corner and size of the window in each, `(B, 2)`."""
+        """Images as DALI's lists; corner (y, x) and size (h, w) of each window, `(B, 2)`."""
         pipeline = _dali()
         x, y, w, h = draw.windows.T
         if self.raw:
             images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
-            y = np.zeros_like(y) if self.kind == "train" else y  # rows are cut already
+            y = np.zeros_like(y) if self.kind == "train" else y  # the feed has cut the rows
         else:
             if self.decoder.startswith("gpu"):
                 views = [plain_grey(view) for view in views]
@@ -170,7 +173,7 @@ class DaliMaker:
         return images, np.stack([y, x], 1), np.stack([h, w], 1)
 
     def _fault(self, feed: Feed, error: RuntimeError) -> DataError:
-        """Finds the sample at fault by checksums and headers, as DALI rarely names it."""
+        """Finds the damaged sample by checksums and headers, because DALI rarely names it."""
         faults: dict[int, str] = {}
         for number in feed.reader.started if not self.raw else ():
             ids = feed.draws[number].ids.tolist()
@@ -178,7 +181,7 @@ class DaliMaker:
         if faults:
             return BadSamples(self.split, faults)
         return DataError(
-            f"DALI could not decode a batch, though its bytes are intact: {error}"
+            f"DALI could not decode a batch, although its bytes are intact: {error}"
             f"{remedy(self.split)}"
         )
 
@@ -189,7 +192,7 @@ class DaliMaker:
 
 
 class WindowMaker:
-    """On a CPU: while the windows of one batch are resized, those of the next are decoded."""
+    """Makes batches on a CPU. DALI decodes one batch while `resize` resizes the previous one."""
 
     lane: Lane | None = None
 
@@ -200,7 +203,7 @@ class WindowMaker:
         self.make_reader: MakeReader = ShardReader
 
     def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
-        """The batches of a feed, until `closed` is set."""
+        """Yields the batches of a feed, until `closed` is set."""
         resizer = Resizer(self.placement.threads, self.data.interpolation)
         try:
             previous: tuple[Pending, Draw, Any] | None = None
@@ -215,14 +218,14 @@ class WindowMaker:
             resizer.close()
 
     def _finished(self, pending: Pending, draw: Draw, owner: Any) -> Batch:
-        """The batch, once its windows are resized. `owner` holds their memory until then."""
+        """Waits for a batch's windows to be resized. `owner` keeps their memory until then."""
         labels = labels_of(self.split, draw, self.placement.device)
         return Batch(pending.result(), labels, draw)
 
     def _windows(
         self, feed: Feed, closed: threading.Event
     ) -> Iterator[tuple[list[NDArray[np.uint8]], Draw, Any]]:
-        """Windows uint8 `(h, w, 3)` of each batch, its draw, and what holds their memory."""
+        """Yields a batch's windows uint8 `(h, w, 3)`, its draw, and the owner of their memory."""
         if not self.dali.raw:
             for images, draw in self.dali.run(feed, closed):
                 yield [np.asarray(images[row]) for row in range(len(draw.ids))], draw, images
@@ -235,7 +238,7 @@ class WindowMaker:
                 for part, width, (x, _, w, h) in zip(rows, widths, windows, strict=True)
             ]
             yield cut, draw, feed
-            # The resizer is done with the batch before this one.
+            # By now the resizer has finished the previous batch.
             if number > feed.numbers.start:
                 feed.done(number - 1)
 
@@ -246,9 +249,12 @@ class WindowMaker:
 
 
 def kernel_works(data: config.Data, placement: Placement, training: bool) -> bool:
-    """True if `resize_gpu` can finish raw images; where it should and cannot, says why, once."""
-    changed = training and (data.augment != "none" or any(data.color_jitter))
-    if placement.device.type != "cuda" or changed:
+    """True if `resize_gpu` can make batches of raw images for these settings and this device.
+
+    Prints a warning once if the kernel fails on a GPU.
+    """
+    needs_dali = training and (data.augment != "none" or any(data.color_jitter))
+    if placement.device.type != "cuda" or needs_dali:
         return False
     return not _kernel_fault(placement.device, data.interpolation == "bicubic", placement.half)
 
@@ -263,14 +269,15 @@ def _kernel_fault(device: torch.device, cubic: bool, half: bool) -> str:
         fault = resize_gpu.fault(device, cubic, half)
     if fault:
         sys.stderr.write(
-            f"raw images: the kernel that resizes them does not run on {device} ({fault}), so DALI "
-            "does it, more slowly; Triton and a C compiler would mend it\n"
+            f"WARNING: raw images: the kernel that resizes them does not run on {device} "
+            f"({fault}), so DALI resizes them, more slowly; the kernel needs Triton and a C "
+            "compiler\n"
         )
     return fault
 
 
 class KernelMaker:
-    """Raw images: one copy to the device and one kernel there for each batch."""
+    """Makes batches of raw images on a GPU, by one copy and one kernel per batch."""
 
     def __init__(self, order: Order, placement: Placement) -> None:
         from fasttrain import resize_gpu
@@ -279,18 +286,17 @@ class KernelMaker:
         self.windows_only = order.training
         make = pinned if placement.device.type == "cuda" else None
         self.make_reader: MakeReader = partial(Packer, head_bytes=resize_gpu.HEAD_BYTES, make=make)
-        self.lane: Lane | None = None  # of the iteration that goes on
+        self.lane: Lane | None = None  # of the current iteration; the loader sets it
 
     def make(self, feed: Feed, closed: threading.Event) -> Iterator[Batch]:
-        """The batches of a feed, until `closed` is set."""
+        """Yields the batches of a feed, until `closed` is set."""
         from fasttrain import resize_gpu
 
         assert self.lane
         lane, split, cubic = self.lane, self.split, self.data.interpolation == "bicubic"
-        # One buffer there for all batches: the next is copied once the kernel has read the last,
-        # as both are given to one stream.
-        there = torch.empty(0, dtype=torch.uint8, device=self.placement.device)
-        copied: Any = None  # happens when the last batch's pinned buffer has been read
+        # One device buffer serves all batches: copies and kernels run in order on one stream.
+        on_device = torch.empty(0, dtype=torch.uint8, device=self.placement.device)
+        copied: Any = None  # an event: the previous batch's pinned buffer has been read
         try:
             for number in feed.numbers:
                 draw, packed = feed(number)
@@ -301,14 +307,14 @@ class KernelMaker:
                 image_size = split.width[ids], split.height[ids]
                 resize_gpu.describe(head, draw, packed.starts, image_size, split.label[ids])
                 with lane.work():
-                    here = torch.from_numpy(packed.buffer)
-                    if len(there) < len(here):
-                        there = there.new_empty(len(here) * 5 // 4)
-                    there[: len(here)].copy_(here, non_blocking=True)
+                    on_host = torch.from_numpy(packed.buffer)
+                    if len(on_device) < len(on_host):
+                        on_device = on_device.new_empty(len(on_host) * 5 // 4)
+                    on_device[: len(on_host)].copy_(on_host, non_blocking=True)
                     copying = lane.event()
                     half = self.placement.half
-                    images = resize_gpu.resize(there, size, draw.out_px, cubic, half)
-                    labels = resize_gpu.head_of(there, size).labels.clone()
+                    images = resize_gpu.resize(on_device, size, draw.out_px, cubic, half)
+                    labels = resize_gpu.head_of(on_device, size).labels.clone()
                 if number > feed.numbers.start:
                     if copied:
                         copied.synchronize()
@@ -317,4 +323,4 @@ class KernelMaker:
                 lane.finish()
                 yield Batch(images, labels, draw)
         finally:
-            lane.close()  # so that no pinned buffer is freed while it is read
+            lane.close()  # the device must not read a pinned buffer after it is freed

@@ -1,7 +1,7 @@
-"""The order of the data: what each batch of a run holds.
+"""The order of the data: which samples each batch of a run holds.
 
 Batches are numbered from the start of the run: batch n of a rank is micro-batch n % accumulation of
-update n // accumulation. So a run that resumes asks for the same numbers as one that never stopped.
+update n // accumulation. So a resumed run gets the same batches as a run that never stopped.
 """
 
 import sys
@@ -17,21 +17,21 @@ from fasttrain.shards import Split
 
 
 class Order(Protocol):
-    """What a loader and its feed ask for, by the number of a batch."""
+    """Answers a loader's questions about a batch, given its number."""
 
     split: Split
     data: config.Data
-    batch_size: int  # images of the largest batch
+    batch_size: int  # images in the largest batch
     training: bool
 
-    def numbers(self, passes: int) -> range:
-        """The batches of iteration number `passes` (the first is 1)."""
+    def numbers(self, iteration: int) -> range:
+        """The numbers of the batches in an iteration over the loader; the first iteration is 1."""
 
     def draw(self, number: int) -> Draw:
-        """Samples, windows and flips of a batch."""
+        """Samples, windows, flips and augmentations of a batch."""
 
     def pieces(self, number: int) -> Sequence[Piece]:
-        """Parts of tars that are worth reading ahead when this batch is read."""
+        """Byte ranges to announce to the kernel when this batch is read."""
 
     def verified(self, number: int) -> bool:
         """True if the bytes of this batch are compared with their checksums."""
@@ -40,7 +40,7 @@ class Order(Protocol):
         """Leaves damaged samples out of the draws from now on.
 
         Raises:
-            BadSamples: this order replaces no samples, or no more.
+            BadSamples: this order replaces no samples, or none beyond a limit.
         """
 
 
@@ -66,16 +66,16 @@ class TrainingOrder:
         """
         Args:
             first_step: the 0-based update to begin with.
-            warn: gets one line for each damaged sample that is replaced. A loader's thread calls
-                it.
+            warn: gets a text for each batch with damaged samples that are replaced. A loader's
+                thread calls it.
         """
         self.split, self.data, self.plan, self.rank = split, data, plan, rank
         self.first_step = first_step
         self.warn = warn
         self.batch_size = plan.micro_batch_size
-        self.bad: dict[int, str] = {}  # damaged samples that others stand in for, with the damage
+        self.bad: dict[int, str] = {}  # damaged samples that are replaced, with their faults
 
-    def numbers(self, passes: int) -> range:
+    def numbers(self, iteration: int) -> range:
         accumulation = self.plan.accumulation
         return range(self.first_step * accumulation, self.plan.total_steps * accumulation)
 
@@ -83,7 +83,7 @@ class TrainingOrder:
         plan = self.plan
         step, micro = divmod(number, plan.accumulation)
         if micro == 0 and step % plan.steps_per_epoch == 0:
-            # A thread makes the next epoch's order now, so that no batch waits for it later.
+            # Compute the next epoch's order now, in a thread, so that no batch waits for it later.
             block_size = sampling.block_size(self.data)
             upcoming = (plan.seed, plan.epoch_of(step) + 1, self.split, block_size)
             threading.Thread(target=sampling.epoch_order, args=upcoming, daemon=True).start()
@@ -103,24 +103,25 @@ class TrainingOrder:
         return self.data.verify == "always"
 
     def replace(self, error: BadSamples) -> None:
-        """
+        """Replaces damaged samples from now on.
+
         Raises:
             BadSamples: `data.on_bad_sample` is not `replace`, or too many samples are damaged.
         """
         if self.data.on_bad_sample != "replace":
             raise error
-        assert not error.faults.keys() <= self.bad.keys()  # the same fault again would never end
+        assert not error.faults.keys() <= self.bad.keys()  # else the loader would retry forever
         self.bad.update(error.faults)
         if len(self.bad) > min(self.data.max_bad_samples, self.split.num_samples // 2):
-            what = "damaged, and more than may be replaced (data.max_bad_samples, or half of all)"
+            what = "damaged, more than may be replaced (data.max_bad_samples, or half of all)"
             raise BadSamples(self.split, self.bad, what) from error
         self.warn(f"{error}\n{len(self.bad)} damaged samples so far are replaced by others")
 
 
 class EvaluationOrder:
-    """One rank's share of the validation batches: all ranks together have each image once.
+    """One rank's share of the validation batches. All ranks together have each image once.
 
-    Every iteration has the same batches. Its numbers go on where those of the last one ended.
+    Every iteration has the same batches, but new numbers: they continue those of the previous one.
     """
 
     training = False
@@ -134,8 +135,8 @@ class EvaluationOrder:
             split.num_samples, batch_size, rank, world_size
         )
 
-    def numbers(self, passes: int) -> range:
-        return range((passes - 1) * self.num_batches, passes * self.num_batches)
+    def numbers(self, iteration: int) -> range:
+        return range((iteration - 1) * self.num_batches, iteration * self.num_batches)
 
     def draw(self, number: int) -> Draw:
         return sampling.eval_draw(

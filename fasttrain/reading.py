@@ -139,7 +139,7 @@ def _frame_size(image: memoryview) -> tuple[int, int]:
 
 
 def _frame_header(image: memoryview) -> int:
-    """Offset of the frame header in a JPEG; 0 if a plain walk over the segments does not find it."""
+    """Offset of a JPEG's frame header; 0 if a plain walk over the segments does not find it."""
     offset = 2
     while offset + 12 <= len(image) and image[offset] == 0xFF:
         marker, high, low = image[offset + 1 : offset + 4]

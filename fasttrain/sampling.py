@@ -1,12 +1,14 @@
-"""Which samples, windows, flips and augmentations: pure functions of (seed, epoch, sample).
+"""Draws samples, windows, flips and augmentations: pure functions of (seed, epoch, sample).
 
     global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
     micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * W + r
-    order(seed, e)                    = a permutation of all samples; shuffled in blocks, of those
-                                        of a few tars at a time, the tars themselves in random order
+    order(seed, e)                    = a permutation of all samples
 
-So any number W of processes sees the same global batches, and with equal `micro_batch_size` b the
-same groups of images in BatchNorm.
+With `shuffle = "blocks"`, the order shuffles the tars, cuts them into blocks of a few tars, and
+shuffles the samples within each block.
+
+So the global batches do not depend on the world size W. With equal `micro_batch_size` b, the groups
+of images in BatchNorm do not either.
 """
 
 from collections.abc import Set
@@ -21,49 +23,54 @@ from fasttrain.rng import Stream, uniform
 from fasttrain.schedule import Plan, crop_px_at
 from fasttrain.shards import Split
 
-TRIES = 10  # at a window that fits; torchvision's number, as the next three are
+# The first four are torchvision's constants.
+TRIES = 10  # to draw a window that fits
 MAGNITUDE_BINS = 31
-ERASE_AREA = (0.02, 0.33)  # of the training crop
-ERASE_RATIO = (0.3, 3.3)  # height over width
+ERASE_AREA = (0.02, 0.33)  # fraction of the training crop
+ERASE_RATIO = (0.3, 3.3)  # height / width
 NUM_OPERATIONS = 14  # `augment.OPERATIONS` lists them
 
 
 class Augment(NamedTuple):
-    """How the images of a batch are changed once they are cut; None for what is switched off.
+    """The augmentations of a batch, after the images are cut. None: that one is switched off.
 
-    `operations` holds N times a place in `augment.OPERATIONS`, a magnitude bin, and 1 where the
-    magnitude is negative; `jitter` the factors of brightness, contrast and saturation, and degrees
-    of hue; `erase` a window, y, x, height, width in pixels of the training crop: whole numbers, but
-    float32, as DALI takes no others, and all 0 where nothing is erased.
+    operations: `(B, N, 3)`: index into `augment.OPERATIONS`; magnitude bin; 1 if the magnitude is
+        negative, else 0.
+    jitter: `(B, 4)`: factors of brightness, contrast and saturation; hue in degrees.
+    erase: `(B, 4)`: y, x, height, width of a window, in pixels of the training crop; all 0 to erase
+        nothing. The numbers are whole, but float32, because DALI takes no others.
     """
 
-    operations: NDArray[np.int32] | None = None  # (B, N, 3)
-    jitter: NDArray[np.float32] | None = None  # (B, 4)
-    erase: NDArray[np.float32] | None = None  # (B, 4)
+    operations: NDArray[np.int32] | None = None
+    jitter: NDArray[np.float32] | None = None
+    erase: NDArray[np.float32] | None = None
 
 
 class Draw(NamedTuple):
-    """The samples of one batch and how each is cut.
+    """The samples of one batch, and how to cut each.
 
-    `windows` are x, y, width, height in source pixels: int32 in training; in validation float32,
-    as a centre crop of the resized image rarely falls on whole source pixels.
+    `windows` are x, y, width, height in source pixels: int32 in training, float32 in validation. In
+    validation, a centre crop of the resized image rarely begins at a whole source pixel.
     """
 
     ids: NDArray[np.int64]  # (B,)
     windows: NDArray[np.int32] | NDArray[np.float32]  # (B, 4)
     flips: NDArray[np.bool_]  # (B,)
-    out_px: int  # side of the images that come out
+    out_px: int  # side of the batch's images
     augment: Augment = Augment()
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, split: Split, block: int) -> NDArray[np.int32]:
-    """The order of all samples in an epoch, int32: over everything, or over `block` tars at a time.
+    """The order of all samples in an epoch, int32 `(N,)`.
 
-    Takes 0.1 s for ImageNet: ask for the next epoch's ahead of time.
+    Takes 0.1 s for ImageNet: call it ahead of time for the next epoch. The result is cached.
+
+    Args:
+        block: tars that are shuffled together; 0 shuffles the whole split.
     """
     if block:
-        blocks = np.empty(len(split.shard_paths), np.int64)  # of each tar
+        blocks = np.empty(len(split.shard_paths), np.int64)  # the block of each tar
         blocks[_shard_order(seed, epoch, split)] = np.arange(len(blocks)) // block
         keys = rng.hash64(seed, Stream.ORDER, epoch, np.arange(split.num_samples))
         order = np.lexsort([keys, np.repeat(blocks, split.shard_samples)]).astype(np.int32)
@@ -78,12 +85,12 @@ def _shard_order(seed: int, epoch: int, split: Split) -> NDArray[np.int32]:
 
 
 def block_size(data: config.Data) -> int:
-    """Tars that are shuffled together; 0 where all are."""
+    """The number of tars that are shuffled together; 0 if the whole split is."""
     return data.shuffle_shards if data.shuffle == "blocks" else 0
 
 
 class Piece(NamedTuple):
-    """A range of bytes of a shard that will be read soon."""
+    """A byte range [start, stop) of a shard that will be read soon."""
 
     shard: int
     start: int
@@ -93,16 +100,19 @@ class Piece(NamedTuple):
 def pieces_ahead(
     split: Split, data: config.Data, plan: Plan, step: int, rank: int, first: bool
 ) -> list[Piece]:
-    """What process `rank` announces to the kernel before update `step`, shuffled in blocks.
+    """The byte ranges that `rank` announces to the kernel before update `step`.
 
-    While a block is trained on, the tars of the next one are announced in step with it, a process
-    taking its share of each piece: together they name every byte once, tar by tar.
-    The `first` update of a process announces the rest of its own block as well.
+    This is for `shuffle = "blocks"`. While the ranks train on a block, they announce the tars of
+    the next block at the same pace, tar by tar. Each rank announces its share, so that together
+    they announce each byte once.
+
+    Args:
+        first: this is the first update of the process: also announce the rest of its own block.
     """
-    epoch, place = divmod(step, plan.steps_per_epoch)
+    epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
     size = block_size(data)
-    begin, end = (n * plan.global_batch_size for n in (place, place + 1))
-    if place + 1 == plan.steps_per_epoch:  # what is dropped counts as done
+    begin, end = (n * plan.global_batch_size for n in (step_of_epoch, step_of_epoch + 1))
+    if step_of_epoch + 1 == plan.steps_per_epoch:  # samples that the epoch drops count as done
         end = split.num_samples
     blocks = _blocks(plan.seed, epoch, split, size)
     rows = np.cumsum([0, *(sum(split.shard_samples[s] for s in block) for block in blocks)])
@@ -129,7 +139,7 @@ def _blocks(seed: int, epoch: int, split: Split, size: int) -> list[list[int]]:
 def _pieces(
     split: Split, block: list[int], low: float, high: float, rank: int, world_size: int
 ) -> list[Piece]:
-    """Share `rank` of the part [low, high) of a block's bytes, its tars one after another."""
+    """The share of `rank` in the fraction [low, high) of a block's bytes, tar after tar."""
     total = sum(split.shard_bytes[shard] for shard in block)
     share = (high - low) / world_size
     first, last = (int(total * (low + share * n)) for n in (rank, rank + 1))
@@ -150,13 +160,13 @@ def train_draw(
     number: int,
     bad: Set[int] = frozenset(),
 ) -> Draw:
-    """Micro-batch `number` of a rank, counted from the start of the run.
+    """Draws micro-batch `number` of a rank, counted from the start of the run.
 
-    With 2 ranks, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of the first
-    global batch, then rows 6 and 7.
+    Example: with 2 ranks, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of
+    the first global batch, then rows 6 and 7.
 
     Args:
-        bad: damaged samples. Others stand in for them.
+        bad: damaged samples, which are replaced by others.
     """
     step, micro = divmod(number, plan.accumulation)
     epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
@@ -178,16 +188,16 @@ def train_draw(
 def stand_ins(
     seed: int, epoch: int, ids: NDArray[np.int64], bad: Set[int], num_samples: int
 ) -> NDArray[np.int64]:
-    """`ids` (B,), each that is `bad` replaced by one that is not, drawn by (seed, epoch, id).
+    """Replaces each bad id in `ids` `(B,)` by a good one, drawn by (seed, epoch, id).
 
-    At least some of the `num_samples` samples must not be bad.
+    At least some of the `num_samples` samples must be good.
     """
     ids = ids.copy()
-    for place in np.flatnonzero(np.isin(ids, [*bad])):
+    for row in np.flatnonzero(np.isin(ids, [*bad])):
         for attempt in range(2**32):
-            drawn = rng.hash64(seed, Stream.STAND_IN, epoch, ids[place : place + 1], attempt)
+            drawn = rng.hash64(seed, Stream.STAND_IN, epoch, ids[row : row + 1], attempt)
             if (stand_in := int(drawn[0] % num_samples)) not in bad:
-                ids[place] = stand_in
+                ids[row] = stand_in
                 break
     return ids
 
@@ -200,19 +210,24 @@ def crop_windows(
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> NDArray[np.int32]:
-    """Windows of a random resized crop: x, y, width, height, int32 `(B, 4)`, within the image.
+    """Draws the windows of a random resized crop.
 
-    `sizes` are widths and heights of the images, each `(B,)`.
+    Up to ten tries draw a window of random area and log-uniform aspect ratio. If none fits into the
+    image, the result is the largest centred window with a permitted ratio.
 
-    Ten tries at a window of random area and log-uniform aspect ratio; where none fits, the largest
-    centred window of a permitted ratio.
+    Args:
+        sizes: widths and heights of the images, each `(B,)`.
+        area: smallest and largest area, as a fraction of the image.
+        ratio: smallest and largest width / height.
+    Returns:
+        x, y, width, height, int32 `(B, 4)`, within the image.
 
     Source: torchvision.transforms.RandomResizedCrop; Going deeper, arXiv:1409.4842, section 6.
     """
     full_w, full_h = (size.astype(np.int64) for size in sizes)
 
     def draw_sizes(rows: NDArray[np.int64], tries: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Width and height of those tries for those rows, and whether they fit: (rows, tries)."""
+        """Width, height, and True if the window fits, `(rows, tries)` each."""
         key = (epoch, ids[rows, None], tries)
         full = full_w[rows, None], full_h[rows, None]
         target = full[0] * full[1] * _between(uniform(seed, Stream.CROP_AREA, *key), *area)
@@ -222,10 +237,10 @@ def crop_windows(
         return w, h, (w > 0) & (h > 0) & (w <= full[0]) & (h <= full[1])
 
     w, h, fits = (found[:, 0] for found in draw_sizes(np.arange(len(ids)), np.arange(1)))
-    again = np.flatnonzero(~fits)  # few: the other tries are drawn for them alone
+    again = np.flatnonzero(~fits)  # few rows: only they need further tries
     if len(again):
         more_w, more_h, more_fit = draw_sizes(again, np.arange(1, TRIES))
-        first = more_fit.argmax(1)[:, None]  # the first that fits, or any where none does
+        first = more_fit.argmax(1)[:, None]  # the first try that fits; 0 if none does
         w[again] = np.take_along_axis(more_w, first, 1)[:, 0]
         h[again] = np.take_along_axis(more_h, first, 1)[:, 0]
         fits[again] = more_fit.any(1)
@@ -253,13 +268,16 @@ def _centred_windows(
 def augmented(data: config.Data) -> tuple[str, ...]:
     """The fields of `Augment` that `data` switches on, in their order."""
     on = data.augment != "none", any(data.color_jitter), bool(data.erase)
-    return tuple(name for name, asked in zip(Augment._fields, on, strict=True) if asked)
+    return tuple(name for name, is_on in zip(Augment._fields, on, strict=True) if is_on)
 
 
 def augment_draw(
     seed: int, epoch: int, ids: NDArray[np.int64], data: config.Data, crop_px: int
 ) -> Augment:
-    """What `data` asks to change in samples `ids`, cut to `crop_px`.
+    """Draws the augmentations that `data` switches on for samples `ids` `(B,)`.
+
+    Args:
+        crop_px: side of the training crop.
 
     Source: RandAugment, arXiv:1909.13719; TrivialAugment, arXiv:2103.10158; and for the jitter
     torchvision.transforms.ColorJitter.
@@ -290,7 +308,13 @@ def augment_draw(
 def erase_windows(
     seed: int, epoch: int, ids: NDArray[np.int64], probability: float, crop_px: int
 ) -> NDArray[np.float32]:
-    """Windows to erase in square images: y, x, height, width, float32 `(B, 4)`; zeros for none.
+    """Draws windows to erase in square images.
+
+    Args:
+        probability: of erasing a window in an image.
+        crop_px: side of the images.
+    Returns:
+        y, x, height, width, float32 `(B, 4)`; all 0 to erase nothing.
 
     Source: torchvision.transforms.RandomErasing; Random Erasing, arXiv:1708.04896, algorithm 1.
     """
@@ -308,7 +332,7 @@ def erase_windows(
 
 
 def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:
-    """Validation batches of a process: may be 0, and differ by one between processes."""
+    """Number of a rank's validation batches. Ranks may differ by one, and a rank may have none."""
     num_batches = -(-num_samples // batch_size)
     return len(range(rank, num_batches, world_size))
 
@@ -316,9 +340,10 @@ def num_eval_batches(num_samples: int, batch_size: int, rank: int, world_size: i
 def eval_draw(
     split: Split, data: config.Data, batch_size: int, rank: int, world_size: int, number: int
 ) -> Draw:
-    """Validation batch `number` of process `rank`; all together hold each image exactly once.
+    """Validation batch `number` of a rank. The batches of all ranks hold each image exactly once.
 
-    Batches are dealt in turn, in the order of the shards; the very last may be smaller.
+    Batches follow the order of the shards and go to the ranks in turn. The last batch of all may be
+    smaller.
     """
     first = (number * world_size + rank) * batch_size
     ids = np.arange(first, min(first + batch_size, split.num_samples), dtype=np.int64)
@@ -331,9 +356,17 @@ def eval_draw(
 def center_windows(
     width: NDArray[np.uint16], height: NDArray[np.uint16], resize_px: int, crop_px: int
 ) -> NDArray[np.float32]:
-    """The source pixels that "resize the shorter side, crop the centre" keeps, float32 `(B, 4)`.
+    """The windows of source pixels that remain after resizing and cropping the centre.
 
-    Rounds as torchvision does: the longer side down, the corner half to even.
+    As in torchvision, the resized longer side is rounded down, and the crop's corner half to even.
+
+    Args:
+        width: of the images, `(B,)`.
+        height: of the images, `(B,)`.
+        resize_px: length of the shorter side after resizing.
+        crop_px: side of the crop.
+    Returns:
+        x, y, width, height in source pixels, float32 `(B, 4)`.
 
     Source: torchvision.transforms.functional: resize, center_crop.
     """

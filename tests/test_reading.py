@@ -19,7 +19,7 @@ from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.feed import Feed
 from fasttrain.order import TrainingOrder
-from fasttrain.reading import DataError, Ring, ShardReader, ranges_of, plain_grey
+from fasttrain.reading import DataError, Ring, ShardReader, plain_grey, ranges_of
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
