@@ -1,7 +1,7 @@
-"""The stand-in as the tests use it: its log, and what cuDNN would do. Imported under the stand-in.
+"""Reads the stand-in's log, and replaces cuDNN. Import it in a process that runs on the stand-in.
 
-cuDNN's convolutions and BatchNorm are replaced by functions that launch one kernel each and give
-results of the shapes, types and layouts that cuDNN gives.
+cuDNN's convolutions and BatchNorm become functions that launch one kernel each. Their results have
+the shapes, dtypes and layouts of cuDNN's results.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ ATEN = torch.ops.aten
 
 
 def log() -> list[str]:
-    """What happened since the last call."""
+    """The lines that were logged since the last call."""
     return LIBRARY.standin_log().decode().splitlines()
 
 
@@ -30,20 +30,20 @@ def note(line: str) -> None:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor lies channels-last; or is broadcast, and so has no layout of its own."""
+    """True if a tensor is channels-last, or is broadcast and so has no layout of its own."""
     broadcast = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     return broadcast or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def check_layout(what: str, *tensors: Tensor | None) -> None:
-    """Writes a line that begins with LOST for tensors `(B, C, H, W)` that are not channels-last."""
+    """Logs a line "LOST ..." for each tensor `(B, C, H, W)` that is not channels-last."""
     for tensor in tensors:
         if tensor is not None and tensor.ndim == 4 and not is_channels_last(tensor):
             note(f"LOST {what} {tuple(tensor.shape)} {tensor.stride()}")
 
 
 class Layouts(TorchDispatchMode):
-    """Checks the layout of all that operators make, forward and backward; views make nothing."""
+    """Checks the layout of every operator's results, in forward and backward, except views."""
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -57,7 +57,7 @@ class Layouts(TorchDispatchMode):
 
 @contextmanager
 def marked(holder: Any, name: str, phase: str) -> Iterator[None]:
-    """Writes into the log where a function, an attribute of `holder`, begins and ends."""
+    """Logs when the function `holder.name` begins and ends, as `phase`."""
     function = getattr(holder, name)
 
     def marking(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def marked(holder: Any, name: str, phase: str) -> Iterator[None]:
 
 
 def outside(lines: list[str], kinds: tuple[str, ...]) -> list[str]:
-    """The lines of such kinds that were written in no phase of `marked`."""
+    """The lines that begin with one of `kinds` and were logged outside each phase of `marked`."""
     found, depth = [], 0
     for line in lines:
         kind = line.split(" ", 1)[0]

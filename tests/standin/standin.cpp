@@ -1,16 +1,15 @@
 // A stand-in for CUDA's runtime, driver and cuBLAS on a machine without a GPU.
 //
-// PyTorch's own host code runs over it as over one H100: dispatch, autocast, caching allocator,
-// capture of streams, CUDA graphs, optimizers. Nothing is computed: kernels do nothing, and results
-// are zeros or what the memory held. What it does do:
-// - It keeps a log of launches, copies, waits of the host and captures: `standin_log`.
-// - It forbids what CUDA forbids while a stream is captured, writes "BAD" into the log, and lets the
-//   capture end in error 901, as CUDA does.
-// - It knows how much memory is taken: cudaMemGetInfo.
+// PyTorch's host code runs on it as on one H100: dispatch, autocast, caching allocator, stream
+// capture, CUDA graphs, optimizers. Kernels do nothing: results are zeros or old memory.
+// - It logs launches, copies, waits of the host and captures: `standin_log`.
+// - It forbids what CUDA forbids while a stream is captured. It then logs a line with "BAD" and lets
+//   the capture end in error 901, as CUDA does.
+// - It counts allocated memory: cudaMemGetInfo.
 //
-// Preloaded, it comes before the libraries of the same names. A function that it lacks is found
-// there, and fails as they do without a GPU. Not covered: cuDNN (test_standin.py computes shapes and
-// layouts in its place), NCCL, DALI, several devices.
+// It is preloaded before the real libraries. A function that it lacks is found in those and fails, as
+// it does without a GPU. Not covered: cuDNN (device.py replaces it by shapes and layouts), NCCL,
+// DALI, several devices.
 //
 // Source: the CUDA runtime's reference, "Stream Management" and "Graph Management".
 
@@ -32,29 +31,29 @@ namespace {
 constexpr size_t MEMORY = 80ull << 30;
 constexpr cudaError_t OK = cudaSuccess;
 
-struct Stream { unsigned long long capture; bool invalid; };  // capture: its number, 0 if there is none
-struct Event { unsigned long long capture; };                 // in which it was recorded
+struct Stream { unsigned long long capture; bool invalid; };  // number of its capture; 0: none
+struct Event { unsigned long long capture; };  // number of the capture that recorded it; 0: none
 struct Graph { int nodes; };
 struct Shape { dim3 grid, block; size_t shared; cudaStream_t stream; };
 
 std::recursive_mutex lock;
 #define LOCKED std::lock_guard<std::recursive_mutex> guard(lock)
 
-// Never destroyed: threads use them after the end of main.
+// These are never destroyed: threads use them after the end of main.
 auto& memory = *new std::map<char*, size_t>;
 auto& names = *new std::unordered_map<const void*, std::string>;  // of kernels
 auto& lines = *new std::string;
 size_t taken = 0;
-unsigned long long captures = 0;  // so far
-Stream* capturing = nullptr;      // one at a time
-int nodes = 0;                    // of its graph
+unsigned long long captures = 0;   // begun so far
+Stream* capturing = nullptr;       // the stream of the current capture: one at a time
+int nodes = 0;                     // in the graph of the current capture
 thread_local bool strict = false;  // this thread began a capture that forbids unsafe calls
 thread_local int mode = cudaStreamCaptureModeGlobal;
 thread_local Shape shape;
 
 void note(const std::string& line) { LOCKED; lines += line + '\n'; }
 
-// Errors are told by the calls themselves; cudaGetLastError has none to add.
+// The calls themselves return the errors, so cudaGetLastError never has one.
 cudaError_t bad(const std::string& what) {
   LOCKED;
   if (capturing) capturing->invalid = true;
@@ -66,11 +65,11 @@ bool forbidden() { return strict && mode != cudaStreamCaptureModeRelaxed; }
 
 Stream* captured(cudaStream_t stream) {
   Stream* found = reinterpret_cast<Stream*>(stream);
-  // The default streams have small numbers instead of addresses.
+  // The handles of the default streams are small numbers, not addresses.
   return reinterpret_cast<uintptr_t>(stream) > 4096 && found->capture ? found : nullptr;
 }
 
-// A kernel, copy or fill, into the graph or at once.
+// Logs a kernel, copy or fill. If the stream is captured, it becomes a node of the graph.
 void launch(const std::string& what, cudaStream_t stream) {
   LOCKED;
   if (captured(stream)) nodes++;
@@ -89,7 +88,7 @@ std::string direction(const void* to, const void* from) {
   return std::string(on_device(from) ? "device" : "host") + " to " + (on_device(to) ? "device" : "host");
 }
 
-// Attributes of devices that PyTorch and Triton ask for; the numbers are those of an H100.
+// The device attributes that PyTorch and Triton read, with the values of an H100.
 int attribute(int number) {
   switch (number) {
     case cudaDevAttrMaxThreadsPerBlock: case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: return 1024;
@@ -122,7 +121,7 @@ int primary_state(int, unsigned* flags, int* active) {
 // For the tests
 // ------------------------------------------------------------------------------------------------
 
-// What happened since the last call, a line each; valid until the next call.
+// The lines logged since the last call. The string is valid until the next call.
 API const char* standin_log() {
   static std::string last;
   LOCKED;
@@ -131,7 +130,7 @@ API const char* standin_log() {
   return last.c_str();
 }
 
-// Writes a line of the caller's own into the log.
+// Adds a caller's line to the log.
 API void standin_note(const char* line) { note(line); }
 
 // ------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const voi
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
   std::string way = direction(to, from);
   launch("copy " + way, stream);
-  // A replay would read the host's memory as it is by then.
+  // A replay would read the host's memory as it is at that later time.
   if (captured(stream) && way != "device to device") return bad("copy " + way);
   memcpy(to, from, size);
   return OK;
@@ -256,7 +255,7 @@ API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return captured(stream) ? bad("cudaStreamSynchronize") : OK;
 }
 
-// Would wait for the stream that is captured, whichever thread asks.
+// The real call would wait for the captured stream too, in any thread.
 API cudaError_t cudaDeviceSynchronize() {
   note("WAIT cudaDeviceSynchronize");
   return capturing ? bad("cudaDeviceSynchronize") : OK;
@@ -498,7 +497,7 @@ API int cuLaunchKernelEx(const LaunchConfig* how, void* kernel, void**, void**) 
   return 0;
 }
 
-// Named where a library is loaded; never called here.
+// The loader needs these symbols. Nothing here calls them.
 #define UNUSED(name) API int name(...) { note("BAD " #name " is not stood in for"); return 801; }
 UNUSED(cuLaunchCooperativeKernel)
 UNUSED(cuLinkAddData_v2)

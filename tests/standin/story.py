@@ -1,4 +1,4 @@
-"""Trains in the mode that is named, under the stand-in, and prints what its log says as JSON.
+"""Trains in one mode on the stand-in, and prints the findings in its log as JSON.
 
 python story.py MODE FOLDER
 """
@@ -28,7 +28,7 @@ from fasttrain.schedule import crop_px_at, make_plan
 
 CLASSES, LOG_EVERY, STOP_AT, NEVER = 4, 5, 13, -1
 RECIPE = config.Recipe(
-    # 11 updates an epoch, of two micro-batches; another size of image from the second epoch on.
+    # 11 updates per epoch, of two micro-batches each. Images are larger in the second epoch.
     data=config.Data(crop_px=((0, 32), (1, 48)), eval_crop_px=32, eval_resize_px=36),
     optim=config.Optim(ema_decay=0.9, warmup_epochs=1),
     train=config.Train(epochs=2, global_batch_size=8, micro_batch_size=4, precision="bf16"),
@@ -41,7 +41,7 @@ Start = tuple[str, Learner, Updater]
 
 
 class Part(nn.Module):
-    """A layer of every kind: the compiler needs minutes for a whole network."""
+    """A network with one layer of each kind: the compiler needs minutes for a whole network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,20 +68,20 @@ def batches(step: int) -> Iterator[Batch]:
 
 
 def evaluation() -> list[Batch]:
-    """The last batch is smaller."""
+    """Validation batches, of which the last is smaller."""
     sizes = (4, 4, 3)
     return [Batch(images(n, 32), torch.zeros(n, dtype=torch.int64, device="cuda")) for n in sizes]
 
 
 def counted(sums: EvalSums) -> dict[str, Any]:
-    """Results of an evaluation: as nothing is counted here, all images were seen, and all known."""
-    sums.sums.tolist()  # waits, as the real ones do
+    """Replaces `EvalSums.result`: the stand-in counts nothing, so all 11 images count as right."""
+    sums.sums.tolist()  # waits for the device, like the real function
     return {"top1": 100.0, "top5": 100.0, "loss": 0.0, "seen": 11}
 
 
 def nothing_skipped(guard: Guard) -> None:
-    """In place of `Guard.read`: no kernel runs here, so that it would read what memory held."""
-    guard.number.item()  # waits, as the real one does
+    """Replaces `Guard.read`, which would read uninitialised memory, because no kernel runs."""
+    guard.number.item()  # waits for the device, like the real function
 
 
 def setup_for(mode: str, execution: str) -> modes.Setup:
@@ -94,7 +94,7 @@ def setup_for(mode: str, execution: str) -> modes.Setup:
 
 
 def started(mode: str, setup: modes.Setup, folder: Path, said: list[str]) -> Start:
-    """As train.py starts, from the newest checkpoint if there is one."""
+    """Starts as train.py does, from the newest checkpoint if there is one."""
 
     def restore(learner: Learner) -> None:
         for newest in checkpoint.find(folder)[:1]:
@@ -104,7 +104,7 @@ def started(mode: str, setup: modes.Setup, folder: Path, said: list[str]) -> Sta
 
 
 def fitted(setup: modes.Setup, start: Start, folder: Path, stop_at: int) -> dict[str, Any] | None:
-    """Trains; the log has a line after each update, once it is logged."""
+    """Trains until the end or until `stop_at`; logs a line "done STEP" after each update."""
     mode, learner, updater = start
     outputs = loop.Outputs(
         checkpoints=folder,
@@ -122,26 +122,26 @@ def fitted(setup: modes.Setup, start: Start, folder: Path, stop_at: int) -> dict
 
 
 def waits_between_log_lines(lines: list[str]) -> list[str]:
-    """Waits of the host in updates after which nothing is logged.
+    """The host's waits in updates that need none.
 
-    Nor may the update before be one that is followed by an evaluation or a checkpoint.
+    Such an update writes no metrics, and no evaluation or checkpoint follows the previous update.
     """
     found, since = [], []
-    before = None
+    previous = None
     for line in lines:
         if line.startswith("WAIT"):
             since.append(line)
         elif line.startswith("done"):
             step = int(line.split()[1])
             due = step % LOG_EVERY == 0 or step == PLAN.total_steps
-            if before == step - 1 and not due and not (before and PLAN.eval_due(before)):
+            if previous == step - 1 and not due and not (previous and PLAN.eval_due(previous)):
                 found += [f"update {step}: {wait}" for wait in since]
-            before, since = step, []
+            previous, since = step, []
     return found
 
 
 def whole_run(mode: str, folder: Path) -> dict[str, Any]:
-    """Two image sizes, accumulation, average of the weights, evaluations, a stop and a resume."""
+    """Trains with two image sizes, accumulation, weight average, evaluations, a stop, a resume."""
     setup, said = setup_for(mode, mode), list[str]()
     start = started(mode, setup, folder, said)
     stopped = fitted(setup, start, folder, STOP_AT)
@@ -169,9 +169,10 @@ def whole_run(mode: str, folder: Path) -> dict[str, Any]:
 
 
 def one_update(mode: str, folder: Path) -> dict[str, Any]:
-    """Launches of an update of one micro-batch outside forward and backward, and lost layouts.
+    """Finds an update's launches outside forward and backward, and the tensors that lose a layout.
 
-    Layouts of all tensors; where forward and backward are compiled, of those of convolutions.
+    The update has one micro-batch. The check covers the layouts of all tensors; if forward and
+    backward are compiled, only those of convolutions.
     """
     setup = setup_for(mode, mode)
     plan = replace(PLAN, accumulation=1, global_batch_size=PLAN.micro_batch_size)
@@ -187,7 +188,7 @@ def one_update(mode: str, folder: Path) -> dict[str, Any]:
 
     replayed = update()
     updater.close()
-    # Another one, whose graph is recorded where it is seen.
+    # Another updater: its graph is recorded now, while the log marks forward and backward.
     updater = _unrecorded(mode, setup)
     with (
         device.marked(updater, "loss_of", "forward"),
@@ -196,12 +197,12 @@ def one_update(mode: str, folder: Path) -> dict[str, Any]:
     ):
         first = update()
     updater.close()
-    # Outside the graph, and in it where there is one.
+    # In a graph mode, count the captured launches and those beside the graph's replay.
     kinds = ("launch",) if mode in ("eager", "compile", "compile_fuse") else ("captured",)
     found = device.outside(first, kinds)
     if kinds == ("captured",):
         found += [line for line in replayed if line.startswith("launch")]
-    if "compile" not in mode:  # the compiler would see other operators than otherwise
+    if "compile" not in mode:  # the dispatch mode would change the operators that are compiled
         updater = _unrecorded(mode, setup)
         with device.Layouts():
             first += update()
@@ -218,7 +219,7 @@ def _unrecorded(mode: str, setup: modes.Setup) -> Updater:
 
 
 def trials(mode: str, folder: Path) -> dict[str, Any]:
-    """Bytes that a trial leaves taken: by tensors, and of the device."""
+    """The bytes that a trial does not give back: of tensors, and of the whole device."""
     setup = setup_for(mode, "auto")
 
     def taken() -> list[int]:
@@ -226,15 +227,15 @@ def trials(mode: str, folder: Path) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
         return [torch.cuda.memory_allocated(), total - free]
 
-    modes.try_mode(mode, setup)  # libraries take what they keep
-    before = taken()
+    modes.try_mode(mode, setup)  # libraries allocate here what they keep for good
+    earlier = taken()
     trial = modes.try_mode(mode, setup)
-    tensors, device_memory = (now - then for now, then in zip(taken(), before, strict=True))
+    tensors, device_memory = (now - then for now, then in zip(taken(), earlier, strict=True))
     return {"tensors": tensors, "taken": device_memory, "fault": trial.fault}
 
 
 def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
-    """A network that waits for the device while it is recorded: the run falls back and goes on."""
+    """Starts with a network that waits while it is recorded: the run must fall back and train."""
     setup, said = setup_for(mode, "auto"), list[str]()
 
     def wait(*_: Any) -> None:
