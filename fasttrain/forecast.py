@@ -1,4 +1,4 @@
-"""What the input can deliver, what limits a run, and what would raise it. Needs no torch."""
+"""Compares the speeds of input and updates, and names what limits a run. Needs no torch."""
 
 import contextlib
 import os
@@ -13,31 +13,32 @@ import numpy as np
 from fasttrain import config, measured
 from fasttrain.shards import Split
 
-STALLED = 0.03  # share of time waited for data from which on the input is called the limit
-HEADROOM = 1.2  # the input should be faster than the updates by this much, as both vary
-LONG_S = 20.0  # of an epoch whose speed later runs are told
-FRESH_S = 30 * 86_400.0  # after which what was remembered is measured again
+STALLED = 0.03  # fraction of time spent waiting for data from which on the input is the limit
+HEADROOM = 1.2  # the input should be faster than the updates by this factor, because both vary
+LONG_S = 20.0  # an epoch's speed is kept for later runs if it lasted at least so long
+FRESH_S = 30 * 86_400.0  # a kept speed that is older is measured again
 
 
 @dataclass(slots=True)
 class Stages:
-    """Where the time of a loader's thread went, in seconds, and how many images it made."""
+    """How a loader's thread spent its time, in seconds, and how many images it made."""
 
     storage_s: float = 0.0  # waiting for bytes
     decode_s: float = 0.0  # waiting for pixels
-    full_s: float = 0.0  # waiting for somebody to take a batch
-    thread_s: float = 0.0  # on a CPU itself, some of it under the interpreter's lock
+    full_s: float = 0.0  # waiting because its queue of batches was full
+    thread_s: float = 0.0  # CPU time of the thread, partly while it holds the interpreter's lock
     images: int = 0
 
-    def since(self, before: "Stages") -> "Stages":
-        return Stages(*(getattr(self, name) - getattr(before, name) for name in self.__slots__))
+    def since(self, previous: "Stages") -> "Stages":
+        """Returns what was added since `previous`."""
+        return Stages(*(getattr(self, name) - getattr(previous, name) for name in self.__slots__))
 
 
 class Rate(NamedTuple):
-    """Images/s, and when they were measured."""
+    """A speed in images/s, and when it was measured."""
 
     images_per_s: float
-    measured_at: float | None = None  # seconds since 1970; None in this run
+    measured_at: float | None = None  # seconds since 1970; None if measured in this run
 
     def when(self) -> str:
         if self.measured_at is None:
@@ -56,53 +57,65 @@ def _age(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Forecast:
-    """Compares what the input gives with what the updates ask for, and says so.
+    """Compares the speed of the input with that of the updates, and prints the result.
 
-    It does so at the start, where an earlier run has measured the updates; else after the first
-    updates of this run; and at the end of an epoch whose limit is another than that of the epoch
-    before. Whole epochs give the figures that later runs remember, as the first updates may be
-    disturbed.
+    It compares at the start if an earlier run has measured the updates, else after the first
+    updates of this run. It also prints what limited an epoch if that has changed. Only whole epochs
+    are kept for later runs, because the first updates may be disturbed.
     """
 
-    input: Rate  # of all processes
-    step: Rate | None  # of the updates alone, if an earlier run measured them
+    input: Rate  # of all ranks together
+    step: Rate | None  # of the updates without waits for data; None if no run has measured it
     stages: Stages
-    advice: Mapping[str, str]  # what would raise the input's rate, by the stage that limits it
+    advice: Mapping[str, str]  # how to raise the input's rate, by the stage that limits it
     say: Callable[[str], None]
     remember: Callable[[str, float], None]  # keeps images/s of "input" or "step" for later runs
     limit: str | None = None  # of the last epoch
-    before: Stages = field(default_factory=Stages)  # at the end of the last epoch
+    previous: Stages = field(default_factory=Stages)  # at the end of the last epoch
 
     def start(self, about: str) -> None:
-        """Says what the input gives; `about` says of what and how."""
+        """Prints the speed of the input. `about` describes the shards and the decoder."""
         speed = f"{self.input.images_per_s:,.0f} images/s, {self.input.when()}"
         self.say(f"input: {speed}, from {about}")
         if self.step:
             self._compare(self.step)
 
     def lap(self, images_per_s: float, data_wait: float) -> None:
-        """Takes the speed of the first updates, and the share of time that they waited for data."""
+        """Compares after the first updates, if no earlier run has measured them.
+
+        Args:
+            images_per_s: speed of the updates, waits included; 0 if it is not known yet.
+            data_wait: fraction of the time that they waited for data.
+        """
         if self.step or images_per_s == 0:
             return
         self.step = Rate(images_per_s / (1 - min(data_wait, 0.99)))
         self._compare(self.step)
 
     def _compare(self, step: Rate) -> None:
-        given, asked = self.input.images_per_s, step.images_per_s
-        if given >= HEADROOM * asked:
-            verdict = f"the input is {given / asked:.1f} times faster"
+        input_rate, step_rate = self.input.images_per_s, step.images_per_s
+        if input_rate >= HEADROOM * step_rate:
+            verdict = f"the input is {input_rate / step_rate:.1f} times faster"
         else:
             verdict = f"the input is the limit, or close to it; {self.advice['decode']}"
-        self.say(f"updates: {asked:,.0f} images/s, {step.when()}: {verdict}")
+        self.say(f"updates: {step_rate:,.0f} images/s, {step.when()}: {verdict}")
 
     def epoch(self, epoch: int, images_per_s: float, data_wait: float) -> dict[str, Any]:
-        """Names the stage that limited 0-based `epoch`, as a record; says so where it changed."""
-        spent = self.stages.since(self.before)
-        self.before = replace(self.stages)
+        """Finds what limited an epoch, and prints it if it changed.
+
+        Args:
+            epoch: from 0.
+            images_per_s: speed of the epoch.
+            data_wait: fraction of its time spent waiting for data.
+        Returns:
+            The fields of a `limit` record; those of `loader` are fractions of the loader's time.
+        """
+        spent = self.stages.since(self.previous)
+        self.previous = replace(self.stages)
         loader_s = spent.storage_s + spent.decode_s + spent.full_s
         total = max(loader_s, 1e-9)
         limit = "compute"
-        # A loader that mostly waits for takers is not the limit: batches then wait for their turn.
+        # A loader whose queue is mostly full is not the limit, although the updates waited.
         if data_wait >= STALLED and spent.full_s < total / 2:
             limit = "storage" if spent.storage_s > spent.decode_s else "decode"
         if limit != self.limit:
@@ -130,15 +143,20 @@ class Forecast:
 
 
 def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
-    """`these shards (JPEG, 112 KB and 198,920 pixels an image), decoded on ...`, and the memory."""
+    """Describes the input: `these shards (JPEG, 112 KB and 198,920 pixels an image), decoded on...`
+
+    Args:
+        decode: as `makers.decoder_of` names it.
+        threads: that decode, per process.
+    """
     num_bytes = sum(split.shard_bytes)
     per_image = num_bytes / split.num_samples
-    some = slice(None, None, max(1, split.num_samples // 10_000))  # a look at 10,000 suffices
+    some = slice(None, None, max(1, split.num_samples // 10_000))  # about 10,000 samples suffice
     pixels = (split.width[some].astype(float) * split.height[some]).mean()
     kind = "pixels" if split.store == "raw" else "JPEG"
     where = {"cpu": "decoded on the CPU", "raw": "nothing to decode"}.get(decode, f"by {decode}")
     fits = num_bytes < 0.8 * available_bytes()
-    memory = "stay in memory once read" if fits else "are more than the memory that is free"
+    memory = "fit into the free memory" if fits else "are more than the free memory"
     return (
         f"these shards ({kind}, {per_image / 1e3:,.0f} KB and {pixels:,.0f} pixels an image), "
         f"{where}, {world_size} x {threads} CPU threads; their {num_bytes / 1e6:,.0f} MB {memory}"
@@ -146,13 +164,13 @@ def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
 
 
 def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
-    """What would raise the input's rate, by the stage that limits it."""
+    """Says how to raise the input's rate, by the stage that limits it ("decode", "storage")."""
     remedies = []
     if split.store == "jpeg":
         short = float((split.width[:10_000].clip(max=split.height[:10_000])).mean())
         if short > 300:
             remedies.append(
-                "make_shards.py --short-side 256, which changes what is trained on (1.6 times as "
+                "make_shards.py --short-side 256, which changes the training images (1.6 times as "
                 "fast on the CPU that we measured), or --store raw with it (2.4 times)"
             )
         else:
@@ -160,11 +178,11 @@ def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
                 "make_shards.py --store raw (1.4 times as fast on the CPU that we measured)"
             )
     if not decode.startswith("gpu"):
-        remedies.append(f"more CPU cores a process than {threads}")
+        remedies.append(f"more than {threads} CPU cores per process")
     elif split.store == "jpeg":
         remedies.append(
-            "a GPU's JPEG decoders give several thousand images/s, not more; raw shards need none, "
-            f"and with --short-side 256 take {raw_gb(split, 256):,.3g} GB"
+            "raw shards: a GPU's JPEG decoders reach only several thousand images/s, raw shards "
+            f"need none, and with --short-side 256 they take {raw_gb(split, 256):,.3g} GB"
         )
     return {
         "decode": f"what would raise it: {'; '.join(remedies)}",
@@ -174,7 +192,7 @@ def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
 
 
 def raw_gb(split: Split, short_side: int) -> float:
-    """Size of a split as raw shards whose images are shrunk to `short_side` pixels, in GB."""
+    """Size in GB of a split as raw shards whose images are shrunk to `short_side` pixels."""
     some = slice(None, None, max(1, split.num_samples // 10_000))
     sizes = np.stack([split.width[some], split.height[some]]).astype(float)
     sizes *= np.minimum(1, short_side / sizes.min(0))
@@ -182,7 +200,7 @@ def raw_gb(split: Split, short_side: int) -> float:
 
 
 def available_bytes() -> int:
-    """Memory that this machine can still use, the page cache included."""
+    """Memory in bytes that this machine can still use, including the page cache; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -196,7 +214,7 @@ def available_bytes() -> int:
 
 
 def recall_rate(key: str) -> Rate | None:
-    """What `remember_rate` kept under `key`, unless it is too old."""
+    """Returns the rate kept under `key`; None if there is none, or it is older than `FRESH_S`."""
     kept = measured.recall(key)
     try:
         found = Rate(float(kept["images_per_s"]), float(kept["measured_at"]))
@@ -206,11 +224,15 @@ def recall_rate(key: str) -> Rate | None:
 
 
 def remember_rate(key: str, images_per_s: float) -> None:
-    """Keeps images/s of a measurement that ends now."""
+    """Keeps a rate in images/s under `key`, with the current time."""
     measured.remember(key, {"images_per_s": images_per_s, "measured_at": time.time()})
 
 
 def input_key(split: Split, data: config.Data, *more: Any) -> str:
-    """Of the input's speed: shards, settings, machine."""
+    """The key of the input's speed: it depends on the shards, the settings and the machine.
+
+    Args:
+        more: JSON values on which the speed also depends.
+    """
     settings = data.model_dump(mode="json", exclude={"root"})
     return measured.key_of("input", split.digest, settings, os.uname().nodename, *more)

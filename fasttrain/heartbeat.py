@@ -1,9 +1,10 @@
-"""Ends a run of several processes that has stopped moving, and names the one all others wait for.
+"""Ends a run of several processes that hangs, and names the rank that the others are waiting for.
 
-Every process leaves a sign of life in the launcher's key-value store: how many steps it has done,
-and a number that its thread raises. Nobody reads them until its own steps stop. Then the one whose
-thread is silent is frozen or gone with its machine; else the one that has done the fewest steps is
-stuck, and shows where. Timeouts of NCCL and gloo name nobody, or the process that waited.
+Every rank writes signs of life into the launcher's key-value store: the number of its steps, and a
+tick count that its thread increments. A rank reads the signs of the others only when its own steps
+stop. A rank without new ticks is frozen, or its machine is gone. If all ranks tick, the rank with
+the fewest steps is stuck, and it prints its stack. The timeouts of NCCL and gloo name no rank, or
+the rank that waited.
 """
 
 import faulthandler
@@ -20,23 +21,23 @@ from torch import distributed
 
 Item = TypeVar("Item")
 
-STATUS = 124  # of a run that was ended so; as of the command `timeout`
-START_S = 3600.0  # allowed up to the end of the first step, for compiling and slow storage
-LOST_S = 300.0  # without a step or an answer of the store, after which rank 0's machine is lost
-INTERVAL_S = 5.0  # between two signs of life, at most; a tenth of the timeout if that is less
+STATUS = 124  # exit status of a run that hung; the command `timeout` uses the same
+START_S = 3600.0  # limit for the first step, which includes compiling and slow storage
+LOST_S = 300.0  # after so long without a step or an answer of the store, rank 0's machine is lost
+INTERVAL_S = 5.0  # longest time between two signs of life; else a tenth of the timeout
 
 
 class Sign(NamedTuple):
-    """What a process has left in the store."""
+    """A sign of life in the store. The order of the fields is the format there."""
 
-    steps: int  # that it has done, and batches that it has got
-    ticks: int  # of its thread
-    place: str  # `rank 3 on node2`
-    where: str  # `update 1234`
+    steps: int  # steps done plus batches received
+    ticks: int  # increments by the thread that writes the signs
+    process: str  # `rank 3 on node2`
+    position: str  # `update 1234`
 
 
 class Heartbeat:
-    """The signs of life of this process, and its eye on those of the others."""
+    """Writes the signs of life of this rank, and watches those of the others."""
 
     def __init__(
         self,
@@ -46,38 +47,42 @@ class Heartbeat:
         connect: Callable[[], Any],
         end: Callable[[], Any] = lambda: os._exit(STATUS),
     ) -> None:
-        """Begins at once, in two threads, as one that uses the store may be held up there; of a
-        process alone nothing is expected.
+        """Starts two threads, because the one that uses the store may be blocked there. Starts none
+        if the world size is 1.
 
         Args:
-            timeout_s: seconds without a step, after the first, until the run is ended.
-            connect: gives a connection to the store, for a thread alone.
+            timeout_s: seconds without a step after which the run is ended. The first step has at
+                least `START_S`.
+            connect: returns a new connection to the store, which one thread uses.
             end: ends the process.
         """
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.connect, self.end = connect, end
         self.interval_s = min(INTERVAL_S, timeout_s / 10)
-        self.where = "before the first update"
-        self.place = f"rank {rank} on {os.uname().nodename}"
+        self.position = "before the first update"
+        self.process = f"rank {rank} on {os.uname().nodename}"
         self.steps = 0
-        self.asked = False  # `step` was called
-        self.started = False  # the first update, which may compile, is done
+        self.called = False  # True after the first call of `step`
+        self.started = False  # True after the first update, which may compile
         self.stepped_at = self.answered_at = time.monotonic()
-        self.seen: list[dict[int, Sign]] = []  # by rank; each time the store was asked
+        self.seen: list[dict[int, Sign]] = []  # the signs by rank, one item per read of the store
         self.closed = threading.Event()
         for target in (self._give_signs, self._watch) if world_size > 1 else ():
             threading.Thread(target=target, daemon=True).start()
 
-    def step(self, where: str) -> None:
-        """Counts a step of this rank, and notes where it is, such as `update 1234`.
+    def step(self, position: str) -> None:
+        """Counts a step of this rank. All ranks call this equally often.
 
-        All ranks call it equally often; the first time before the first update, which may compile.
+        The first call comes before the first update.
+
+        Args:
+            position: where this rank is, such as `update 1234`.
         """
-        self.started, self.asked = self.asked, True
-        self.where = where
-        self._move()
+        self.started, self.called = self.called, True
+        self.position = position
+        self._count_progress()
 
-    def _move(self) -> None:
+    def _count_progress(self) -> None:
         self.steps += 1
         self.stepped_at = time.monotonic()
 
@@ -88,11 +93,11 @@ class Heartbeat:
         collective.
         """
         for batch in batches:
-            self._move()
+            self._count_progress()
             yield batch
 
     def close(self) -> None:
-        """From here on nothing is expected."""
+        """Stops watching."""
         self.closed.set()
 
     def _limit_s(self) -> float:
@@ -104,7 +109,7 @@ class Heartbeat:
             ticks += 1
             try:
                 store = store or self.connect()
-                sign = Sign(self.steps, ticks, self.place, self.where)
+                sign = Sign(self.steps, ticks, self.process, self.position)
                 store.set(_key(self.rank), json.dumps(sign))
                 if time.monotonic() - self.stepped_at > self._limit_s() / 2:
                     known |= {r for r in set(range(self.world_size)) - known if _has(store, r)}
@@ -115,7 +120,7 @@ class Heartbeat:
                 else:
                     self.seen.clear()
                 self.answered_at = time.monotonic()
-            except Exception:  # `_watch` knows when it was last answered
+            except Exception:  # `_watch` acts if the store does not answer for too long
                 store = None
 
     def _watch(self) -> None:
@@ -129,15 +134,19 @@ class Heartbeat:
                 self.end()
 
     def _report(self, still_s: float, silent_s: float, lost: bool) -> None:
+        """Prints which ranks are at fault, once per run where that is possible."""
         known = len(self.seen) > 1
         if lost or (not known and silent_s > 3 * self.interval_s):
             self._say(
                 f"no step for {still_s:.0f} s, and the launcher's store has not answered for "
-                f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it"
+                f"{silent_s:.0f} s: the machine of rank 0 is gone, or the network to it failed"
             )
             return
         if not known:
-            self._say(f"no step for {still_s:.0f} s, and the launcher's store tells too little")
+            self._say(
+                f"no step for {still_s:.0f} s, and the launcher's store answered too rarely to "
+                "tell which rank is at fault"
+            )
             return
         at_fault, why = culprits(self.seen[0], self.seen[-1], self.world_size)
         speaker = min(set(range(self.world_size)) - at_fault.keys(), default=self.rank)
@@ -145,40 +154,43 @@ class Heartbeat:
             names = "\n  ".join(at_fault.values())
             self._say(f"no step for {still_s:.0f} s: {why}\n  {names}")
         if self.rank in at_fault and len(at_fault) < self.world_size:
-            self._say("is what the others wait for, and is here:")
+            self._say("the other ranks are waiting for this one, which is here:")
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"{self.place}: {text}\n")
+        sys.stderr.write(f"{self.process}: {text}\n")
         sys.stderr.flush()
 
 
 def culprits(
-    before: Mapping[int, Sign], now: Mapping[int, Sign], world_size: int
+    first: Mapping[int, Sign], last: Mapping[int, Sign], world_size: int
 ) -> tuple[dict[int, str], str]:
-    """The processes that the others wait for, described, and in what way they fail.
+    """Finds the ranks that the others are waiting for.
 
     Args:
-        before: the first signs after the steps stopped, by rank.
-        now: the last ones.
+        first: the signs that were read first after the steps stopped, by rank.
+        last: the signs that were read last.
+    Returns:
+        A description of each rank at fault, and a sentence on what is wrong with them.
     """
-    absent = set(range(world_size)) - now.keys()
+    absent = set(range(world_size)) - last.keys()
     if absent:
-        return {rank: f"rank {rank}" for rank in sorted(absent)}, "these have not begun at all:"
-    frozen = {rank for rank in now if rank in before and now[rank].ticks == before[rank].ticks}
-    if frozen and len(before) == world_size:
-        why = "these give no sign of life; frozen, or gone with their machine:"
+        return {rank: f"rank {rank}" for rank in sorted(absent)}, "these ranks have not started:"
+    found = {rank for rank in last if rank in first and last[rank].ticks == first[rank].ticks}
+    if found and len(first) == world_size:
+        why = "these ranks give no sign of life; they are frozen, or their machine is gone:"
     else:
-        fewest = min(sign.steps for sign in now.values())
-        frozen = {rank for rank, sign in now.items() if sign.steps == fewest}
-        why = "these are stuck, and all others wait for them:"
-        if len(frozen) == world_size:
-            why = "all are alive and in the same step; one never ends it, or the network fails:"
-    return {rank: f"{now[rank].place}, last at {now[rank].where}" for rank in sorted(frozen)}, why
+        fewest = min(sign.steps for sign in last.values())
+        found = {rank for rank, sign in last.items() if sign.steps == fewest}
+        why = "these ranks are stuck, and all others are waiting for them:"
+        if len(found) == world_size:
+            why = "all ranks are alive in the same step; one never ends it, or the network fails:"
+    described = {rank: f"{last[rank].process}, last at {last[rank].position}" for rank in found}
+    return dict(sorted(described.items())), why
 
 
 def launcher_store(environ: Mapping[str, str]) -> Any:
-    """A connection to the store through which the launcher's processes found each other."""
+    """Connects to the key-value store with which the launcher's processes found each other."""
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     return distributed.TCPStore(
         address, port, timeout=timedelta(seconds=30), wait_for_workers=False

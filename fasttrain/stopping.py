@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how a process ends with its launcher."""
+"""Handles requests to stop a run, and ends a process whose launcher has ended."""
 
 import contextlib
 import ctypes
@@ -15,14 +15,14 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import distributed
 
-STOP_FILE_STATUS = 75  # of a run that a file asked to stop: sysexits.h's "try again later"
-ORPHAN_S = 45.0  # that a process has to save and end once its launcher is gone, and some updates
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, of a terminal that closes
-KILLED_S = 30  # after which torch's launcher kills what it has asked to stop, if nobody says more
+STOP_FILE_STATUS = 75  # exit status after a stop file: EX_TEMPFAIL of sysexits.h, "try again later"
+ORPHAN_S = 45.0  # time to save and end after the launcher has ended, plus that of three updates
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, when a terminal closes
+KILLED_S = 30  # by default, torch's launcher kills a process so long after asking it to stop
 
 
 def leave(status: int, text: str = "") -> NoReturn:
-    """Ends the process at once, from any thread, and leaves a usable terminal behind."""
+    """Ends the process at once, from any thread, and restores the terminal's cursor."""
     with contextlib.suppress(OSError, ValueError):
         if os.isatty(1):
             os.write(1, b"\n\x1b[?25h")  # the live view hides the cursor
@@ -31,7 +31,7 @@ def leave(status: int, text: str = "") -> NoReturn:
 
 
 class _StandardError:
-    """Speaks before there is a display."""
+    """A `Speaker` for the time before there is a display."""
 
     def say(self, text: str) -> None:
         os.write(2, f"{text}\n".encode())
@@ -41,27 +41,27 @@ class _StandardError:
 
 
 def _lose_terminal() -> None:
-    """Points output to nowhere where it went to a terminal that is closed: writing would fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Redirects output from a closed terminal to /dev/null, because writing to it would fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for file in (1, 2):
         if stat.S_ISCHR(os.fstat(file).st_mode):
-            os.dup2(nowhere, file)
-    os.close(nowhere)
+            os.dup2(null, file)
+    os.close(null)
 
 
 class Patience:
-    """How long this process may work on without its launcher."""
+    """How long this process may go on after its launcher has ended."""
 
     def __init__(self) -> None:
-        self.slowest_s = 0.0  # longest time from one update, or batch of an evaluation, to the next
+        self.slowest_s = 0.0  # longest time from one update or evaluation batch to the next
 
     def seconds(self) -> float:
-        """Time for some updates and a save."""
+        """The time for three updates and a save."""
         return ORPHAN_S + 3 * self.slowest_s
 
 
 class Speaker(Protocol):
-    """What shows the run on a terminal: `display.TrainDisplay`."""
+    """What prints to the user: `display.TrainDisplay`, or standard error."""
 
     def say(self, text: str) -> None:
         """Prints lines."""
@@ -71,10 +71,10 @@ class Speaker(Protocol):
 
 
 class StopRequest:
-    """A request to stop by SIGTERM, SIGINT, SIGUSR1, SIGHUP or a file. All ranks agree on it.
+    """Receives requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP or a file. All ranks agree.
 
-    Before the first update is done there is nothing to save, and a signal ends the process at once.
-    So does a second Ctrl-C.
+    Before the first update there is nothing to save, so a signal ends the process at once. A second
+    Ctrl-C always ends it at once.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class StopRequest:
     ) -> None:
         """
         Args:
-            file: asks to stop when it exists. Only rank 0 has it: it looks for the file, and speaks
-                for all ranks.
-            timeout: that ranks wait for each other.
-            patience: learns how long updates take.
-            speaker: prints on standard error if unset.
+            file: the run stops when this file exists. Only rank 0 has the path: it looks for the
+                file, and prints for all ranks.
+            timeout: how long ranks wait for each other.
+            patience: is updated with the time of the slowest update.
+            speaker: prints messages; by default on standard error.
         """
         self.file = file
-        self.file_seen_at = 0.0  # when it was last looked for
-        self.received = 0  # the exit status that this process was asked for
-        self.decision = 0  # and that all agreed on
-        self.interrupted = False  # by Ctrl-C
-        self.asked_at = 0.0  # when all were last asked
+        self.looked_at = 0.0  # time when the file was last looked for
+        self.received = 0  # exit status of a request that this rank received; 0 for none
+        self.decision = 0  # exit status that all ranks agreed on; 0 to go on
+        self.interrupted = False  # True after a Ctrl-C
+        self.called_at = 0.0  # time of the last call of `agreed`
         self.patience = patience or Patience()
         self.warned = False
         self.unsaved = False  # True once there is something to save
@@ -107,15 +107,15 @@ class StopRequest:
         if world_size > 1:
             self.group = distributed.new_group(backend="gloo", timeout=timeout)
         self.pending: tuple[torch.Tensor, Any] | None = None
-        # Python would call a handler only when a call of torch's returns: after a whole backward
-        # pass, for one. The number of a signal goes to a thread at once.
+        # Python calls a signal handler only after a call into torch has returned, for example after
+        # a whole backward pass. Through this pipe, a thread gets the signal's number at once.
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(signal.SIGHUP, lambda *_: None)
 
     def _listen(self, pipe: int) -> None:
@@ -125,44 +125,46 @@ class StopRequest:
                     self.receive(signal.Signals(number))
 
     def receive(self, number: signal.Signals) -> None:
-        """Notes that a signal asks to stop, and says so; or leaves at once."""
+        """Notes that a signal asks to stop, and prints it. Leaves at once if nothing is unsaved."""
         status = 128 + number
         if number == signal.SIGHUP:
             _lose_terminal()
         if not self.unsaved or (number == signal.SIGINT and self.interrupted):
             leave(status, f"stopped by {number.name}, without saving\n")
-        known = self.received
-        if number == signal.SIGINT or not self.interrupted:  # whose launcher ends of it, too
+        is_first = not self.received
+        # After a Ctrl-C the launcher ends too and sends SIGTERM; the status of the Ctrl-C counts.
+        if number == signal.SIGINT or not self.interrupted:
             self.received = status
         self.interrupted |= number == signal.SIGINT
-        if self.file and not known:
+        if self.file and is_first:
             self.speaker.quiet()
             self.speaker.say(
-                f"{number.name}: stopping when this update has ended{self._usual()}, then saving; "
-                f"process {os.getpid()} works until then, a second Ctrl-C ends it at once"
+                f"{number.name}: stopping after this update{self._slowest()}, then saving; "
+                f"process {os.getpid()} runs until then, a second Ctrl-C ends it at once"
             )
 
-    def _usual(self) -> str:
+    def _slowest(self) -> str:
         slowest_s = self.patience.slowest_s
-        return f", which took up to {slowest_s:.0f} s so far" if slowest_s >= 2 else ""
+        return f" (updates took up to {slowest_s:.0f} s so far)" if slowest_s >= 2 else ""
 
     def agreed(self, unsaved: bool) -> int:
-        """The exit status that all ranks agreed to stop with, or 0. To be called once a step.
+        """Returns the exit status with which all ranks stop, or 0. Every rank calls it once a step.
 
-        Several ranks know it one step later: the all-reduce runs on the CPU beside the step, so
-        that nothing waits for the device.
+        With several ranks the answer is one step late. The all-reduce runs on the CPU during the
+        step, so that nothing waits for the device.
 
         Args:
-            unsaved: True if an update is done, which a signal from now on must not lose.
+            unsaved: True if there are updates that are not saved, so that a signal must not end
+                the process at once.
         """
         self.unsaved = unsaved
         now = time.monotonic()
-        if self.asked_at:
-            self.patience.slowest_s = max(self.patience.slowest_s, now - self.asked_at)
+        if self.called_at:
+            self.patience.slowest_s = max(self.patience.slowest_s, now - self.called_at)
             self._warn_of_launcher()
-        self.asked_at = now
-        if self.file and now - self.file_seen_at > 1:  # not to trouble a shared file system
-            self.file_seen_at = now
+        self.called_at = now
+        if self.file and now - self.looked_at > 1:  # spares a shared file system
+            self.looked_at = now
             if self.file.exists():
                 self.received = self.received or STOP_FILE_STATUS
         if self.group is None:
@@ -181,7 +183,10 @@ class StopRequest:
         return self.decision
 
     def _warn_of_launcher(self) -> None:
-        """Says once that torch's launcher would kill the run before two updates have ended."""
+        """Warns once if torch's launcher would kill the run before it could save.
+
+        A stop takes up to two updates, because the ranks agree one step late.
+        """
         limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(KILLED_S))
         elastic = self.file and "TORCHELASTIC_RUN_ID" in os.environ and limit.isdecimal()
         slowest_s = self.patience.slowest_s
@@ -197,10 +202,10 @@ class StopRequest:
 
 
 class Follower:
-    """Ends this process with `accelerate launch`, which does not pass signals on.
+    """Ends this process after `accelerate launch` has ended, which does not pass signals on.
 
-    The kernel sends SIGTERM when the launcher ends. A process that does not react to it, as it
-    waits in a collective that never ends, is ended when its patience is over.
+    The kernel sends SIGTERM when the launcher ends. A process that hangs in a collective cannot
+    react to it, so a thread ends it after `Patience.seconds`.
     """
 
     def __init__(self, environ: Mapping[str, str], patience: Patience | None = None) -> None:

@@ -113,4 +113,4 @@ def test_advice_fits_the_shards(dataset: Path) -> None:
         3e-9 * (pixels * (10 / np.minimum(split.width, split.height)) ** 2).sum()
     )
     text = forecast.describe(split, "cpu", 2, 1)
-    assert "JPEG" in text and "decoded on the CPU" in text and "stay in memory" in text
+    assert "JPEG" in text and "decoded on the CPU" in text and "fit into the free memory" in text

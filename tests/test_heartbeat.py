@@ -34,7 +34,7 @@ def test_the_ranks_that_others_wait_for_are_named() -> None:
     assert len(named) == 4 and "in the same step; one never ends it" in why
     del later[3]
     named, why = culprits(all_well, later, 4)
-    assert named == {3: "rank 3"} and "not begun" in why
+    assert named == {3: "rank 3"} and "not started" in why
 
 
 @pytest.fixture
@@ -78,9 +78,14 @@ def test_a_stuck_process_is_named_and_shows_where(
     wait_for(ended, 3)
     time.sleep(TIMEOUT)  # as their threads still use the store
     said = capfd.readouterr().err
-    assert re.search(r"rank 0 on \S+: no step for \d+ s: these are stuck, and all others", said)
+    assert re.search(
+        r"rank 0 on \S+: no step for \d+ s: these ranks are stuck, and all others", said
+    )
     assert re.search(r"\n  rank 1 on \S+, last at update 1\n", said)
-    assert "is what the others wait for, and is here:" in said and "test_heartbeat.py" in said
+    assert (
+        "the other ranks are waiting for this one, which is here:" in said
+        and "test_heartbeat.py" in said
+    )
 
 
 def test_processes_end_when_the_machine_of_rank_0_is_gone(
@@ -124,7 +129,9 @@ def test_a_frozen_process_ends_the_run(tiny: Callable[..., Path], tmp_path: Path
     took = time.monotonic() - stopped_at
     os.kill(frozen, signal.SIGKILL)  # which its launcher would do half a minute later
     output = launched.communicate(timeout=60)[0]
-    assert re.search(r"these give no sign of life.*\n  rank 1 on \S+, last at update \d+\n", output)
+    assert re.search(
+        r"these ranks give no sign of life.*\n  rank 1 on \S+, last at update \d+\n", output
+    )
     assert launched.returncode == 1 and took < 20
 
 

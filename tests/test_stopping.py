@@ -50,8 +50,8 @@ def test_a_request_is_reported_at_once_and_a_second_ctrl_c_ends_the_process(
     stop.speaker = SimpleNamespace(say=said.append, quiet=lambda: said.append("quiet"))
     stop.receive(signal.SIGINT)
     assert said[0] == "quiet" and said[1].startswith(
-        "SIGINT: stopping when this update has ended, which took up to 61 s so far, then saving; "
-        f"process {os.getpid()} works until then"
+        "SIGINT: stopping after this update (updates took up to 61 s so far), then saving; "
+        f"process {os.getpid()} runs until then"
     )
     stop.receive(signal.SIGTERM)  # of the launcher's end
     assert stop.agreed(unsaved=True) == 130 and len(said) == 2
