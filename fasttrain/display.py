@@ -1,6 +1,6 @@
-"""What a person sees: a live view on a terminal, plain lines in a log.
+"""Shows progress: as a live view on a terminal, as plain lines in a log.
 
-Nothing here reads the device. The loop hands over numbers that it has anyway.
+Nothing here reads the device. The loop passes numbers that it already has.
 """
 
 import time
@@ -29,7 +29,7 @@ PLAIN_EVERY_S = 10.0  # between two lines of progress in a log
 
 
 class _Rate(ProgressColumn):
-    """`1,234 images/s  135 MB/s`, over the whole of a task."""
+    """The mean speed of a task: `1,234 images/s  135 MB/s`."""
 
     def render(self, task: Task) -> Text:
         return Text(_rates(task.completed, task.fields["num_bytes"], task.elapsed or 0.0))
@@ -43,7 +43,11 @@ def _rates(images: float, num_bytes: float, seconds: float) -> str:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows on standard error how much of `total` is done; yields `advance(images, bytes)`."""
+    """Shows on standard error how many of `total` images are done.
+
+    Yields:
+        `advance(images, num_bytes)`, to be called with what was done since the last call.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate())
@@ -75,18 +79,18 @@ def progress(total: int, what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Formats seconds as `1:02:03` or `2:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class TrainDisplay:
-    """The view of a run: a few live lines on a terminal, a line for every record in a log.
+    """Shows a run: a few live lines on a terminal, or a line per record in a log.
 
-    On a terminal the live lines show where the run is, and evaluations stay on the screen above
-    them; in a log, train lines are printed as well. The live lines fit into 80 columns. Used as a
-    context manager; silent where `enabled` is false.
+    On a terminal the live lines show the current state, and the lines of evaluations stay above
+    them. A log also gets the train lines. The live lines fit into 80 columns. Use it as a context
+    manager. It prints nothing if `enabled` is false.
     """
 
     def __init__(self, plan: Plan, enabled: bool, console: Console | None = None) -> None:
@@ -94,9 +98,9 @@ class TrainDisplay:
         self.enabled = enabled
         self.console = console or Console()
         self.num_done = 0  # updates
-        self.evaluated: tuple[int, int] | None = None  # images seen and all, in an evaluation
-        self.latest: dict[str, Any] = {}  # the last train line
-        self.accuracy: dict[str, Any] = {}  # the last evaluation
+        self.evaluated: tuple[int, int] | None = None  # images seen and total, during an evaluation
+        self.latest: dict[str, Any] = {}  # the last train record
+        self.accuracy: dict[str, Any] = {}  # the last evaluation's record
         self.best_top1 = 0.0
         self.begun = time.monotonic()
         self.ends_at: float | None = None  # seconds since 1970
@@ -118,17 +122,22 @@ class TrainDisplay:
             self.live.stop()
 
     def step(self, num_done: int) -> None:
-        """`num_done` updates are done."""
+        """Shows that `num_done` updates are done."""
         self.num_done, self.evaluated = num_done, None
 
     def evaluating(self, seen: int, total: int) -> None:
-        """An evaluation has seen so many of its images, as far as this process knows."""
+        """Shows that an evaluation has seen about `seen` of `total` images."""
         self.evaluated = seen, total
 
     def train_line(
         self, record: dict[str, Any], mean_images_per_s: float, left_s: float | None
     ) -> None:
-        """A record of the metrics, images/s since the start, and the time left if it is known."""
+        """Shows a train record.
+
+        Args:
+            mean_images_per_s: speed since the start.
+            left_s: seconds to the end of the run; None if not known.
+        """
         self.latest = record | {"mean": mean_images_per_s}
         self.ends_at = None if left_s is None else time.time() + left_s
         if not self.live:
@@ -138,7 +147,7 @@ class TrainDisplay:
             self.say("  ".join(parts))
 
     def eval_line(self, record: dict[str, Any]) -> None:
-        """The record of an evaluation."""
+        """Shows the record of an evaluation."""
         self.accuracy, self.evaluated = record, None
         self.best_top1 = max(self.best_top1, record["top1"])
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -149,11 +158,12 @@ class TrainDisplay:
         )
 
     def say(self, text: str) -> None:
+        """Prints lines, above the live view if there is one."""
         if self.enabled:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def quiet(self) -> None:
-        """Ends the live view, as the prompt may be the user's again; lines can still be said."""
+        """Ends the live view, because the user may have the prompt again. `say` still works."""
         if self.live:
             self.live.stop()
 
@@ -167,7 +177,7 @@ class TrainDisplay:
         return f"{self._epoch(num_done)}  step {num_done:,}/{self.plan.total_steps:,}"
 
     def _latest(self) -> str:
-        """The last train line: loss, learning rate, speed, and the share of waiting for data."""
+        """Formats the last train record: loss, learning rate, speed, wait for data."""
         record = self.latest
         if not record:
             return "waiting for the first figures"
@@ -178,7 +188,7 @@ class TrainDisplay:
         return "  ".join(parts)
 
     def _accuracy(self) -> str:
-        """The last evaluation."""
+        """Formats the last evaluation's accuracy."""
         if not self.accuracy:
             return "no evaluation yet"
         more = [f"best {self.best_top1:.2f}"]
@@ -187,7 +197,7 @@ class TrainDisplay:
         return f"top-1 {self.accuracy['top1']:.2f} % ({', '.join(more)})"
 
     def _time(self) -> str:
-        """The time since the start, and when the run will end."""
+        """Formats the time since the start, and when the run will end."""
         text = f"{duration(time.monotonic() - self.begun)} elapsed"
         if self.ends_at is None:
             return text
@@ -206,7 +216,7 @@ class TrainDisplay:
 
 
 def result(done: dict[str, Any]) -> str:
-    """The closing record of a run: `top-1 98.89 % on 360 images, in 1:05, 1,234 images/s`."""
+    """Formats a closing record: `top-1 98.89 % on 360 images, in 1:05, 1,234 images/s`."""
     ema = f" (EMA {done['ema_top1']:.2f} %)" if "ema_top1" in done else ""
     speed = f", {done['images_per_s']:,.0f} images/s" if done["images_per_s"] else ""
     time_taken = duration(done["seconds"])
@@ -214,6 +224,6 @@ def result(done: dict[str, Any]) -> str:
 
 
 def _time_of_day(seconds: float) -> str:
-    """`23:41`, with the weekday where it is not today: `Sat 23:41`."""
+    """Formats a time as `23:41`, with the weekday if it is not today: `Sat 23:41`."""
     then, now = time.localtime(seconds), time.localtime()
     return time.strftime("%H:%M" if then[:3] == now[:3] else "%a %H:%M", then)

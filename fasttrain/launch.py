@@ -1,9 +1,9 @@
-"""What launchers say in the environment, and what a run takes from it. Needs no torch.
+"""Checks the environment variables of launchers, and removes those that a run ignores.
 
 The recipe decides what is trained. `accelerate launch` passes its options and its config file on as
-environment variables, and Accelerate reads these and more when it starts. Each of them is in one
+environment variables, and Accelerate reads these and more when it starts. Each variable is in one
 of these tables: `KEPT`; `REFUSED`; or `NOT_USED` and `OF_THESE`, which are removed before
-Accelerate is imported.
+Accelerate is imported. This module needs no torch.
 """
 
 import sys
@@ -14,8 +14,9 @@ from fasttrain.faults import ConfigError, Fault
 
 TRUE, FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 LEVELS = ("debug", "info", "warning", "warn", "error", "critical", "fatal", "notset")
-# Without influence on what is trained; with the values that Accelerate can read. The precision
-# stays as the sign of `accelerate launch`: Accelerate is given the recipe's.
+# These variables do not change what is trained. Each has the values that Accelerate can read; any
+# value if the tuple is empty. ACCELERATE_MIXED_PRECISION only tells that `accelerate launch` was
+# used: Accelerate gets the recipe's precision.
 KEPT: dict[str, tuple[str, ...]] = {
     "ACCELERATE_USE_CPU": TRUE + FALSE,
     "ACCELERATE_DEBUG_MODE": TRUE + FALSE,
@@ -35,10 +36,10 @@ REFUSED = {
 
 
 class Unused(NamedTuple):
-    """A variable that is removed, and told unless its value changes nothing."""
+    """A variable that is removed. The user is warned unless its value is harmless."""
 
     harmless: tuple[str, ...]
-    instead: str  # what decides in its place
+    instead: str  # the reason, or what decides in its place
 
 
 NOT_USED = {
@@ -50,8 +51,8 @@ NOT_USED = {
     "ACCELERATE_CPU_AFFINITY": Unused(FALSE, "each process is bound to the CPUs of its GPU anyway"),
     "ACCELERATE_DOWNCAST_BF16": Unused(FALSE, "it is for TPUs"),
 }
-# Beginnings of names that mean something only together with one of the above, or to programs that
-# load large models in parts. `accelerate launch` sets some of them always.
+# Prefixes of variables that matter only together with one of the above, or to programs that load
+# large models in parts. `accelerate launch` always sets some of them.
 OF_THESE = (
     "ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_",
     "ACCELERATE_SAGEMAKER_", "ACCELERATE_ALLOW_CP_", "ACCELERATE_BYPASS_DEVICE_MAP",
@@ -62,49 +63,51 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class LaunchError(Fault, RuntimeError):
-    """The processes were not started as they should be; says how to. All of a node raise it."""
+    """The launch is wrong. The message says how to launch. All ranks of a node raise it."""
 
     raised_on_every_rank = True
 
 
 def number_in(environ: Mapping[str, str], name: str, default: int) -> int:
-    """A whole number that a launcher left in the environment; never below `default`, 0 or 1.
+    """Reads a whole number that a launcher set in the environment.
 
+    Args:
+        default: the value of a variable that is not set, and the smallest value allowed.
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the value is not a whole number, or it is too small.
     """
     text = environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal()) or int(text) < default:
         raise ConfigError(
-            f'{name} = "{text}" in the environment: expected a whole number from {default} on; '
-            "unset it, or leave it to the launcher"
+            f'{name} = "{text}" in the environment: expected a whole number, at least {default}; '
+            "unset it, or let the launcher set it"
         )
     return int(text)
 
 
 def on_cpu(environ: Mapping[str, str]) -> bool:
-    """Whether the launch keeps Accelerate from using a GPU."""
+    """True if the launch forbids Accelerate to use a GPU."""
     return environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that belongs to no launch: without the launchers' variables."""
+    """Returns the environment without the launchers' variables, for a process of its own."""
     launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
     return {key: value for key, value in environ.items() if not key.startswith(launchers)}
 
 
 def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
-    """Removes from the environment what Accelerate must not read, and checks the rest.
+    """Removes the variables that Accelerate must not read, and checks the others.
 
-    To be called before Accelerate is imported.
+    Call it before Accelerate is imported.
 
     Args:
         environ: is changed.
-        precision: the recipe's.
+        precision: `train.precision` of the recipe.
     Returns:
-        A line for each variable whose value is not followed.
+        A warning for each variable whose value is ignored.
     Raises:
-        LaunchError: the launch asks for what fasttrain does not do.
+        LaunchError: the launch asks for something that fasttrain does not do.
     """
     check_kind(environ)
     remarks = []
@@ -121,27 +124,27 @@ def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
     for name, allowed in KEPT.items():
         value = environ.get(name, "").strip().lower()
         if not value:
-            environ.pop(name, None)  # Accelerate reads no empty ones
+            environ.pop(name, None)  # Accelerate fails on an empty value
         elif allowed and value not in allowed:
             raise LaunchError(
                 f'{name} = "{environ[name]}" in the environment: expected {allowed[0]} or '
                 f"{allowed[len(TRUE)] if allowed[0] == '1' else allowed[1]}; correct or unset it"
             )
-    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked.lower() not in ("no", precision):  # "no" is also what the launcher sets by itself
+    launched = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched.lower() not in ("no", precision):  # "no" is the launcher's default
         remarks.append(
-            f"WARNING: ACCELERATE_MIXED_PRECISION = {asked} (of accelerate launch or its config "
+            f"WARNING: ACCELERATE_MIXED_PRECISION = {launched} (of accelerate launch or its config "
             f"file) is not used: the recipe has train.precision = {precision}"
         )
-    environ["USE_TORCH_XLA"] = "0"  # where it is installed, Accelerate would take it for anything
+    environ["USE_TORCH_XLA"] = "0"  # else Accelerate would always use it where it is installed
     return remarks
 
 
 def check_kind(environ: Mapping[str, str]) -> None:
-    """Whether the launch asks for a way to train, or a device, that fasttrain does not have.
+    """Checks that fasttrain has the kind of training and the device that the launch asks for.
 
     Raises:
-        LaunchError: it does.
+        LaunchError: it does not.
     """
     for name, kind in REFUSED.items():
         sagemaker_off = (
@@ -169,11 +172,11 @@ def check_kind(environ: Mapping[str, str]) -> None:
 
 
 def check_processes(environ: Mapping[str, str]) -> None:
-    """Whether the processes that were launched know of each other.
+    """Checks that the launched processes can find each other.
 
     Raises:
-        LaunchError: each would train alone, or wait for others that never come.
-        ConfigError: a number is none.
+        LaunchError: each would train alone, or wait for processes that never join.
+        ConfigError: a variable should be a whole number, and is not.
     """
     size = number_in(environ, "WORLD_SIZE", 1)
     if size != 1 and not environ.get("MASTER_ADDR"):
@@ -183,7 +186,7 @@ def check_processes(environ: Mapping[str, str]) -> None:
         )
     together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in together if not environ.get(name)]
-    if environ.get("LOCAL_RANK", "-1") != "-1" and missing:  # Accelerate takes -1 for none
+    if environ.get("LOCAL_RANK", "-1") != "-1" and missing:  # Accelerate takes -1 as not set
         raise LaunchError(
             f"LOCAL_RANK = {environ['LOCAL_RANK']} in the environment, but no "
             f"{', '.join(missing)}: start processes with accelerate launch, or unset LOCAL_RANK "
@@ -199,14 +202,14 @@ def check_processes(environ: Mapping[str, str]) -> None:
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" not in environ and tasks != "1":
         raise LaunchError(
-            f"SLURM started {tasks} tasks, but none of them launched processes that know of each "
-            "other: each would train alone; use tools/train.sbatch, or accelerate launch "
+            f"SLURM started {tasks} tasks, but no launcher connects their processes: each would "
+            "train alone; use tools/train.sbatch, or accelerate launch "
             "--multi_gpu with --machine_rank $SLURM_NODEID in one task a node"
         )
     for name in MPI_SIZES:
         if "WORLD_SIZE" not in environ and environ.get(name, "1") != "1":
             raise LaunchError(
-                f"MPI started {environ[name]} processes ({name}), but fasttrain does not join them "
-                "by MPI: each would train alone; start with accelerate launch --multi_gpu "
+                f"MPI started {environ[name]} processes ({name}), but fasttrain does not use MPI: "
+                "each would train alone; start with accelerate launch --multi_gpu "
                 "--num_processes N instead of mpirun"
             )

@@ -1,4 +1,4 @@
-"""Sums on the device, their reduction over processes, and the clock of the throughput."""
+"""Sums of an evaluation on the device, and the clock that measures the throughput."""
 
 import math
 import time
@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 
 class EvalSums:
-    """Sums of loss and hits over images; only `result` waits for the device.
+    """Sums of loss and hits over images. Only `result` waits for the device.
 
-    Sums and counts are added over batches and processes, so the result is exact however the images
-    were dealt. Means of means would not be.
+    Sums and counts are added over batches and ranks, so the result is exact for any distribution of
+    the images. A mean of means would not be.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top1, top5, seen
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in logits float `(B, C)` and labels int64 `(B,)`."""
+        """Adds a batch: logits `(B, C)` of any float dtype, and labels int64 `(B,)`."""
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
@@ -30,10 +30,11 @@ class EvalSums:
         self.sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), seen])
 
     def result(self) -> dict[str, Any]:
-        """`top1` and `top5` in percent, mean `loss`, and the number of images `seen`.
+        """Reduces the sums over all ranks. Every rank must call this.
 
-        They are rounded to 6 digits after the point. The loss is None where it is not finite, as
-        JSON has no such numbers.
+        Returns:
+            `top1` and `top5` in percent, the mean `loss`, and `seen`, the number of images. Values
+            have 6 decimals. The loss is None if it is not finite, because JSON has no such numbers.
         """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
@@ -47,56 +48,59 @@ class EvalSums:
 
 
 class Clock:
-    """Images/s, and the share of time that the device waited for data, between `lap`s.
+    """Measures images/s, and the fraction of time that the device waited for data.
 
-    The first step of a process (allocation, warm-up of kernels) and whatever runs inside `paused`
-    are not counted. On a CPU the training thread's wait is the device's. On a GPU it is not, while
-    earlier steps still run there: two events around each wait tell how long the GPU stood still.
+    The first step of a process (allocation, warm-up of kernels) and the time inside `paused` do not
+    count. On a CPU, the device waits whenever the training thread does. On a GPU, earlier steps may
+    still run meanwhile, so two events around each wait tell how long the GPU was idle.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"
-        self.events: list[tuple[Any, Any, float]] = []  # before, after, seconds of the host's wait
+        self.events: list[tuple[Any, Any, float]] = []  # begin, end, seconds of the host's wait
         self.start: float | None = None
         self.images, self.wait_s, self.pause_s = 0, 0.0, 0.0
-        self.marks: dict[str, tuple[int, float, float]] = {}  # of the last lap of each name
+        self.marks: dict[str, tuple[int, float, float]] = {}  # at the last lap of each name
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        before, start = self._event(), time.perf_counter()
+        """Counts the time inside as a wait for data."""
+        begin, start = self._event(), time.perf_counter()
         yield
         waited_s = time.perf_counter() - start
         if self.start is None:
             return
         if self.gpu:
-            self.events.append((before, self._event(), waited_s))
+            self.events.append((begin, self._event(), waited_s))
         else:
             self.wait_s += waited_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Does not count the time inside."""
         start = time.perf_counter()
         yield
         self.pause_s += time.perf_counter() - start
 
     def step(self, images: int) -> None:
-        """An update on `images` images was issued."""
+        """Counts an update on `images` images."""
         if self.start is None:
             self.start, self.pause_s = time.perf_counter(), 0.0
         else:
             self.images += images
 
     def lap(self, name: str) -> tuple[float, float]:
-        """Images/s and share of waiting since the last lap of this name, or since the start.
+        """Returns images/s and the fraction of waiting since the last lap of this name.
 
-        On a GPU the host waits for the arrival of the latest batch there.
+        The first lap of a name counts from the start. With a GPU, the host waits until the latest
+        batch has arrived there.
         """
         if self.events:
-            self.events[-1][1].synchronize()  # or their times could not be told
-        for before, after, waited_s in self.events:
-            # From the end of all earlier work to the arrival of the batch, as the GPU saw it; the
-            # host's own slowness in queueing work is not the input's.
-            self.wait_s += min(before.elapsed_time(after) / 1000, waited_s)
+            self.events[-1][1].synchronize()  # else `elapsed_time` would fail
+        for begin, end, waited_s in self.events:
+            # The GPU's time from the end of all earlier work to the arrival of the batch. It also
+            # contains delays of the host in queueing work, so it counts at most the host's wait.
+            self.wait_s += min(begin.elapsed_time(end) / 1000, waited_s)
         self.events.clear()
         elapsed_s = time.perf_counter() - self.start - self.pause_s if self.start else 0.0
         now = self.images, elapsed_s, self.wait_s
@@ -107,7 +111,7 @@ class Clock:
         return images / seconds, min(wait_s / seconds, 1.0)
 
     def mean(self) -> float:
-        """Images/s since the start; 0 before the second update. Waits for nothing."""
+        """Returns images/s since the start; 0 before the second update. Does not wait."""
         if self.start is None:
             return 0.0
         return self.images / max(time.perf_counter() - self.start - self.pause_s, 1e-9)

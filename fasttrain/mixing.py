@@ -1,4 +1,4 @@
-"""MixUp and CutMix: micro-batches whose images and labels are mixed in pairs, on the device."""
+"""MixUp and CutMix, which mix the images and labels of a micro-batch in pairs, on the device."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,15 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_mix(train: config.Train, num_classes: int) -> Mix | None:
-    """Mixes images `(B, 3, S, S)` and labels `(B,)` int64; None where the settings ask for neither.
+    """Builds the function that mixes a micro-batch.
 
-    Each image is mixed with the one before it, by one weight for the whole micro-batch; the labels
-    become probabilities, float32 `(B, C)`. All is drawn from torch's generator on the CPU, so what
-    is mixed does not depend on the device, and the host does not wait for it.
+    It mixes each image with the previous one, with one weight for the whole micro-batch. It draws
+    from torch's generator on the CPU, so the result does not depend on the device, and the host
+    does not wait for the device.
+
+    Returns:
+        A function of images `(B, 3, S, S)` and labels int64 `(B,)`. It returns the mixed images and
+        the labels as probabilities, float32 `(B, C)`. None if the settings ask for neither method.
 
     Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
     """

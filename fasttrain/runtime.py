@@ -1,4 +1,4 @@
-"""The process: threads, limits, and a record of the environment."""
+"""Sets up this process (threads, limits, seeds), and describes its environment."""
 
 import contextlib
 import ctypes
@@ -30,25 +30,26 @@ from fasttrain.launch import LaunchError
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """This process among those of the run."""
+    """This process and its place among the ranks."""
 
     rank: int
     world_size: int
     device: torch.device
-    data_threads: int  # of DALI on the CPU
-    cpu_threads: int  # of torch on the CPU
+    data_threads: int  # DALI's CPU threads
+    cpu_threads: int  # torch's CPU threads
 
 
 def accelerator_for(
     precision: str, timeout: timedelta | None = None, cpu: bool = False
 ) -> Accelerator:
-    """Joins the launched processes, with nothing of Accelerate's but what the recipe asks for.
+    """Joins the process group. Uses of Accelerate only what the recipe asks for.
 
     Args:
-        timeout: that processes wait for each other.
-        cpu: not to use a GPU.
+        precision: `train.precision` of the recipe.
+        timeout: how long ranks wait for each other; None: torch's default.
+        cpu: use no GPU.
     Raises:
-        LaunchError: Accelerate has settled on something else all the same.
+        LaunchError: Accelerate chose a device or a feature that fasttrain does not use.
     """
     joined = Accelerator(
         mixed_precision=precision,
@@ -67,7 +68,7 @@ def accelerator_for(
     }
     if others := [what for what, fits in found.items() if not fits]:
         raise LaunchError(
-            f"Accelerate settled on {', '.join(others)}, which fasttrain does not use: unset "
+            f"Accelerate chose {', '.join(others)}, which fasttrain does not use: unset "
             "ACCELERATE_... in the environment, or train on the CPU with ACCELERATE_USE_CPU=1"
         )
     return joined
@@ -79,11 +80,10 @@ def start(
     environ: Mapping[str, str],
     patience: stopping.Patience | None = None,
 ) -> Process:
-    """Sets threads, kernels, seeds and limits of this process.
+    """Sets the threads, kernels, seeds and limits of this process.
 
     Args:
-        patience: how long it may work on without its launcher.
-
+        patience: how long this process may go on after its launcher has ended.
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
     """
@@ -95,10 +95,10 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     stopping.Follower(environ, patience)
-    faulthandler.enable(2)  # a mapped tar that lost its bytes means SIGBUS
+    faulthandler.enable(2)  # reading a mapped tar that was cut short raises SIGBUS
     reading.raise_file_limit()
     caches.keep_compiled()
-    # `accelerate launch` sets OMP_NUM_THREADS=1, with one process too, which would leave a core.
+    # `accelerate launch` sets OMP_NUM_THREADS=1, also for one process. Torch would use one core.
     cpu_threads = recipe.train.cpu_threads or cpu_share(environ)
     torch.set_num_threads(cpu_threads)
     determinism.choose_kernels(recipe.train.deterministic)
@@ -106,11 +106,10 @@ def start(
     device = accelerator.device
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cuda" and device.index is None:  # of one rank; DALI needs a number
+    if device.type == "cuda" and device.index is None:  # so with one rank; DALI needs an index
         device = torch.device("cuda", torch.cuda.current_device())
-    decoding_threads = data_threads(
-        recipe.data, environ
-    )  # shares of all CPUs, as it is not bound yet
+    # Before `bind_to_node`, because afterwards this process sees only the CPUs of its node.
+    decoding_threads = data_threads(recipe.data, environ)
     if device.type == "cuda":
         bind_to_node(device.index, environ)
     return Process(
@@ -123,41 +122,46 @@ def start(
 
 
 def bind_to_node(gpu: int, environ: Mapping[str, str], sysfs: Path = Path("/sys")) -> None:
-    """Binds this process to the CPUs of the NUMA node that its GPU is attached to.
+    """Binds this process to the CPUs of its GPU's NUMA node, if its share of the CPUs fits there.
 
-    Only where each process finds its share of the CPUs on the node of its GPU: not where the
-    launcher has bound the processes, nor where one process has a machine of two nodes for itself.
-    Accelerate's own binding (ACCELERATE_CPU_AFFINITY) needs another package and does not ask.
+    It does nothing if the launcher has bound the processes, or if one process has all nodes of a
+    machine for itself. Accelerate's own binding (ACCELERATE_CPU_AFFINITY) needs another package and
+    does not check this.
     """
     here, processes = os.sched_getaffinity(0), launch.number_in(environ, "LOCAL_WORLD_SIZE", 1)
     nodes = len(list((sysfs / "devices/system/node").glob("node[0-9]*")))
     if nodes < 2 or len(here) != os.cpu_count() or torch.cuda.device_count() < processes:
         return
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # containers may hide all this
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # containers may hide these files
         used = [_node_of(number, sysfs) for number in range(processes)]
         node = _node_of(gpu, sysfs)
         text = (sysfs / f"devices/system/node/node{node}/cpulist").read_text()
         cpus = here & cpus_in(text)
         if node >= 0 and cpu_share(environ) * used.count(node) <= len(cpus):
-            os.sched_setaffinity(0, cpus)  # of this thread, and of those that it starts
+            os.sched_setaffinity(0, cpus)  # for this thread and those that it starts
 
 
 def _node_of(gpu: int, sysfs: Path) -> int:
-    """The NUMA node of a GPU; -1 where the kernel knows of none."""
+    """Returns the NUMA node of a GPU; -1 if the kernel knows none."""
     about: Any = torch.cuda.get_device_properties(gpu)
     address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
     return int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
 
 
 def cpus_in(text: str) -> set[int]:
-    """The CPUs of a list such as `0-3,8-11`."""
+    """Parses a list of CPUs such as `0-3,8-11`."""
     ranges = (part.partition("-") for part in text.strip().split(",") if part)
     return {cpu for a, _, b in ranges for cpu in range(int(a), int(b or a) + 1)}
 
 
 def cpu_share(environ: Mapping[str, str]) -> int:
-    """CPUs for this process: those that the launcher or SLURM bound it to, SLURM was asked for, and
-    the container's quota allows, shared with the other processes here."""
+    """Returns the number of CPUs for this process, at least 1.
+
+    It is the smallest of the CPUs to which the process is bound, those that SLURM allocated, and
+    the container's quota, divided by the number of processes on this machine.
+    """
     cpus = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -168,17 +172,18 @@ def cpu_share(environ: Mapping[str, str]) -> int:
 
 
 def data_threads(data: config.Data, environ: Mapping[str, str]) -> int:
-    """CPU threads of this process that decode."""
+    """Returns the number of CPU threads of this process that decode."""
     return data.threads or cpu_share(environ)
 
 
 def keep_memory() -> None:
-    """Keeps freed memory for the next step, where the C library would return it to the kernel.
+    """Makes the C library keep freed memory for the next step.
 
-    Each step would otherwise fault in its activations anew: 37,000 page faults and a fifth of the
-    time of Small 0.75 at batch 64 and 128 px on two cores (torch 2.14.1, glibc, 2026-11-24).
+    By default it returns the memory to the kernel, and each step must fault in its activations
+    again: 37,000 page faults and a fifth of the time of Small 0.75 at batch 64 and 128 px on two
+    cores (torch 2.14.1, glibc, 2026-11-24).
     """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
@@ -186,7 +191,7 @@ def keep_memory() -> None:
 
 
 def environment(process: Process) -> dict[str, Any]:
-    """Versions, hardware, commit and command of this start."""
+    """Returns versions, hardware, commit and command of this start, as JSON values."""
     packages = {"accelerate", "numpy", "safetensors", "torch", "torchvision"}
     installed = {d.name: d.version for d in metadata.distributions()}
     versions = {
@@ -211,7 +216,7 @@ def environment(process: Process) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this file lies in, with `+` if it was changed."""
+    """Returns the commit of this checkout, with `+` if files were changed; None outside of git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
     try:
         return subprocess.run(
@@ -222,10 +227,12 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the model name of a GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:
+    """Returns the model name of the CPU; what Python knows of it if the kernel gives no name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

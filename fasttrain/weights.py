@@ -1,8 +1,7 @@
-"""Files of weights, ours and those of others: read safely, unwrapped, compared, loaded.
+"""Reads files of weights safely, compares them with a network, and loads them.
 
-A file is recognised by its first bytes, as names deceive. Nothing that could run a program is
-read: beside tensors, torch's own reader is allowed the few harmless kinds of object that training
-scripts leave beside them.
+A file's first bytes tell its format, because its name may be wrong. No file can run a program:
+torch's safe reader accepts tensors and the few harmless types that scripts save with them.
 """
 
 import argparse
@@ -28,39 +27,38 @@ from fasttrain.matching import Known
 from fasttrain.model import ARCHS, LAST_LAYER, build_model
 
 SHOWN = 3  # names of tensors in a message
-# Under which keys training scripts keep the network, and its moving average.
+# Keys under which training scripts keep the network, its moving average and its class names.
 NETWORK = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "weights")
 AVERAGE = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 NAMES = ("classes", "class_names", "class_to_idx")
-# What tools and old versions of torch add to a state dict, or leave out of it.
-BESIDE = ("n_averaged", "total_ops", "total_params")
-COUNTS = "num_batches_tracked"
-WIDTHS = (1.0, 0.75, 0.5, 0.35, 1.25, 1.5, 2.0)  # that a message can name
+BESIDE = ("n_averaged", "total_ops", "total_params")  # tools add these to a state dict
+COUNTS = "num_batches_tracked"  # old versions of torch leave these out of it
+WIDTHS = (1.0, 0.75, 0.5, 0.35, 1.25, 1.5, 2.0)  # widths that a message can name
 
 
 class WeightsError(Fault, ValueError):
-    """A file of weights cannot be used; says why, and what to do."""
+    """A file of weights cannot be used. The message says why, and what to do."""
 
     raised_on_every_rank = True
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The tensors of a network, by name, and its class names where they are known."""
+    """The tensors of a network by name, and its class names if they are known."""
 
     path: Path
     tensors: dict[str, Tensor]  # on the CPU
     names: tuple[str, ...] | None = None
-    has_average: bool = False  # beside these
+    has_average: bool = False  # True if the file also holds the moving average
 
     @property
     def known(self) -> Known:
-        """The classes of the network: none of them where its last layer was left out."""
+        """The number of classes, 0 if the last layer is missing, and their names."""
         last = self.tensors.get(f"{LAST_LAYER}.weight")
         return Known(0 if last is None else len(last), self.names)
 
     def digest(self) -> str:
-        """Twelve digits that are alike only for equal tensors and class names."""
+        """Returns 12 hex digits that are equal only for equal tensors and class names."""
         found = hashlib.sha256(repr(self.names).encode())
         for name, tensor in sorted(self.tensors.items()):
             found.update(name.encode())
@@ -74,12 +72,12 @@ class Weights:
 
 
 def read(path: Path, average: bool = False) -> Weights:
-    """The weights in a file: of safetensors, or saved by torch, bare or beside other things.
+    """Reads the weights in a file of safetensors or torch. The file may hold other values too.
 
     Args:
-        average: take the moving average that the file holds beside the network.
+        average: read the moving average instead of the network.
     Raises:
-        WeightsError: there is no such file, or it holds none that can be read safely.
+        WeightsError: the file cannot be read, or it holds no weights that can be read safely.
     """
     try:
         with path.open("rb") as file:
@@ -102,7 +100,7 @@ def read(path: Path, average: bool = False) -> Weights:
 
 
 def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
-    """The same weights with these class names, in the order of the network's rows.
+    """Returns the weights with these class names, in the order of the last layer's rows.
 
     Raises:
         WeightsError: the network has another number of classes.
@@ -118,7 +116,7 @@ def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # of a header by anybody
+    except Exception as error:  # a foreign header can cause many types
         raise WeightsError(
             f"{path}: is damaged or cut short ({_first_line(error)}); copy it anew"
         ) from None
@@ -126,24 +124,24 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch(path: Path, start: bytes) -> Any:
-    """What `torch.save` wrote."""
+    """Reads a file of `torch.save` that begins with the bytes `start`."""
     if reason := _no_weights(start):
         raise WeightsError(f"{path}: {reason}")
     try:
         with (
-            path.open("rb") as file,  # of a path, torch goes by the suffix
+            path.open("rb") as file,  # given a path, torch would go by its suffix
             torch.serialization.safe_globals(_harmless()),
             warnings.catch_warnings(action="ignore"),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises of every kind
-        # Its own message advises to load the file unsafely: that must not reach a user.
+    except Exception as error:  # torch raises exceptions of many types
+        # Torch's message advises to load the file unsafely. It must not reach a user.
         reason = _unsafe(path, error) or "is damaged or no file of weights; copy it anew"
         raise WeightsError(f"{path}: {reason}") from None
 
 
 def _no_weights(start: bytes) -> str:
-    """What a file is that begins like this, if it is one that people take for weights."""
+    """Recognises a file that people mistake for weights. Returns the fault; "" if there is none."""
     if not start:
         return "is empty; copy it anew"
     if start.startswith(b"version h"):
@@ -154,29 +152,29 @@ def _no_weights(start: bytes) -> str:
 
 
 def _unsafe(path: Path, error: Exception) -> str:
-    """Why torch's safe reader refuses a file, if it is for what the file holds."""
+    """Says which unsafe contents torch's reader refused; "" if it failed for another reason."""
     if "TorchScript" in str(error):
         return (
             "is a TorchScript program; where it was made, save the network's state_dict() instead"
         )
-    kinds = set(re.findall(r"GLOBAL (\S+)", str(error)))  # the first that it met
+    kinds = set(re.findall(r"GLOBAL (\S+)", str(error)))  # only the first unsafe type
     if not kinds:
         return ""
-    with contextlib.suppress(Exception):  # all of them; only of today's format
+    with contextlib.suppress(Exception):  # lists all types, but only in torch's current format
         kinds |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _harmless_names()
     return (
         f"holds Python objects ({_some(sorted(kinds))}) beside tensors, and loading those could "
-        "run any program\nwhere it was made, save the tensors alone: "
+        "run any program\nwhere it was made, save only the tensors: "
         'torch.save(model.state_dict(), "weights.pth")'
     )
 
 
 @cache
 def _harmless() -> list[Any]:
-    """Kinds of object that hold values alone: a script's arguments, paths, NumPy's values."""
+    """Types that only hold values: a script's arguments, paths, NumPy's values."""
     numbers = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
     makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    # Under the names of NumPy 1 and 2, whichever is here.
+    # A file may name these as NumPy 1 or as NumPy 2 does, whichever is installed here.
     numpys = [
         (f, f"numpy.{c}.multiarray.{n}") for n, f in makers.items() for c in ("core", "_core")
     ]
@@ -191,7 +189,7 @@ def _harmless_names() -> set[str]:
 
 
 def _find(content: Any, keys: Sequence[str]) -> dict[str, Tensor] | None:
-    """The tensors under the first of these keys, at the top or one level below."""
+    """Finds the tensors under the first of these keys that has some, or nested in its value."""
     if not isinstance(content, Mapping):
         return None
     for key in keys:
@@ -202,7 +200,7 @@ def _find(content: Any, keys: Sequence[str]) -> dict[str, Tensor] | None:
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, but for those that tools leave in it."""
+    """Returns the tensors of a state dict without those in `BESIDE`."""
     if not isinstance(content, Mapping):
         return {}
     return {
@@ -215,13 +213,13 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _without_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the network itself has them: wrappers put `module.` and the like before them."""
-    anchor = "features.0.0.weight"  # the first tensor of a network of ours
+    """Removes the prefix that a wrapper put before the names, such as `module.`."""
+    anchor = "features.0.0.weight"  # the first tensor of our networks
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     if len(prefixes) > 1:
         raise WeightsError(
-            f"{path}: holds {len(prefixes)} networks, under {_some(prefixes)}; save the one to use "
-            "alone"
+            f"{path}: holds {len(prefixes)} networks, under {_some(prefixes)}; save only the one "
+            "to use"
         )
     if not prefixes or not prefixes[0]:
         return tensors
@@ -229,7 +227,7 @@ def _without_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _names(content: Any, tensors: Mapping[str, Tensor]) -> tuple[str, ...] | None:
-    """The class names that a file gives beside its tensors, if there is one for each row."""
+    """Returns the class names that a file holds, if there is one for each row of the last layer."""
     last = tensors.get(f"{LAST_LAYER}.weight")
     for key in NAMES if isinstance(content, Mapping) and last is not None else ():
         names = content.get(key)
@@ -257,13 +255,13 @@ def load(weights: Weights, module: nn.Module, rule: matching.Rule | None = None)
     """Loads weights into a network, in place.
 
     Args:
-        rule: maps the rows of the last layer by class; rows without a class keep what the network
-            has there. Without a rule, the last layer must have the network's shape.
+        rule: maps the rows of the last layer by class. A row without a counterpart keeps the
+            network's values. Without a rule, the last layers must have the same shape.
     Returns:
-        What a person should know of the classes; empty where there is nothing.
+        A remark on the classes for the user; "" if there is none.
     Raises:
-        WeightsError: they are of another network.
-        ClassError: as the rule says.
+        WeightsError: the weights are of another network.
+        ClassError: the rule refuses the classes.
     """
     check(weights, module, any_classes=rule is not None)
     own = module.state_dict()
@@ -278,12 +276,13 @@ def load(weights: Weights, module: nn.Module, rule: matching.Rule | None = None)
 
 
 def check(weights: Weights, module: nn.Module, any_classes: bool) -> None:
-    """Compares names and shapes; `module` may lie on the device "meta".
+    """Checks that weights have the names and shapes of a network.
 
     Args:
-        any_classes: the numbers of classes may differ, and the last layer may be left out.
+        module: may be on the device "meta".
+        any_classes: the numbers of classes may differ, and the last layer may be missing.
     Raises:
-        WeightsError: they are of another network.
+        WeightsError: the weights are of another network.
     """
     own = module.state_dict()
     tensors = _with_counts(weights.tensors, own)
@@ -296,7 +295,7 @@ def check(weights: Weights, module: nn.Module, any_classes: bool) -> None:
 
 
 def _with_counts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, and the network's own counts of batches where old versions of torch had none."""
+    """Adds the network's own batch counts where a file of an old torch has none."""
     return {name: value for name, value in own.items() if name.endswith(COUNTS)} | dict(tensors)
 
 
@@ -305,38 +304,44 @@ def _last_layer(own: Mapping[str, Tensor]) -> set[str]:
 
 
 def _take_rows(source: Tensor | None, own: Tensor, rows: Sequence[int | None]) -> Tensor:
-    """The rows `(C, ...)` of the network's own tensor, replaced where `source` has one for them."""
+    """Copies a last layer's tensor `(C, ...)`, with some rows from `source`.
+
+    Args:
+        source: the tensor `(D, ...)` of the file; None if it is missing.
+        own: the tensor `(C, ...)` of the network.
+        rows: for each of the C rows, the row of `source` that replaces it, or None.
+    """
     taken = own.detach().clone()
-    pairs = [(place, row) for place, row in enumerate(rows) if row is not None]
+    pairs = [(target, row) for target, row in enumerate(rows) if row is not None]
     if source is not None and pairs:
-        places, found = (
+        targets, found = (
             torch.tensor(column, device=own.device) for column in zip(*pairs, strict=True)
         )
-        taken[places] = source.to(taken)[found]
+        taken[targets] = source.to(taken)[found]
     return taken
 
 
 def _faults(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], last: set[str]
 ) -> Iterator[str]:
-    """What keeps tensors from being loaded: counts, and the first names."""
+    """Yields the reasons why tensors cannot be loaded, each with a count and the first names."""
     missing = [name for name in own if name not in tensors and name not in last]
     if missing:
         yield f"{len(missing)} of its {len(own)} tensors are missing ({_some(missing)})"
     foreign = [name for name in tensors if name not in own]
     if foreign:
         yield f"{len(foreign)} tensors are not the network's ({_some(foreign)})"
-    others = _of_another_size(tensors, own, last)
-    if others:
-        first = others[0]
+    misshaped = _misshaped(tensors, own, last)
+    if misshaped:
+        first = misshaped[0]
         found, wanted = tuple(tensors[first].shape), tuple(own[first].shape)
-        yield f"{len(others)} have another size ({first}: {found} instead of {wanted})"
+        yield f"{len(misshaped)} have another shape ({first}: {found} instead of {wanted})"
 
 
-def _of_another_size(
+def _misshaped(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], last: set[str]
 ) -> list[str]:
-    """Names of the tensors whose shapes differ; in the last layer the rows may."""
+    """Names the tensors whose shapes differ. In the layer `last`, the number of rows may differ."""
     return [
         name
         for name, wanted in own.items()
@@ -349,12 +354,12 @@ def _of_another_size(
 
 
 def _advice(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What the weights are of, and what to do."""
+    """Says of which network the weights are, and what the user can do."""
     rows = len(tensors.get(f"{LAST_LAYER}.weight", ()))
     shapes = {n: t.shape for n, t in tensors.items() if not n.startswith(LAST_LAYER)}
     if all(n in own and own[n].shape == shape for n, shape in shapes.items()):
         return (
-            "\na network of other classes can start from them in a new run: --set "
+            "\na network with other classes can start from them in a new run: --set "
             "model.weights=..., with another log.run_dir"
         )
     for arch, width in itertools.product(ARCHS, WIDTHS):
@@ -362,12 +367,12 @@ def _advice(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             network = build_model(arch, width, max(rows, 1), 0.0).state_dict()
         if all(n in network and network[n].shape == shape for n, shape in shapes.items()):
             return (
-                f"\nthey are of MobileNetV3-{arch.capitalize()} {width:g} with {rows:,} classes: a "
-                f'recipe for it says [model] arch = "{arch}", width = {width:g}'
+                f"\nthey are of MobileNetV3-{arch.capitalize()} {width:g} with {rows:,} classes: "
+                f'set [model] arch = "{arch}", width = {width:g} in the recipe'
             )
     return (
         "\nonly weights of fasttrain and of github.com/d-li14/mobilenetv3.pytorch fit; torchvision "
-        "and timm build their networks otherwise"
+        "and timm have other networks"
     )
 
 

@@ -250,7 +250,7 @@ def test_other_classes_are_named_and_lead_to_a_run_that_starts_from_the_weights(
             checkpoint.choose_checkpoint(tmp_path, resume, ABOUT | {"classes": names}, quiet)
         assert f"its classes differ: 2 classes there, {len(names)} here" in str(error.value)
         assert f"checkpoint.resume=auto --set model.weights={folder}" in str(error.value)
-        # A last layer of another size is none to go on with; other names may be.
+        # A forced resume may have other class names, but not another number of classes.
         assert ("checkpoint.resume=force" in str(error.value)) == (len(names) == 2)
     assert "class 1 is b there and c here" in str(error.value)
     warned: list[str] = []

@@ -36,7 +36,7 @@ from fasttrain.faults import Fault
         (
             {"SLURM_STEP_NUM_TASKS": "2"},
             ["{recipe}"],
-            ["SLURM started 2 tasks, but none of them launched", "use tools/train.sbatch"],
+            ["SLURM started 2 tasks, but no launcher connects", "use tools/train.sbatch"],
         ),
         *(
             (

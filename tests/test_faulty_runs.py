@@ -141,7 +141,7 @@ def test_each_unusable_run_folder_is_refused(
     wider = [*going_on, "--set", "model.width=0.5"]
     refused(train.main, wider, f"{folder} holds a run of another recipe", "width: 0.35 -> 0.5")
     forced = [*wider, "--set", "checkpoint.resume=force"]
-    refused(train.main, forced, "model.safetensors: these weights do not fit", "have another size")
+    refused(train.main, forced, "model.safetensors: these weights do not fit", "have another shape")
     (folder / "recipe.toml").write_text("[train\n")
     refused(train.main, going_on, f"{folder}/recipe.toml: not valid TOML")
     (folder / "recipe.toml").unlink()

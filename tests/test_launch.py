@@ -74,7 +74,10 @@ def test_other_ways_to_train_are_refused_in_one_line(name: str) -> None:
             "WORLD_SIZE = 2 and MASTER_ADDR in the environment, but no LOCAL_RANK, as in a pod",
         ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, r"MPI started 4 processes \(OMPI_COMM_WORLD_SIZE\), but"),
-        ({"PMI_SIZE": "2"}, r"MPI started 2 processes \(PMI_SIZE\), but fasttrain does not join"),
+        (
+            {"PMI_SIZE": "2"},
+            r"MPI started 2 processes \(PMI_SIZE\), but fasttrain does not use MPI",
+        ),
     ],
 )
 def test_launches_that_would_change_the_training_are_refused(
@@ -165,5 +168,5 @@ def test_the_settings_that_accelerate_took_are_checked(
     fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
-    with pytest.raises(LaunchError, match="settled on the device meta, which fasttrain does not"):
+    with pytest.raises(LaunchError, match="chose the device meta, which fasttrain does not"):
         runtime.accelerator_for("no")

@@ -261,7 +261,7 @@ def test_wrong_launches(cluster: Cluster, tiny: Callable[..., Path], tmp_path: P
         (
             ["--nodes=2", f"--wrap=srun python fasttrain/train.py {tiny()}"],
             {},
-            "SLURM started 2 tasks, but none of them launched processes that know of each other",
+            "SLURM started 2 tasks, but no launcher connects their processes",
         ),
         (["tools/train.sbatch", tiny(), "--set", "train.epoch=3"], {}, "did you mean epochs?"),
         (

@@ -149,7 +149,7 @@ def test_weights_of_other_networks_are_counted_not_listed(tmp_path: Path) -> Non
     )
     said = refused(saved(build_model("large", 0.5, 4, 0.2).state_dict(), tmp_path))
     assert (
-        "they are of MobileNetV3-Large 0.5 with 4 classes: a recipe for it says [model] arch = "
+        "they are of MobileNetV3-Large 0.5 with 4 classes: set [model] arch = "
         '"large", width = 0.5' in said
     )
     said = refused(saved(network(num_classes=7).state_dict(), tmp_path))
