@@ -38,8 +38,8 @@ CHECKED = 2  # batches whose pixels are compared with the CPU's
 # round differently. Unless `jpeg_fancy_upsampling` is set, they also repeat colours between pixels:
 # over 197 photographs of ImageNet, that alone makes 0.9 on average and 6.2 in the worst image
 # (computed with Pillow). A wrong photograph makes 50 or more.
-TOLERANCE = 4.0  # for the mean over all images
-RUINED = 12.0  # for a single image
+MEAN_TOLERANCE = 4.0  # for the mean over all images
+IMAGE_TOLERANCE = 12.0  # for a single image
 
 
 class DecodeError(Fault, RuntimeError):
@@ -107,7 +107,7 @@ def choose_decoder(
     def trial(strategy: str) -> DecoderTrial:
         return try_in_a_process(split, data, strategy, job, environ)
 
-    tried = _once_a_node(split, data, job, attempt or trial)
+    tried = _trials_of_this_node(split, data, job, attempt or trial)
     best = fastest(tried)
     if best is None:
         faults = "\n  ".join(str(trial) for trial in tried)
@@ -124,7 +124,7 @@ def surest(chosen: Sequence[str]) -> str:
     return min(chosen, key=("cpu", "gpu_full", "gpu_window", "auto").index)
 
 
-def _once_a_node(
+def _trials_of_this_node(
     split: Split, data: config.Data, job: Job, attempt: Callable[[str], DecoderTrial]
 ) -> list[DecoderTrial]:
     """The trials of all strategies: stored ones, and new ones by one process per node."""
@@ -195,12 +195,12 @@ def verdict(differences: Sequence[float]) -> str:
         differences: each image's mean difference from the CPU's pixels, in steps of 1/255.
     """
     mean, worst = sum(differences) / len(differences), max(differences)
-    if mean <= TOLERANCE and worst <= RUINED:
+    if mean <= MEAN_TOLERANCE and worst <= IMAGE_TOLERANCE:
         return ""
-    many = sum(difference > RUINED for difference in differences)
+    many = sum(difference > IMAGE_TOLERANCE for difference in differences)
     return (
         f"wrong pixels: {mean:.1f}/255 from the CPU's on average over {len(differences)} images, "
-        f"{worst:.1f} in the worst, more than {RUINED:g} in {many}"
+        f"{worst:.1f} in the worst, more than {IMAGE_TOLERANCE:g} in {many}"
     )
 
 

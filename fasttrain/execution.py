@@ -147,8 +147,8 @@ class ComputeCopy:
             if isinstance(layer, _BatchNorm):
                 layer.num_batches_tracked = None
         self.trainable = [p for p in self.module.parameters() if p.requires_grad]
-        self.copies = flat.lines([p.detach() for p in copies], cast)
-        self.originals = flat.lines([p.detach() for p in cast], cast)
+        self.copies = flat.to_1d([p.detach() for p in copies], cast)
+        self.originals = flat.to_1d([p.detach() for p in cast], cast)
 
     def refresh(self) -> None:
         """Copies the original's current weights."""
@@ -192,7 +192,7 @@ class Graphed:
         self.lrs: dict[float, Tensor] = {}  # learning rate for each `lr_factor`
         self.ema_weight = torch.zeros((), device=device)
         # Gradients are summed over ranks and micro-batches. DDP would take the mean.
-        self.share = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
+        self.loss_weight = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
         self.inputs: dict[Any, Batch] = {}
         self.pending: Any = None  # input key of the update's last micro-batch, until `update` runs
         self.exchange_bf16 = train.gradient_exchange == "bf16"
@@ -221,7 +221,7 @@ class Graphed:
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
         """As `Eager.micro`, but `update` carries out the last micro-batch."""
-        key = self._take(images, labels)
+        key = self._copy_inputs(images, labels)
         if is_last:
             self.pending = key
         else:
@@ -237,7 +237,7 @@ class Graphed:
             group_lr.fill_(lr * factor)
         if learner.ema:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
-        self.run(("update", key), lambda: self._whole(key))
+        self.run(("update", key), lambda: self._last_micro_and_step(key))
 
     def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
         """Records the graphs for batches of these shapes. Leaves weights and statistics unchanged.
@@ -253,10 +253,10 @@ class Graphed:
         if self.recorder is None:
             return
         for images, labels in training:
-            key = self._take(images, labels)
+            key = self._copy_inputs(images, labels)
             if self.accumulation > 1:
                 self.recorder.record(("micro", key), partial(self._backward, key))
-            self.recorder.record(("update", key), partial(self._whole, key))
+            self.recorder.record(("update", key), partial(self._last_micro_and_step, key))
         rehearse_all(self.accelerator, self.evaluators, evaluation)
 
     def close(self) -> None:
@@ -267,7 +267,7 @@ class Graphed:
         for parameter in self.learner.module.parameters():
             parameter.grad = None
 
-    def _take(self, images: Tensor, labels: Tensor) -> Any:
+    def _copy_inputs(self, images: Tensor, labels: Tensor) -> Any:
         """Copies a micro-batch into the graphs' input tensors; returns the key of its shape."""
         key = (images.shape, labels.shape, labels.dtype)
         if key not in self.inputs:
@@ -277,16 +277,16 @@ class Graphed:
         return key
 
     def _backward(self, key: Any) -> None:
-        """Adds the gradients of the micro-batch that `_take` stored under `key`."""
+        """Adds the gradients of the micro-batch that `_copy_inputs` stored under `key`."""
         images, labels = self.inputs[key]
         with torch.no_grad():
             self.compute.refresh()
         with self.accelerator.autocast():
             loss = self.loss_of(images, labels)
-        found = torch.autograd.grad(loss, self.compute.trainable, self.share)
+        found = torch.autograd.grad(loss, self.compute.trainable, self.loss_weight)
         with torch.no_grad():
             views = self.fresh_views
-            targets, sources = flat.lines(views, views), flat.lines(found, views)
+            targets, sources = flat.to_1d(views, views), flat.to_1d(found, views)
             for dtype in dict.fromkeys(source.dtype for source in sources):
                 # Few kernels copy a list of tensors if they all have one dtype.
                 pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype]
@@ -314,7 +314,7 @@ class Graphed:
         if learner.ema:
             learner.ema.update(learner.flat, self.guard.kept(self.ema_weight))
 
-    def _whole(self, key: Any) -> None:
+    def _last_micro_and_step(self, key: Any) -> None:
         """The last micro-batch and the update: one graph."""
         self._backward(key)
         self._step()
@@ -358,13 +358,13 @@ def prepare(
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model, optimizer = accelerator.prepare(module, optimizer)
         if accelerator.num_processes > 1:
-            _settle_buckets(accelerator, model)
+            _arrange_buckets(accelerator, model)
     # Flatten last: DistributedDataParallel would separate the tensors again.
     flattened = flat.flatten(module)
     return Learner(model, module, flattened, optimizer, average, accelerator.scaler)
 
 
-def _settle_buckets(accelerator: Accelerator, model: nn.Module) -> None:
+def _arrange_buckets(accelerator: Accelerator, model: nn.Module) -> None:
     """Makes DistributedDataParallel arrange its buckets before the first update.
 
     DDP rearranges its buckets after the first pass, or after the second one of a static graph. With

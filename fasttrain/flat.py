@@ -55,7 +55,7 @@ def views_of(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
     return views
 
 
-def lines(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+def to_1d(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Flattens each tensor to one dimension, in the memory order of its partner in `like`.
 
     The result is a view if the tensor has that order already, as nearly all have; else a copy. With

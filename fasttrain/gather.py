@@ -24,9 +24,9 @@ from fasttrain import config
 from fasttrain.reading import (
     CHUNK,
     BadSamples,
+    BufferPool,
     DataError,
     Ranges,
-    Ring,
     ShardReader,
     faults_of,
     remedy,
@@ -80,13 +80,13 @@ class Packer(ShardReader):
         """
         super().__init__(split, data, in_flight)
         # Mapped: the batch taken, the next one, and one that is still being copied to the device.
-        self.ring = Ring(3 if self.mapped else in_flight, make)
+        self.buffers = BufferPool(3 if self.mapped else in_flight, make)
         self.head_bytes = head_bytes
         self.bases = np.zeros(len(split.shard_paths), np.uint64)  # addresses of the maps
         self.batches: dict[int, _Batch] = {}
         self.threads = data.read_threads
         self.copiers = ThreadPoolExecutor(data.read_threads, "gather")
-        self.move = _Mover()
+        self.copy_ranges = _RangeCopier()
 
     def start(self, number: int, ranges: Ranges, verified: Sequence[int] = ()) -> None:
         """As `ShardReader.start`."""
@@ -98,7 +98,7 @@ class Packer(ShardReader):
         self.batches[number] = batch = _Batch(ranges, verified, shards)
         if not self.mapped:
             self._copy(number)
-        elif not self._resting(number):
+        elif not self._seems_cached(number):
             triples = ranges.triples()
             for first in range(0, len(triples), CHUNK):
                 part = triples[first : first + CHUNK]
@@ -139,7 +139,7 @@ class Packer(ShardReader):
     def give_back(self, number: int) -> None:
         """As `ShardReader.give_back`."""
         del self.batches[number]
-        self.ring.give_back(number)
+        self.buffers.give_back(number)
 
     def close(self) -> None:
         """Stops the threads and closes the files."""
@@ -154,7 +154,7 @@ class Packer(ShardReader):
         head = len(sizes) * self.head_bytes
         ends = head + np.cumsum(sizes)
         starts, end = ends - sizes, int(ends[-1])
-        buffer = self.ring.lend(number, end)[:end]
+        buffer = self.buffers.lend(number, end)[:end]
         batch.packed = Packed(buffer, starts)
         # Few tasks: each one takes the interpreter's lock.
         size = max(SMALLEST_TASK, -(-len(sizes) // self.threads))
@@ -176,7 +176,7 @@ class Packer(ShardReader):
         """A thread's task: copies bytes, and returns the faults of the `verified` samples."""
         if self.mapped:
             sources = self.bases[ranges.shards] + ranges.offsets.astype(np.uint64)
-            copied = self.move(buffer.ctypes.data + int(starts[0]), sources, ranges.sizes)
+            copied = self.copy_ranges(buffer.ctypes.data + int(starts[0]), sources, ranges.sizes)
             if copied < len(sources):
                 raise self._unreadable(int(ranges.shards[copied]), int(ranges.offsets[copied]))
         else:
@@ -194,7 +194,7 @@ class Packer(ShardReader):
         return DataError(f"{path} at byte {offset}: cannot be read{remedy(self.split)}")
 
 
-class _Mover:
+class _RangeCopier:
     """Copies ranges of this process's memory to one address, without gaps."""
 
     def __init__(self) -> None:

@@ -76,7 +76,7 @@ class Guard:
             fused: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate may wrap it
             fused.found_inf, fused.grad_scale = self.skip, None
         self.accepted = [tensor.clone() for tensor in self._statistics()]
-        self.settle = self._compiled() if compile_it else self._settle
+        self.apply_decision = self._compiled() if compile_it else self._apply_decision
 
     def add(self, loss: Tensor, num_images: int) -> None:
         """Adds the mean loss (0-d) of a micro-batch of `num_images` images."""
@@ -95,29 +95,29 @@ class Guard:
         if self.world_size > 1:
             torch.distributed.all_reduce(statistics)
             statistics /= self.world_size
-        self.settle(gradient_norm)
+        self.apply_decision(gradient_norm)
         if self.scaler is not None:  # the scaler skips a step whose gradients are not finite
             assert self.first_gradient.grad is not None
             self.first_gradient.grad += torch.where(self.skip == 0, 0.0, torch.nan)
 
     def _compiled(self) -> Callable[[Tensor], None]:
-        """`_settle` compiled to 6 kernels, or uncompiled if the compiler fails.
+        """`_apply_decision` compiled to 6 kernels, or uncompiled if the compiler fails.
 
         Compiling fails on a machine without a C compiler. The results are the same.
         """
-        compiled = torch.compile(self._settle, dynamic=False)
+        compiled = torch.compile(self._apply_decision, dynamic=False)
         changed = [*self._statistics(), *self.tensors()]
         kept = [tensor.clone() for tensor in changed]
         try:
             with torch.no_grad():
                 compiled(torch.zeros_like(self.flat.weights[0]))
         except Exception:  # the parts of the compiler have no common exception
-            compiled = self._settle
+            compiled = self._apply_decision
         for tensor, original in zip(changed, kept, strict=True):
             tensor.copy_(original)
         return compiled
 
-    def _settle(self, gradient_norm: Tensor) -> None:
+    def _apply_decision(self, gradient_norm: Tensor) -> None:
         """Decides on the update, and updates statistics, sums and counters accordingly."""
         total = self.flat.statistics.sum(dtype=torch.float64)  # float32 values cannot overflow it
         if self.scaler is None:

@@ -91,14 +91,14 @@ class Loader:
                 torch.cuda.set_device(self.placement.device)
             while done < len(numbers) and not closed.is_set():
                 try:
-                    for _ in self._made(numbers[done:], put, closed):
+                    for _ in self._make_batches(numbers[done:], put, closed):
                         done += 1
                 except BadSamples as error:
                     self.order.replace(error)
         except BaseException as error:
             put(error)
 
-    def _made(
+    def _make_batches(
         self, numbers: range, put: Callable[[Batch], None], closed: threading.Event
     ) -> Iterator[None]:
         """Makes the batches with these numbers, puts each into the queue, and times the stages."""

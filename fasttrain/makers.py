@@ -305,7 +305,7 @@ class KernelMaker:
                 size, ids = len(draw.ids), draw.ids
                 head = resize_gpu.head_of(packed.buffer, size)
                 image_size = split.width[ids], split.height[ids]
-                resize_gpu.describe(head, draw, packed.starts, image_size, split.label[ids])
+                resize_gpu.write_head(head, draw, packed.starts, image_size, split.label[ids])
                 with lane.work():
                     on_host = torch.from_numpy(packed.buffer)
                     if len(on_device) < len(on_host):

@@ -269,7 +269,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
     # Each rank tries alone first. If it failed later, the others would wait in a collective.
     if plan.world_size > 1 and mode != "eager":
-        if fault := _first(_fault_alone(mode, tried, (images, labels))):
+        if fault := _first_fault(_fault_alone(mode, tried, (images, labels))):
             return ModeTrial(mode, fault=fault)
     warm_up, timed = (1, 2) if setup.on_cpu else (5, 20)
     seconds, loss, fault, remark = math.inf, 0.0, "", ""
@@ -294,10 +294,10 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
         seconds = updates(timed)
         loss = float(updater.guard.loss_sum) / (size * (warm_up + timed))
     except Exception as error:  # from the compiler, or from a device that lacks a feature
-        fault = _text(error)
+        fault = _message(error)
     finally:
         learner = updates = None  # type: ignore[assignment]
-        _give_back(mode, setup, updater)
+        _free(mode, setup, updater)
         updater = None
         if scaler:  # the run uses the same object
             scaler.__dict__.update(scaling)
@@ -333,14 +333,14 @@ def _fault_alone(mode: str, setup: Setup, batch: Batch) -> str:
         updater = execution.build(mode, setup.accelerator, learner, plan, recipe.train)
         updater.rehearse([batch], [])
     except Exception as error:
-        return _text(error)
+        return _message(error)
     finally:
         learner = None  # type: ignore[assignment]
-        _give_back(mode, setup, updater)
+        _free(mode, setup, updater)
     return ""
 
 
-def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
+def _free(mode: str, setup: Setup, updater: Updater | None) -> None:
     """Frees the memory of a trial: about 25 GB at batch 1024, which the next trial needs."""
     if updater:
         updater.close()
@@ -354,12 +354,12 @@ def _give_back(mode: str, setup: Setup, updater: Updater | None) -> None:
         torch.cuda.empty_cache()
 
 
-def _text(error: Exception) -> str:
+def _message(error: Exception) -> str:
     said = str(error).strip().splitlines() or ["no message"]
     return f"failed: {type(error).__name__}: {said[0]}"
 
 
-def _first(fault: str) -> str:
+def _first_fault(fault: str) -> str:
     """Gathers the fault of every rank; returns the first one, or "" if there is none."""
     return next(filter(None, gather_object([fault])), "")
 
@@ -416,13 +416,13 @@ def start(
         try:
             if attempt != "eager":
                 say(f"preparing updates by {attempt}, which can take minutes")
-                updater.rehearse(*_batches_to_come(setup, learner.state.step))
+                updater.rehearse(*_rehearsal_batches(setup, learner.state.step))
         except Exception as error:
-            fault = _text(error)
-        if not (fault := _first(fault)):
+            fault = _message(error)
+        if not (fault := _first_fault(fault)):
             return attempt, learner, updater
         del learner
-        _give_back(attempt, setup, updater)
+        _free(attempt, setup, updater)
         del updater
         if recipe.train.execution != "auto":
             raise ExecutionError(
@@ -439,7 +439,7 @@ def _simpler(mode: str) -> list[str]:
     return [*dict.fromkeys([*found, "eager"])]
 
 
-def _batches_to_come(setup: Setup, step: int) -> tuple[list[Batch], list[Tensor]]:
+def _rehearsal_batches(setup: Setup, step: int) -> tuple[list[Batch], list[Tensor]]:
     """Made-up batches: one of each image size in the updates from `step` on, and in evaluations."""
     plan, data = setup.plan, setup.recipe.data
     epochs = range(plan.epoch_of(step), plan.epoch_of(plan.total_steps - 1) + 1)

@@ -30,7 +30,7 @@ from fasttrain.shards import PPM_HEADER, Split
 
 OTHER_FILES = 16  # files that a process opens in addition to the tars: logs, checkpoints, modules
 CHUNK = 16  # images per task of a reading thread
-SUSPICION = 16  # after a read from storage, page in this many batches
+PAGE_IN_AFTER_MISS = 16  # after a read from storage, page in this many batches
 PIECE_BYTES = 4 << 20  # large ranges are announced to the kernel in pieces of this size
 _MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits; fails by an error, not by SIGBUS
 
@@ -212,7 +212,7 @@ def ranges_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False)
     return Ranges(split.shard[ids].astype(np.int64), offsets, sizes)
 
 
-class Ring:
+class BufferPool:
     """A pool of buffers. Each is lent to one batch until that batch gives it back."""
 
     def __init__(self, size: int, make: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
@@ -234,7 +234,7 @@ class Ring:
         if not self.free:
             raise RuntimeError(
                 f"no read buffer is free for batch {number}: batches {sorted(self.lent)} are still "
-                "being decoded; the ring is too small"
+                "being decoded; the pool of buffers is too small"
             )
         buffer = self.free.pop()
         if len(buffer) < num_bytes:
@@ -273,7 +273,7 @@ class ShardReader:
         self.split = split
         self.mapped = data.read == "mmap"
         self.ahead = data.read_ahead
-        self.ring = Ring(num_buffers)
+        self.buffers = BufferPool(num_buffers)
         self.pool = ThreadPoolExecutor(data.read_threads, "read")
         self.files: dict[int, int] = {}  # descriptors, of shards that are not mapped
         self.mmaps: dict[int, mmap.mmap] = {}
@@ -299,11 +299,11 @@ class ShardReader:
             self._open(shard)
         if self.mapped:
             views = [self.maps[shard][offset : offset + size] for shard, offset, size in triples]
-            if self._resting(number) and not verified:
+            if self._seems_cached(number) and not verified:
                 self.started[number] = _Started(views, [], shards)
                 return
         else:
-            buffer = memoryview(self.ring.lend(number, int(ranges.sizes.sum())))  # type: ignore[arg-type]
+            buffer = memoryview(self.buffers.lend(number, int(ranges.sizes.sum())))  # type: ignore[arg-type]
             views = views_of(buffer, np.cumsum(ranges.sizes) - ranges.sizes, ranges.sizes)
         parts = [slice(start, start + CHUNK) for start in range(0, len(views), CHUNK)]
         tasks = [
@@ -312,12 +312,12 @@ class ShardReader:
         ]
         self.started[number] = _Started(views, tasks, shards)
 
-    def _resting(self, number: int) -> bool:
+    def _seems_cached(self, number: int) -> bool:
         """True if all bytes seem to be in memory, so that this batch need not be paged in."""
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         if faults > self.major_faults or self.last_miss is None:
             self.major_faults, self.last_miss = faults, number
-        return not self.ahead or number - self.last_miss > SUSPICION
+        return not self.ahead or number - self.last_miss > PAGE_IN_AFTER_MISS
 
     def announce(self, pieces: Sequence[Piece]) -> None:
         """Asks the kernel to read these ranges ahead."""
@@ -365,7 +365,7 @@ class ShardReader:
         """Ends the use of a batch: nobody reads any more what `take` returned."""
         del self.started[number]
         if not self.mapped:
-            self.ring.give_back(number)
+            self.buffers.give_back(number)
 
     def close(self) -> None:
         """Stops the threads and closes the files."""

@@ -59,7 +59,7 @@ def head_of(buffer: Any, num_images: int) -> Head:
     return Head(pair[:num_images], pair[num_images:], table.reshape(num_images, COLUMNS))
 
 
-def describe(
+def write_head(
     head: Head,
     draw: Draw,
     starts: NDArray[np.int64],
@@ -129,7 +129,7 @@ def fault(device: torch.device, cubic: bool, half: bool) -> str:
     memory = np.full(HEAD_BYTES + 48, 255, np.uint8)  # a head and 4 x 4 white pixels
     draw = Draw(np.zeros(1, np.int64), np.array([[0, 0, 4, 4]], np.int32), np.ones(1, bool), 8)
     side = np.full(1, 4, np.uint16)
-    describe(head_of(memory, 1), draw, np.full(1, HEAD_BYTES), (side, side), side)
+    write_head(head_of(memory, 1), draw, np.full(1, HEAD_BYTES), (side, side), side)
     try:
         images = resize(torch.from_numpy(memory).to(device), 1, 8, cubic, half)
         found = images[0, :, 3, 3].tolist()

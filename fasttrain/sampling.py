@@ -175,7 +175,7 @@ def train_draw(
     first = step_of_epoch * plan.global_batch_size + group * plan.micro_batch_size
     ids = order[first : first + plan.micro_batch_size].astype(np.int64)
     if bad:
-        ids = stand_ins(plan.seed, epoch, ids, bad, split.num_samples)
+        ids = replace_bad(plan.seed, epoch, ids, bad, split.num_samples)
     sizes = split.width[ids], split.height[ids]
     windows = crop_windows(plan.seed, epoch, ids, sizes, data.crop_area, data.crop_ratio)
     flips = np.zeros(len(ids), bool)
@@ -185,7 +185,7 @@ def train_draw(
     return Draw(ids, windows, flips, out_px, augment_draw(plan.seed, epoch, ids, data, out_px))
 
 
-def stand_ins(
+def replace_bad(
     seed: int, epoch: int, ids: NDArray[np.int64], bad: Set[int], num_samples: int
 ) -> NDArray[np.int64]:
     """Replaces each bad id in `ids` `(B,)` by a good one, drawn by (seed, epoch, id).

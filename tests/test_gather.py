@@ -44,7 +44,7 @@ def test_batches_are_the_rows_of_the_windows(
     feed = feed_for(split, 9, verify, **settings)
     assert isinstance(feed.reader, Packer)
     if not by_system:
-        feed.reader.move.by_system = False
+        feed.reader.copy_ranges.by_system = False
     for number in range(9):
         draw, packed = feed(number)
         shards_of, offsets, sizes = ranges_of(split, draw, windows_only=True)
@@ -59,7 +59,7 @@ def test_batches_are_the_rows_of_the_windows(
 
 
 def test_a_read_that_ends_early_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    move = gather._Mover()
+    move = gather._RangeCopier()
     if not move.by_system:
         pytest.skip("process_vm_readv is not permitted here")
     real, asked = move._call, []
@@ -113,7 +113,7 @@ def test_a_shard_that_shrinks_in_use_is_named(
     feed(0)
     if late and read == "mmap":  # between a look at the size and the copy
         assert isinstance(feed.reader, Packer)
-        if not feed.reader.move.by_system:
+        if not feed.reader.copy_ranges.by_system:
             pytest.skip("process_vm_readv is not permitted here")
         monkeypatch.setattr(feed.reader, "_check_sizes", lambda shards: None)
     for path in split.shard_paths:

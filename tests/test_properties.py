@@ -314,11 +314,11 @@ def test_any_evaluation_sees_each_image_once(
 @given(st.sets(st.integers(0, 44), min_size=1, max_size=40), st.integers(0, 2**40))
 def test_each_damaged_sample_has_a_good_stand_in_of_its_own(bad: set[int], seed: int) -> None:
     ids = np.arange(45)
-    found = sampling.stand_ins(seed, 3, ids, bad, 45)
+    found = sampling.replace_bad(seed, 3, ids, bad, 45)
     assert not bad & set(found.tolist())
     kept = [i for i in ids.tolist() if i not in bad]
     assert found[kept].tolist() == kept
-    alone = [int(sampling.stand_ins(seed, 3, ids[i : i + 1], bad, 45)[0]) for i in range(45)]
+    alone = [int(sampling.replace_bad(seed, 3, ids[i : i + 1], bad, 45)[0]) for i in range(45)]
     assert found.tolist() == alone  # whatever else is in the batch
 
 

@@ -19,7 +19,7 @@ from fasttrain.batch import Placement
 from fasttrain.config import Optim, Train
 from fasttrain.feed import Feed
 from fasttrain.order import TrainingOrder
-from fasttrain.reading import DataError, Ring, ShardReader, plain_grey, ranges_of
+from fasttrain.reading import BufferPool, DataError, ShardReader, plain_grey, ranges_of
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
 
@@ -49,13 +49,13 @@ def test_bytes_are_those_of_the_tars(split: Split, read: str, ahead: int) -> Non
 
 
 def test_a_buffer_is_never_lent_twice() -> None:
-    ring = Ring(2)
-    first, second = ring.lend(0, 10), ring.lend(1, 20)
+    pool = BufferPool(2)
+    first, second = pool.lend(0, 10), pool.lend(1, 20)
     assert len(first) >= 10 and len(second) >= 20 and not np.shares_memory(first, second)
     with pytest.raises(RuntimeError, match=r"no read buffer is free for batch 2: batches \[0, 1\]"):
-        ring.lend(2, 5)
-    ring.give_back(0)
-    assert np.shares_memory(ring.lend(2, 5), first)
+        pool.lend(2, 5)
+    pool.give_back(0)
+    assert np.shares_memory(pool.lend(2, 5), first)
 
 
 @pytest.mark.parametrize("too_few", [1, 2, 3])
@@ -64,8 +64,8 @@ def test_a_ring_that_is_too_small_is_an_error_and_not_a_corrupted_batch(
 ) -> None:
     settings = config.Data(root=split.root, read="pread", read_ahead=0, queue_depth=4, crop_px=32)
     plan = make_plan(Train(global_batch_size=8), Optim(), split.num_samples, 1)
-    monkeypatch.setattr(reading, "Ring", lambda size: Ring(too_few))
-    with pytest.raises(RuntimeError, match="the ring is too small"):
+    monkeypatch.setattr(reading, "BufferPool", lambda size: BufferPool(too_few))
+    with pytest.raises(RuntimeError, match="the pool of buffers is too small"):
         list(loaders.train_batches(split, settings, plan, 0, CPU, 0))
 
 
@@ -104,7 +104,7 @@ def test_a_shard_that_shrinks_in_use_is_named(
 def test_bytes_that_are_in_memory_are_not_paged_in_again(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SUSPICION", 3)
+    monkeypatch.setattr(reading, "PAGE_IN_AFTER_MISS", 3)
     faults = 0  # of this process, that had to ask storage
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_majflt=faults))
     reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
@@ -124,7 +124,7 @@ def test_bytes_that_are_in_memory_are_not_paged_in_again(
 def test_verified_samples_are_read_by_threads_even_if_paging_in_rests(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SUSPICION", -1)
+    monkeypatch.setattr(reading, "PAGE_IN_AFTER_MISS", -1)
     reader = ShardReader(split, config.Data(root=split.root), num_buffers=4)
     draw = sampling.eval_draw(split, config.Data(), 8, 0, 1, 0)
     for number, verified in enumerate(((), draw.ids.tolist())):
@@ -153,7 +153,7 @@ def test_the_size_of_a_jpeg_is_read_as_pillow_reads_it(split: Split) -> None:
 def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SUSPICION", -1)
+    monkeypatch.setattr(reading, "PAGE_IN_AFTER_MISS", -1)
     root = Path(shutil.copytree(dataset, tmp_path / "shrinks"))
     split = shards.open_split(root, "train")
     reader = ShardReader(split, config.Data(root=root), num_buffers=4)

@@ -81,7 +81,7 @@ def resized(
     starts = ends - [part.size for part in parts]
     memory = np.concatenate([head, *(part.reshape(-1) for part in parts)])
     labels = np.zeros(len(images), np.uint16)
-    kernel.describe(kernel.head_of(memory, len(images)), draw, starts, (width, height), labels)
+    kernel.write_head(kernel.head_of(memory, len(images)), draw, starts, (width, height), labels)
     there = torch.from_numpy(memory).to(device)
     return kernel.resize(there, len(images), draw.out_px, cubic, half).cpu()
 

@@ -308,12 +308,12 @@ def test_a_stand_in_depends_on_nothing_but_the_sample_it_stands_in_for(split: Sp
     ids = np.arange(split.num_samples)
 
     def alone(epoch: int, sample: int, bad: set[int]) -> int:
-        return int(sampling.stand_ins(0, epoch, ids[[sample]], bad, split.num_samples)[0])
+        return int(sampling.replace_bad(0, epoch, ids[[sample]], bad, split.num_samples)[0])
 
     drawn = set()
     for epoch in range(20):
         for bad in ({3}, {3, 5, 17}, set(range(40))):
-            found = sampling.stand_ins(0, epoch, ids, bad, split.num_samples)
+            found = sampling.replace_bad(0, epoch, ids, bad, split.num_samples)
             assert found.tolist() == [alone(epoch, sample, bad) for sample in ids.tolist()]
             assert not bad & set(found.tolist())
             assert all(now == was or was in bad for now, was in zip(found, ids, strict=True))

@@ -344,9 +344,9 @@ API cudaError_t cudaStreamGetCaptureInfo(
 }
 
 API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* given) {
-  int before = mode;
+  int previous = mode;
   mode = *given;
-  *given = static_cast<cudaStreamCaptureMode>(before);
+  *given = static_cast<cudaStreamCaptureMode>(previous);
   return OK;
 }
 

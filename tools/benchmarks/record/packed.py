@@ -52,7 +52,7 @@ def measure(job: InputJob) -> Result:
         "gather_us_per_image": 1e6 * thread_s / images,
         "gather_cores": cpu_s / wall_s,
         "kb_per_image": num_bytes / images / 1e3,
-        "by_system": feed.reader.move.by_system if isinstance(feed.reader, Packer) else None,
+        "by_system": feed.reader.copy_ranges.by_system if isinstance(feed.reader, Packer) else None,
     }
     if job.gpu:
         found |= on_device(job, draw, packed.buffer, packed.starts, split)
@@ -89,7 +89,7 @@ def on_device(
         raise RuntimeError(f"the kernel does not run: {fault}")
     head = resize_gpu.head_of(buffer, len(draw.ids))
     sizes = split.width[draw.ids], split.height[draw.ids]
-    resize_gpu.describe(head, draw, starts, sizes, split.label[draw.ids])
+    resize_gpu.write_head(head, draw, starts, sizes, split.label[draw.ids])
     here = torch.from_numpy(buffer)
     there = here.to(device)
 
