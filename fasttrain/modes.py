@@ -133,7 +133,7 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
     """
     ratio = math.inf
     if setup.on_cpu:
-        say("measuring bfloat16 beside float32 on this CPU")
+        say("comparing the speed of bfloat16 with that of float32 on this CPU")
         ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
     # All ranks use the slowest rank's ratio. If one rank decided differently, the others would wait
     # for it in a collective.
@@ -146,8 +146,8 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
 def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> tuple[str, str]:
     """The result of `choose_execution` by trials; stores it under `key` if no trial failed."""
     notice = (
-        "trying ways to carry out updates, which can take minutes; the fastest is remembered for "
-        "later runs, and --set train.execution=MODE tries none"
+        "trying several ways to carry out updates, which can take minutes; later runs reuse the "
+        "result; --set train.execution=MODE skips the trials"
     )
     say("timing a few updates" if setup.on_cpu else notice)
     eager = try_mode("eager", setup)
@@ -173,7 +173,7 @@ def _try_others(setup: Setup, eager_loss: float) -> list[ModeTrial]:
     for mode in modes:
         trial = try_mode(mode, setup)
         if not trial.fault and not abs(trial.loss - eager_loss) <= LOSS_TOLERANCE * eager_loss:
-            fault = f"has another loss ({trial.loss:.4f}, eager {eager_loss:.4f})"
+            fault = f"gave a wrong loss ({trial.loss:.4f}, eager {eager_loss:.4f})"
             trial = replace(trial, fault=fault)
         trials.append(trial)
         if trial.fault:

@@ -108,7 +108,7 @@ def faults_of(
     faults = {}
     for sample, image in zip(samples, images, strict=True):
         if checksums and zlib.crc32(image) != split.crc32[sample]:
-            faults[sample] = "not as it was written, its crc32 differs from the index's"
+            faults[sample] = "its bytes changed: its crc32 is not the one in the index"
         elif fault := _size_fault(split, sample, image):
             faults[sample] = fault
     return faults
@@ -123,7 +123,7 @@ def _size_fault(split: Split, sample: int, image: memoryview) -> str:
     try:
         found = Image.open(io.BytesIO(image)).size
     except Exception:  # Pillow documents no full list: OSError, DecompressionBombError, and more
-        return "no header of an image"
+        return "it does not begin as an image does"
     return "" if found == listed else f"{found} pixels, but {listed} in {split.name}.index"
 
 

@@ -80,7 +80,7 @@ def test_a_mode_that_fails_or_disagrees_is_neither_chosen_nor_remembered(chosen:
     mode, why, tried = chosen(trials, cache="one")
     assert mode == "eager" and tried == list(trials)
     assert chosen(GOOD, cache="one")[0] == "compile_graph_fuse"
-    assert "compile_graph has another loss (1.6000, eager 1.5000)" in why
+    assert "compile_graph gave a wrong loss (1.6000, eager 1.5000)" in why
     assert "graph failed: RuntimeError: no graphs here" in why
 
 
@@ -249,7 +249,7 @@ def test_on_a_gpu_every_mode_can_be_tried(
     scale = accelerator.scaler.get_scale() if accelerator.scaler else None
     said: list[str] = []
     mode, why = modes.choose_execution(setup, None, said.append)
-    assert "failed" not in why and "another loss" not in why, why
+    assert "failed" not in why and "wrong loss" not in why, why
     assert torch.cuda.memory_allocated() <= held + 2**20
     assert scale == (accelerator.scaler.get_scale() if accelerator.scaler else None)
     assert modes.choose_execution(setup, None, said.append)[0] == mode

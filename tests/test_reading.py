@@ -147,7 +147,7 @@ def test_the_size_of_a_jpeg_is_read_as_pillow_reads_it(split: Split) -> None:
     huge = image[: frame + 5] + bytes([0xFF] * 4) + image[frame + 9 :]  # for Pillow, a bomb
     for damaged in (huge, image[: frame + 5], image[:3], b""):
         (fault,) = reading.faults_of(split, [sample], [memoryview(damaged)], False).values()
-        assert fault == "no header of an image"
+        assert fault == "it does not begin as an image does"
 
 
 def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
