@@ -1,4 +1,4 @@
-"""Whether processes that were launched together belong to one run."""
+"""Checks that the processes that were launched together belong to one run."""
 
 import hashlib
 import platform
@@ -13,11 +13,14 @@ from fasttrain import config
 from fasttrain.launch import LaunchError
 from fasttrain.runtime import Process
 
-CLOCK_S = 60.0  # by which the clocks of two machines may differ
+CLOCK_S = 60.0  # largest difference allowed between the clocks of two machines
 
 
 def code_digest(package: Path = Path(__file__).parent) -> str:
-    """12 hex digits of the names and contents of all modules, also of those in sub-folders."""
+    """Returns 12 hex digits that depend on the names and contents of all modules of a package.
+
+    Modules in sub-folders count too.
+    """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
@@ -26,11 +29,15 @@ def code_digest(package: Path = Path(__file__).parent) -> str:
 
 
 def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:
-    """What `check` compares over all processes; call it in all at the same time."""
-    own = config.may_vary(per_machine=True)
+    """Returns what `check` compares. All ranks call this at the same time: it reads the clock.
+
+    Args:
+        digests: those of the splits.
+    """
+    may_differ = config.may_vary(per_machine=True)
     gpu = process.device.type == "cuda"
     return {
-        "place": f"rank {process.rank} on {platform.node()}",
+        "process": f"rank {process.rank} on {platform.node()}",
         "gpu": str(torch.cuda.get_device_properties(process.device).uuid) if gpu else None,
         "clock": time.time(),
         "fasttrain's code": code_digest(),
@@ -40,32 +47,36 @@ def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> di
             f"{section}.{key}": value
             for section, table in recipe.model_dump(mode="json").items()
             for key, value in table.items()
-            if f"{section}.{key}" not in own
+            if f"{section}.{key}" not in may_differ
         },
     }
 
 
 def check(found: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that processes belong to one run, given the `facts` of each.
+    """Checks that processes belong to one run.
 
+    Args:
+        found: the `facts` of each rank.
     Raises:
-        LaunchError: they have other code, data or settings, share a GPU, or their clocks differ.
+        LaunchError: ranks differ in code, data or settings, share a GPU, or their clocks differ.
     """
     first, faults, gpus = found[0], [], dict[str, str]()
     for other in found[1:]:
-        where = f"{other['place']}, but {first['place']}"
+        where = f"{other['process']}, but {first['process']}"
         faults += [
             f"{name}: {other[name]} for {where}: {value}"
             for name, value in first.items()
-            if name not in ("place", "gpu", "clock") and other[name] != value
+            if name not in ("process", "gpu", "clock") and other[name] != value
         ]
         if abs(other["clock"] - first["clock"]) > CLOCK_S:
             ahead = other["clock"] - first["clock"]
             faults.append(
-                f"the clock of {other['place']} is {ahead:+.0f} s from the first's: set it"
+                f"the clock of {other['process']} is {ahead:+.0f} s from that of "
+                f"{first['process']}: set it"
             )
     for each in found:
-        if each["gpu"] and (holder := gpus.setdefault(each["gpu"], each["place"])) != each["place"]:
-            faults.append(f"{each['place']} has the GPU of {holder}: launch one process per GPU")
+        name = each["process"]
+        if each["gpu"] and (holder := gpus.setdefault(each["gpu"], name)) != name:
+            faults.append(f"{name} has the GPU of {holder}: launch one process per GPU")
     if faults:
         raise LaunchError("\n  ".join(["these processes do not fit together:", *faults]))

@@ -1,4 +1,4 @@
-"""Where measurements and compiled code are kept for later runs. Needs no torch."""
+"""Chooses the folders that keep measurements and compiled code for later runs. Needs no torch."""
 
 import contextlib
 import getpass
@@ -8,19 +8,21 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-PROBE_BYTES = 4096  # that must fit, as a full quota lets files be made but not filled
+PROBE_BYTES = 4096  # written as a test: with a full quota, files can be made but not filled
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/fasttrain`, else `~/.cache/fasttrain`; a temporary folder of this user where
-    that cannot be written."""
+    """Returns `$XDG_CACHE_HOME/fasttrain`; `~/.cache/fasttrain` if that variable is not set.
+
+    If it cannot be written, returns a temporary folder of this user.
+    """
     wanted = _wanted()
     return _temporary() if fault_of(wanted) else wanted
 
 
 def remarks() -> list[str]:
-    """What a user should know of it; nothing as a rule."""
+    """Returns a warning for each folder that cannot be written."""
     found = []
     if fault := fault_of(_wanted()):
         found.append(
@@ -36,27 +38,31 @@ def remarks() -> list[str]:
 
 
 def keep_compiled() -> None:
-    """Keeps what torch.compile and Triton make for later runs, where nobody has said where.
+    """Makes torch.compile and Triton keep compiled code, unless the user has chosen a folder.
 
-    The compiler, once imported, settles on a temporary folder and says so in the environment:
-    `accelerate launch` hands one down, and the first optimizer that is built imports it here.
+    Call it before the first optimizer is built, which imports the compiler. On import, the compiler
+    chooses a temporary folder and writes it into the environment. `accelerate launch` also passes
+    such a folder on.
     """
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name, which torch before 2.13 does not survive
+    except (KeyError, OSError):  # the uid has no name; torch before 2.13 then fails
         os.environ["USER"] = f"uid{os.getuid()}"
     chosen = _chosen()
     if not chosen or fault_of(chosen):
         os.environ[COMPILED] = str(cache_dir() / "inductor")
-    if fault_of(_wanted()):  # Triton writes into the same home
+    if fault_of(_wanted()):  # Triton would write into the same home folder
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
 
 
 @cache
 def fault_of(folder: Path) -> str:
-    """Why a folder cannot be written, or empty; makes it. Asked once in a process."""
-    if not folder.is_absolute():  # as of `~` without HOME and without such a user
-        return "it is no absolute path; HOME may not be set"
+    """Makes a folder and tests it. Returns why it cannot be written; "" if it can.
+
+    The answer is kept for this process.
+    """
+    if not folder.is_absolute():  # `~` is not expanded without HOME and without a name of the user
+        return "it is not an absolute path; HOME may not be set"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -74,7 +80,7 @@ def _wanted() -> Path:
 
 
 def _chosen() -> Path | None:
-    """Where a user has said that compiled code goes."""
+    """The folder that the user has chosen for compiled code, if any."""
     temporary = os.path.join(tempfile.gettempdir(), "torchinductor_")
     path = os.environ.get(COMPILED) or temporary
     return None if path.startswith(temporary) else Path(path).absolute()
@@ -82,7 +88,10 @@ def _chosen() -> Path | None:
 
 @cache
 def _temporary() -> Path:
-    """A folder that nobody else can write, as code is loaded from it; the same in later runs."""
+    """Returns a temporary folder, the same in later runs.
+
+    Code is loaded from it, so it must not be writable by other users.
+    """
     folder = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)

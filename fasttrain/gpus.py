@@ -1,4 +1,4 @@
-"""Whether this machine's GPUs fit the launch and the recipe. Asks without touching a GPU."""
+"""Checks that this machine's GPUs fit the launch and the recipe, without using a GPU."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from fasttrain.launch import LaunchError
 
 
 def has_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether Accelerate will find a GPU."""
+    """True if Accelerate will find a GPU."""
     return not launch.on_cpu(environ) and torch.cuda.device_count() > 0
 
 
 def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
-    """Checks that this machine can train as the recipe asks, in as many processes as there are.
+    """Checks that this machine can train the recipe in the launched processes.
 
     Raises:
-        LaunchError: it cannot.
+        LaunchError: there are too few GPUs, or a setting of the recipe does not fit this machine.
     """
     train, decode = recipe.train, recipe.data.decode
     if has_gpu(environ):
@@ -28,7 +28,7 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
         if processes > gpus:
             raise LaunchError(
                 f"{processes} processes were launched here, but there are {gpus} GPUs: launch one "
-                "process per GPU with --num_processes, or see CUDA_VISIBLE_DEVICES"
+                "process per GPU with --num_processes, or check CUDA_VISIBLE_DEVICES"
             )
         if train.deterministic and decode.startswith("gpu"):
             raise LaunchError(
@@ -43,7 +43,7 @@ def check_launch(recipe: config.Recipe, environ: Mapping[str, str]) -> None:
 
 
 def idle_gpus(environ: Mapping[str, str]) -> list[str]:
-    """A remark where one process was started on a machine with several GPUs."""
+    """Returns a remark if only one process was started on a machine with several GPUs."""
     gpus = torch.cuda.device_count()
     if not has_gpu(environ) or gpus < 2 or launch.number_in(environ, "WORLD_SIZE", 1) > 1:
         return []

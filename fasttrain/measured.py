@@ -1,4 +1,4 @@
-"""What earlier runs measured, kept for later runs on the same machine."""
+"""Keeps measurements for later runs on the same machine."""
 
 import contextlib
 import hashlib
@@ -11,13 +11,13 @@ from fasttrain.caches import cache_dir
 
 
 def key_of(*parts: Any) -> str:
-    """A short name for all that a measurement depends on: `parts` and fasttrain's version."""
+    """Returns a short name for what a measurement depends on: `parts` and fasttrain's version."""
     text = json.dumps([fasttrain.__version__, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def recall(key: str) -> Any:
-    """The value that `remember` kept under `key`; None if there is none, or it is damaged."""
+    """Returns the value kept under `key`; None if there is none, or if it is damaged."""
     try:
         return json.loads((cache_dir() / f"{key}.json").read_text())
     except (OSError, ValueError):
@@ -25,7 +25,7 @@ def recall(key: str) -> Any:
 
 
 def remember(key: str, value: Any) -> None:
-    """Keeps a value of JSON types. If nothing can be written, the next run measures again."""
+    """Keeps a value of JSON types under `key`. If this fails, the next run measures again."""
     with contextlib.suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
         files.write_bytes(cache_dir() / f"{key}.json", json.dumps(value).encode())

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and the moving average of the weights."""
+"""The optimizer with its parameter groups, and the moving average of the weights."""
 
 import copy
 from typing import Any
@@ -12,11 +12,11 @@ from fasttrain.model import LAST_LAYER
 
 
 def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
-    """SGD that decays the weights of convolutions and linear layers, not biases and BatchNorm.
+    """Builds SGD. Only the weights of convolutions and linear layers decay.
 
-    The learning rate is set on every group before each update: `schedule.lr_at` times the group's
-    `lr_factor`. Frozen parameters are in no group. Momentum starts from zeros: the fused SGD would
-    otherwise go on from memory that a skipped first step never set.
+    Before each update, every group gets the learning rate `schedule.lr_at` times its `lr_factor`.
+    Frozen parameters are in no group. The momentum buffers start as zeros: the fused SGD would
+    otherwise read memory that was never set if the first step is skipped.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -50,8 +50,8 @@ def _groups(parameters: list[nn.Parameter], optim: config.Optim) -> list[dict[st
 class WeightAverage:
     """Exponential moving average (EMA) of parameters and BatchNorm statistics, as a network.
 
-    The decay grows from 0.1 as (1 + n) / (10 + n) up to its value, as an average that starts from
-    untrained weights would stay near chance for epochs.
+    The decay grows from 0.1 as (1 + n) / (10 + n) up to `decay`. With a constant decay, the average
+    would contain untrained weights and stay near chance for epochs.
 
     Source of the growing decay: tf.train.ExponentialMovingAverage, num_updates.
     """
@@ -62,10 +62,19 @@ class WeightAverage:
         self.flat = flatten(self.module)
 
     def weight(self, num_updates: int) -> float:
-        """The part of the weights after update number `num_updates` (the first is 1)."""
+        """Returns the fraction by which the average moves towards the new weights.
+
+        Args:
+            num_updates: the number of updates done, at least 1.
+        """
         return 1 - min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
     def update(self, flat: Flat, weight: Tensor) -> None:
-        """Takes in the weights and statistics of the network by their part `weight`, 0-d there."""
+        """Moves the average towards the network by the fraction `weight`.
+
+        Args:
+            flat: the network's weights and statistics.
+            weight: float32, 0-d, on the network's device.
+        """
         self.flat.averaged.lerp_(flat.averaged, weight)

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: images, steps, epochs, micro-batches, and the learning rate at a step.
+"""Computes the numbers of a run: steps, epochs, micro-batches, and the learning rate of a step.
 
 A step is one optimizer update, counted from 0 over the whole run. It takes one global batch:
 
@@ -14,7 +14,7 @@ from fasttrain.faults import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a recipe comes to on this many images and processes."""
+    """The numbers of a run, for a given number of samples and a world size."""
 
     seed: int
     num_samples: int  # of the training split
@@ -22,9 +22,9 @@ class Plan:
     global_batch_size: int
     micro_batch_size: int
     accumulation: int  # micro-batches per process and step
-    steps_per_epoch: int  # an incomplete last batch is dropped
-    schedule_steps: int  # length of the learning rate's curve
-    total_steps: int  # where the run ends; less than `schedule_steps` under `train.max_steps`
+    steps_per_epoch: int  # the incomplete last batch is dropped
+    schedule_steps: int  # length of the learning rate's schedule
+    total_steps: int  # where the run ends; `train.max_steps` can make it less than `schedule_steps`
     warmup_steps: int
     warmup_lr: float
     peak_lr: float
@@ -32,32 +32,33 @@ class Plan:
     eval_every_epochs: int
 
     def epoch_of(self, step: int) -> int:
-        """0-based epoch that update `step` belongs to."""
+        """Returns the epoch, from 0, of update `step`."""
         return step // self.steps_per_epoch
 
     def eval_due(self, num_done: int) -> bool:
-        """Whether to evaluate once `num_done` updates are done."""
+        """True if an evaluation is due after `num_done` updates."""
         epoch, rest = divmod(num_done, self.steps_per_epoch)
         at_epoch = num_done > 0 and rest == 0 and epoch % self.eval_every_epochs == 0
         return at_epoch or num_done == self.total_steps
 
     def evals_left(self, num_done: int) -> int:
-        """How many evaluations are due after more than `num_done` updates."""
+        """Returns the number of evaluations that are due after more than `num_done` updates."""
         period = self.steps_per_epoch * self.eval_every_epochs
         at_end = self.total_steps % period > 0 and num_done < self.total_steps
         return self.total_steps // period - num_done // period + at_end
 
 
 def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_size: int) -> Plan:
-    """The plan of a recipe for `num_samples` training images on `world_size` processes.
+    """Makes the plan for `num_samples` training images and a world size.
 
     Raises:
-        ConfigError: the batch does not fit the data or does not divide over the processes.
+        ConfigError: the global batch is larger than the data, or does not divide evenly.
     """
     batch = train.global_batch_size
     if batch > num_samples:
         raise ConfigError(
-            f"[train] global_batch_size = {batch}: more than the {num_samples:,} training images"
+            f"[train] global_batch_size = {batch}: more than the {num_samples:,} training images; "
+            "lower it"
         )
     if batch % world_size:
         below = batch // world_size * world_size
@@ -95,7 +96,7 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
 
 
 def _near_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` next to `wanted`: `2 or 4`."""
+    """Names the divisors of `number` next to `wanted`: `2 or 4`."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d < wanted][-1:]
     above = [d for d in divisors if d > wanted][:1]
@@ -103,27 +104,32 @@ def _near_divisors(number: int, wanted: int) -> str:
 
 
 def crop_px_at(epoch: int, crop_px: int | tuple[tuple[int, int], ...]) -> int:
-    """Side of the training crops in 0-based `epoch`, for a recipe's `data.crop_px`."""
+    """Returns the side of the training crops in pixels.
+
+    Args:
+        epoch: from 0.
+        crop_px: `data.crop_px` of the recipe.
+    """
     if isinstance(crop_px, int):
         return crop_px
     return next(px for start, px in reversed(crop_px) if start <= epoch)
 
 
 def largest_crop_px(crop_px: int | tuple[tuple[int, int], ...]) -> int:
-    """The largest side of the training crops, for a recipe's `data.crop_px`."""
+    """Returns the largest side of the training crops in pixels, for a recipe's `data.crop_px`."""
     return crop_px if isinstance(crop_px, int) else max(px for _, px in crop_px)
 
 
 def lr_at(step: int, plan: Plan) -> float:
-    """Learning rate of update `step`: linear warm-up, then cosine to `final_lr`.
+    """Returns the learning rate of an update: linear warm-up, then cosine to `final_lr`.
 
-    Update 0 has `warmup_lr`, update `warmup_steps` has `peak_lr`; `final_lr` would be reached one
-    update after the last.
+    Update 0 has `warmup_lr`, and update `warmup_steps` has `peak_lr`. The curve reaches `final_lr`
+    one update after the last one.
 
     Args:
-        step: 0-based update index.
+        step: index of the update, from 0.
     Raises:
-        ValueError: if step is outside [0, plan.schedule_steps).
+        ValueError: `step` is outside [0, plan.schedule_steps).
     Source: SGDR, arXiv:1608.03983, eq. 5, without restarts.
     """
     if not 0 <= step < plan.schedule_steps:

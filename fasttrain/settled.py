@@ -1,7 +1,7 @@
-"""The recipe as it is carried out: settled once, at the start, and never changed later.
+"""Settles the recipe once, at the start. Nothing changes it later. Needs no torch.
 
-Some fields depend on each other or on the environment. Each function returns the final recipe and
-one sentence for each field that it changed. Needs no torch.
+Some fields depend on each other or on the environment. Each function returns the final recipe, and
+one sentence for each field that it changed.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fasttrain.config import Recipe
 
 
 def for_training(recipe: Recipe, environ: Mapping[str, str]) -> tuple[Recipe, list[str]]:
-    """The recipe for a run that starts in this environment.
+    """Returns the recipe for a run that starts in this environment.
 
     Raises:
         ConfigError: `SLURM_RESTART_COUNT` is not a number.
@@ -36,10 +36,11 @@ def for_training(recipe: Recipe, environ: Mapping[str, str]) -> tuple[Recipe, li
 def for_evaluation(
     recipe: Recipe, precision: str | None, has_gpu: bool
 ) -> tuple[Recipe, list[str]]:
-    """The recipe of a trained network, for an evaluation on this machine.
+    """Returns the recipe of a trained network for an evaluation on this machine.
 
     Args:
-        precision: that a user asks for; None for that of the recipe.
+        precision: replaces `train.precision`; None keeps it.
+        has_gpu: True if this machine has a GPU.
     """
     remarks = []
     if recipe.data.decode != "auto":

@@ -1,9 +1,10 @@
-"""Copies of the shards on the nodes, for `data.stage`: made once a node, checked, and freed.
+"""Copies shards to each node for `data.stage`. One process per node makes and removes the copy.
 
-    STAGE/imagenet-1a2b3c4d5e6f/        a data set like its original; or some of its tars
-    STAGE/imagenet-1a2b3c4d5e6f.lock    held by who copies; who trains shares a lock on the folder
+    STAGE/imagenet-1a2b3c4d5e6f/        the copy: the whole data set, or some of its tars
+    STAGE/imagenet-1a2b3c4d5e6f.lock    locked by a process that copies
 
-The name has a digest of the manifest, so that a data set that was made again is copied again.
+Runs that read the copy share a lock on its folder. The name contains a digest of the manifest, so a
+data set that was made again is copied again.
 """
 
 import hashlib
@@ -25,18 +26,18 @@ from fasttrain.shards import ShardError, Split
 
 CHUNK = 4 << 20  # bytes read and written at a time
 SAY_EVERY_S = 30.0
-POLL_S = 0.2  # how often nodes tell each other how far they are
+POLL_S = 0.2  # time between two exchanges of progress between the nodes
 
 
 class Report(NamedTuple):
-    """How far a node is."""
+    """The progress of one node."""
 
     host: str
-    done: int  # bytes that are there
-    total: int
-    copied: int  # bytes, of those, that this run has copied
+    done: int  # bytes that the copy has
+    total: int  # bytes of the complete copy
+    copied: int  # those of `done` that this run has copied
     finished: bool
-    fault: str  # why there will be no copy; empty if nothing is wrong
+    fault: str  # why the copy failed; "" if nothing is wrong
 
 
 class _File(NamedTuple):
@@ -46,39 +47,42 @@ class _File(NamedTuple):
 
 
 class Staging:
-    """Copies a data set to this node in threads, or waits for another run that does."""
+    """Copies a data set to this node in threads. Waits if another run is copying it."""
 
     def __init__(self, root: Path, data: config.Data) -> None:
-        """Begins at once; `root` is a data set, and `data.stage` is set."""
+        """Starts copying the data set at `root`. `data.stage` must be set."""
         assert data.stage is not None
         self.root, self.data = root, data
         self.folder = folder_of(root, data.stage)
         self.total = self.done = self.copied = 0
         self.fault = ""
-        self.used: int | None = None  # the folder, locked while this run reads it
+        self.used: int | None = None  # descriptor of the folder, locked while this run reads it
         self.counting = threading.Lock()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def report(self) -> Report:
+        """Returns the progress of this node."""
         finished = not self.thread.is_alive()
         return Report(os.uname().nodename, self.done, self.total, self.copied, finished, self.fault)
 
     def release(self) -> None:
-        """Ends the use of the copy, and frees it unless it is to be kept or others use it."""
+        """Ends the use of the copy. Removes it, unless it is to be kept or another run uses it."""
         if self.used is None:
             return
         try:
             if not self.data.stage_keep:
                 with self._copying():
-                    if files.lock(self.used, wait_s=0):  # else another run reads it, and frees it
+                    if files.lock(
+                        self.used, wait_s=0
+                    ):  # else another run reads it and will remove it
                         shutil.rmtree(self.folder)
         finally:
             os.close(self.used)
             self.used = None
 
     def _copying(self) -> AbstractContextManager[None]:
-        """Holds the lock of those that write to the copy or remove it."""
+        """Holds the lock for changing the copy."""
         return files.locked(Path(f"{self.folder}.lock"))
 
     def _run(self) -> None:
@@ -91,9 +95,9 @@ class Staging:
                 files.lock(self.used, shared=True)
         except ShardError as error:
             self.fault = str(error)
-        except Exception as error:  # in a thread, where it would be lost
+        except Exception as error:  # it would be lost in this thread
             self.fault = (
-                f"[data] stage = {self.data.stage}: {error}; mend that, name another folder, or "
+                f"[data] stage = {self.data.stage}: {error}; correct that, name another folder, or "
                 "unset data.stage"
             )
 
@@ -111,7 +115,7 @@ class Staging:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-        if self.data.stage_part == 1:  # a whole data set then, which `open_split` will take
+        if self.data.stage_part == 1:  # the copy is then a data set that `open_split` opens
             for name in (shards.MANIFEST_DIGEST, shards.MANIFEST):
                 files.write_bytes(self.folder / name, (self.root / name).read_bytes())
 
@@ -135,37 +139,41 @@ class Staging:
 
 
 def folder_of(root: Path, stage: Path) -> Path:
-    """Where the copy of the data set at `root` lies."""
+    """Returns the folder of the copy of the data set at `root`."""
     digest = hashlib.sha256((root / shards.MANIFEST).read_bytes()).hexdigest()
     return stage / f"{root.resolve().name}-{digest[:12]}"
 
 
 def bytes_to_copy(root: Path, data: config.Data) -> int:
-    """What this node's copy still lacks."""
+    """Returns the number of bytes that the copy on this node still lacks."""
     assert data.stage is not None
     missing = _missing(folder_of(root, data.stage), _files(root, data.stage_part))
     return sum(file.size for file in missing)
 
 
-def check_room(root: Path, data: config.Data, asked: int, free: int) -> None:
-    """Whether `asked` bytes of the data set at `root` fit into the `free` ones.
+def check_room(root: Path, data: config.Data, needed: int, free: int) -> None:
+    """Checks that `needed` bytes of the data set at `root` fit into `free` bytes.
 
     Raises:
-        ShardError: they do not; says which part would.
+        ShardError: they do not fit. The message names the part that would.
     """
-    if asked <= free:
+    if needed <= free:
         return
     fixed, whole = (sum(file.size for file in _files(root, part)) for part in (0.0, 1.0))
     part = math.floor(95 * (free - fixed) / max(1, whole - fixed)) / 100
     raise ShardError(
-        f"[data] stage = {data.stage}: {asked / 1e9:,.1f} GB are to be copied, and "
+        f"[data] stage = {data.stage}: {needed / 1e9:,.1f} GB are to be copied, and "
         f"{free / 1e9:,.1f} GB are free; make room, or name another folder"
         + (f", or copy a part: --set data.stage_part={part:.2f}" if part > 0 else "")
     )
 
 
 def open_copy(split: Split, data: config.Data) -> Split:
-    """The split as it is read from this node's copy."""
+    """Returns the split whose copied shards are read from this node's copy.
+
+    Raises:
+        ShardError: the copy is damaged.
+    """
     assert data.stage is not None
     folder = folder_of(split.root, data.stage)
     if data.stage_part == 1:
@@ -181,13 +189,15 @@ def wait(
     gather: Callable[[Report | None], Sequence[Report | None]],
     say: Callable[[str], Any],
 ) -> None:
-    """Waits until all nodes have their copies; to be called by all processes.
+    """Waits until all nodes have their copies. Every rank calls this.
 
     Args:
-        mine: that of this process, if it is the one of its node that copies.
-        gather: gives what every process gave; returns soon, so that no exchange times out.
+        mine: the copy that this process makes; None if another process of the node makes it.
+        gather: collects the reports of all ranks. It is called every `POLL_S` seconds, so that no
+            collective times out.
+        say: prints progress.
     Raises:
-        ShardError: on some node there will be no copy.
+        ShardError: a node could not make its copy.
     """
     begun = said = time.monotonic()
     while True:
@@ -217,23 +227,26 @@ def wait(
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can be written into a folder; into one of memory, no more than there is."""
+    """Returns the bytes that can be written into a folder. In a tmpfs, free memory limits them."""
     free = shutil.disk_usage(folder).free
     return min(free, forecast.available_bytes()) if file_system_of(folder) == "tmpfs" else free
 
 
 def file_system_of(path: Path) -> str:
-    """`ext4`, `tmpfs`, `nfs4`, ...: the type of the file system that `path` lies on."""
+    """Returns the type of the file system of `path`, such as `ext4`, `tmpfs` or `nfs4`."""
     kinds = {}
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, place, kind, *_ = line.split()
-        kinds[Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), place))] = kind
+        _, mount, kind, *_ = line.split()
+        kinds[Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), mount))] = kind
     path = path.resolve()
-    return next(kinds[place] for place in (path, *path.parents) if place in kinds)
+    return next(kinds[folder] for folder in (path, *path.parents) if folder in kinds)
 
 
 def _missing(folder: Path, wanted: Sequence[_File]) -> list[_File]:
-    """Those that a copy lacks. What is there appeared whole, after it was compared."""
+    """Returns the files that a copy lacks.
+
+    Names and sizes suffice: a file appears in the copy only after its digest was verified.
+    """
 
     def is_there(file: _File) -> bool:
         path = folder / file.name
@@ -247,14 +260,16 @@ def _num_copied(split: str, num_shards: int, part: float) -> int:
 
 
 def _files(root: Path, part: float) -> list[_File]:
-    """What is copied, in order: of all splits but the training split all."""
+    """Lists the files to copy, in order: this part of the training tars, and all other files."""
     found = []
     for name, entry in shards.read_manifest(root)["splits"].items():
         index = entry["index"]
         found.append(_File(index["name"], index["size"], index["sha256"]))
         for shard in entry["shards"][: _num_copied(name, len(entry["shards"]), part)]:
             found.append(_File(shard["name"], shard["size"], shard["sha256"]))
-            idx = (root / shard["name"]).with_suffix(".idx")  # DALI's, which training does without
+            idx = (root / shard["name"]).with_suffix(
+                ".idx"
+            )  # DALI's index; training does not need it
             if idx.exists():
                 found.append(_File(idx.name, idx.stat().st_size, shard["idx_sha256"]))
     return found

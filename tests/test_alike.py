@@ -39,7 +39,7 @@ def test_processes_that_are_alike_may_train_together() -> None:
         ({"the data set": ["c", "d"]}, r"the data set: \['c', 'd'\] for rank 2"),
         ({"torch": "2.10.0"}, "torch: 2.10.0 for rank 2"),
         ({"gpu": "GPU-0"}, "rank 2 on .* has the GPU of rank 0 on .*: launch one process per GPU"),
-        ({"clock": 0.0}, r"the clock of rank 2 on .* is -\d+ s from the first's: set it"),
+        ({"clock": 0.0}, r"the clock of rank 2 on .* is -\d+ s from that of rank 0 on"),
     ],
 )
 def test_processes_that_differ_are_refused(change: dict[str, Any], message: str) -> None:

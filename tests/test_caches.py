@@ -69,7 +69,7 @@ def test_without_a_home_a_temporary_folder_is_the_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert caches.cache_dir().parent == tmp_path / "tmp"
-    assert "it is no absolute path; HOME may not be set" in caches.remarks()[0]
+    assert "it is not an absolute path; HOME may not be set" in caches.remarks()[0]
     assert not Path("~").exists()
 
 

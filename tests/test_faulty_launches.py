@@ -131,5 +131,5 @@ def test_a_message_is_left_for_the_launcher(
     assert said(**elastic, EVERYWHERE="") == (f"{line}\n", line)
     assert said(**elastic | {"TORCHELASTIC_ERROR_FILE": "/nowhere/x"}) == (f"{line}\n", "")
     assert said(**elastic, LOCAL_RANK="1") == ("", line)  # as nobody has ended it
-    follows = "(what follows is Accelerate's own, and says no more)\n"
+    follows = "(Accelerate prints the rest, which tells no more)\n"
     assert said(ACCELERATE_MIXED_PRECISION="no", RANK="0") == (f"no data\n{follows}", "")
