@@ -1,4 +1,4 @@
-"""Tars read in place: members are listed with the offsets of their bytes, none is extracted."""
+"""Lists the members of tars with the offsets of their bytes. Extracts nothing."""
 
 import io
 import tarfile
@@ -9,9 +9,9 @@ from typing import NamedTuple
 from fasttrain.listing import Scan, kind_of
 from fasttrain.shards import ShardError
 
-MAX_IMAGE_BYTES = 1 << 30  # of one member; ImageNet's largest image has 16 MB
+MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest image has 16 MB
 LINKS = "links or devices in tars"
-_COMPRESSED = {  # by their first bytes
+_COMPRESSED = {  # first bytes -> method, command that unpacks
     b"\x1f\x8b": ("gzip", "zcat"),
     b"BZh": ("bzip2", "bzcat"),
     b"\xfd7zXZ": ("xz", "xzcat"),
@@ -21,7 +21,7 @@ _LFS = b"version https://git-lfs"
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file: reads a tar inside a tar in place."""
+    """A part of a file that can be read like a file, to read a tar inside a tar."""
 
     def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
         self.file, self.start, self.size, self.position = file, start, size, 0
@@ -50,18 +50,21 @@ class _Window(io.RawIOBase):
 
 
 class Member(NamedTuple):
-    """A plain file of a tar."""
+    """A regular file in a tar."""
 
     name: str
-    offset: int  # in the outermost file
-    size: int
+    offset: int  # of its bytes, in the outermost file
+    size: int  # bytes
 
 
 def members(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The plain files of an uncompressed tar, or of one that lies within a file.
+    """Yields the regular files of an uncompressed tar. Counts links and devices as left out.
 
-    Links and devices are counted as left out; their names lead nowhere.
-
+    Args:
+        path: the tar, or a file that contains it.
+        scan: counts what is left out.
+        start: offset of the tar in the file, in bytes.
+        size: size of the tar in bytes; None: up to the end of the file.
     Raises:
         ShardError: the tar is compressed, damaged, or has a sparse member.
     """
@@ -73,7 +76,7 @@ def members(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> 
             window = _Window(file, start, whole - start if size is None else size)
             with tarfile.open(fileobj=window, mode="r:") as tar:
                 for member in tar:
-                    # tarfile keeps every header, which is a gigabyte for ImageNet.
+                    # tarfile would keep every header: a gigabyte for ImageNet.
                     tar.members = []  # type: ignore[attr-defined]
                     if member.issparse():
                         raise ShardError(
@@ -89,7 +92,8 @@ def members(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> 
                     yield Member(member.name, start + member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(
-            f"{path} is damaged: {error}; compare its MD5 with the published one and load it anew"
+            f"{path} is damaged: {error}; compare its MD5 with the published one and download it "
+            "again"
         ) from None
 
 
@@ -97,15 +101,17 @@ def _check_head(path: Path, head: bytes) -> None:
     for magic, (method, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise ShardError(
-                f"{path} is compressed ({method}), and so cannot be read at random\n"
+                f"{path} is compressed ({method}) and does not allow random access\n"
                 f"unpack it to a plain tar: {command} < {path.name} > x && mv x {path.name}"
             )
     if head == _LFS:
-        raise ShardError(f"{path} is a pointer of Git LFS, not the tar: load it with git lfs pull")
+        raise ShardError(f"{path} is a Git LFS pointer, not the tar: download it with git lfs pull")
 
 
 def images(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The members that are images by name; the others are counted as left out.
+    """Yields the members that are images by their names. Counts the others as left out.
+
+    The arguments are those of `members`.
 
     Raises:
         ShardError: the tar is damaged, or an image has a gigabyte or more.
@@ -115,5 +121,7 @@ def images(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> I
             scan.skip(kind)
             continue
         if member.size > MAX_IMAGE_BYTES:
-            raise ShardError(f"{path}: {member.name!r} has a gigabyte or more: no photograph")
+            raise ShardError(
+                f"{path}: {member.name!r} has a gigabyte or more, so it is no photograph: remove it"
+            )
         yield member

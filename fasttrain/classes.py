@@ -1,4 +1,4 @@
-"""Names of classes, and the order that gives their labels."""
+"""Reads class names and settles their order, which gives the labels."""
 
 import json
 import unicodedata
@@ -10,17 +10,17 @@ from fasttrain.imagenet import WNID
 from fasttrain.listing import Found, Scan
 from fasttrain.shards import MANIFEST, ShardError
 
-FILES = ("classes.txt", "classnames.txt")  # beside WebDataset tars: a name a line, by label
+FILES = ("classes.txt", "classnames.txt")  # in a source: one class name per line, by label
 
 
 def read_list(path: Path) -> tuple[str, ...]:
-    """Names of classes in the order of their labels.
+    """Reads class names in the order of their labels.
 
     Args:
-        path: a text file with one name a line; or a data set, a checkpoint, or the folder of a run,
-            whose classes are taken.
+        path: a text file with one name per line; or the folder of a data set, a checkpoint or a
+            run, each of which stores its class names.
     Raises:
-        ShardError: the list cannot be read, is empty, or has a name twice.
+        ShardError: the list cannot be read, is empty, or holds a name twice.
     """
     source = _of_folder(path) if path.is_dir() else path
     try:
@@ -30,7 +30,7 @@ def read_list(path: Path) -> tuple[str, ...]:
         raise ShardError(f"--classes {source}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise ShardError(
-            f"--classes {source}: expected a text file with one class a line, or a data set or a "
+            f"--classes {source}: expected a text file with one class per line, or a data set or a "
             "checkpoint"
         ) from None
     fault = _fault_of(found)
@@ -57,11 +57,11 @@ def _fault_of(names: Sequence[str]) -> str | None:
     if not names or "" in names:
         return "has an empty line" if names else "holds no class"
     name, number = Counter(names).most_common(1)[0]
-    return f"the class {name} is there {number} times" if number > 1 else None
+    return f"the class {name} occurs {number} times" if number > 1 else None
 
 
-def beside(root: Path, scan: Scan) -> tuple[str, ...] | None:
-    """The list of classes that the user names, or that lies in `root`."""
+def find_list(root: Path, scan: Scan) -> tuple[str, ...] | None:
+    """Returns the class names that the user gives, or those of a list in `root`; None without."""
     if scan.options.classes is not None:
         return scan.options.classes
     for path in (root / name for name in FILES):
@@ -70,7 +70,7 @@ def beside(root: Path, scan: Scan) -> tuple[str, ...] | None:
             if fault := _fault_of(names):
                 scan.say(f"{path} is not used: {fault}")
                 continue
-            scan.say(f"{len(names):,} classes in the order of {path}")
+            scan.say(f"the {len(names):,} classes are in the order of {path}")
             return tuple(names)
     return None
 
@@ -81,20 +81,22 @@ def name_numbers(
     wnids: Mapping[int, str],
     listed: tuple[str, ...] | None = None,
 ) -> None:
-    """Turns labels that are numbers into names of classes: the splits and classes of the scan.
+    """Turns numeric labels into class names. Adds the images to `scan.splits`, sets `scan.classes`.
 
     Args:
         numbered: images with their labels, by split.
-        wnids: WordNet ids by label, as far as they are known.
+        wnids: WordNet ids by label, for the labels where they are known.
         listed: names by label, if there is a list.
     Raises:
-        ShardError: a label is negative or lies beyond the list.
+        ShardError: a label is negative or beyond the end of the list.
     """
     labels = sorted({label for found in numbered.values() for _, label in found})
     if any(label < 0 for label in labels):
-        raise ShardError(f"label {labels[0]}: images without a label cannot be trained on")
+        raise ShardError(
+            f"label {labels[0]}: a negative label means no label; give files that have labels"
+        )
     known = [wnids.get(label) for label in labels]
-    # Only if they sort as the labels do: otherwise the numbers mean something else.
+    # The WordNet ids must sort as the labels do. Otherwise the numbers mean something else.
     by_wnid = None not in known and known == sorted(set(known), key=str)
     if listed is not None and not (by_wnid and set(known) <= set(listed)):
         if labels and labels[-1] >= len(listed):
@@ -113,7 +115,7 @@ def name_numbers(
 
 
 def known_wnids(items: Iterable[tuple[Found, int]]) -> dict[int, str]:
-    """WordNet ids by label, from images whose names begin with them."""
+    """Returns WordNet ids by label, taken from the images whose names begin with one."""
     wnids: dict[int, str] = {}
     for found, label in items:
         if wnid := WNID.match(found.name):
@@ -122,7 +124,7 @@ def known_wnids(items: Iterable[tuple[Found, int]]) -> dict[int, str]:
 
 
 def settle(root: Path, scan: Scan) -> tuple[str, ...]:
-    """The classes in the order of their labels; every image is of one of them.
+    """Returns the classes in the order of their labels. Checks that they include every image's.
 
     Raises:
         ShardError: val has a class that train lacks, or an image's class is not in the list.
@@ -149,8 +151,8 @@ def settle(root: Path, scan: Scan) -> tuple[str, ...]:
     ordered = tuple(sorted(own))
     if numbers and list(ordered) != sorted(own, key=int):
         scan.say(
-            f"the classes are numbers, and sorted as text: {', '.join(ordered[:3])} are labels "
-            "0, 1 and 2; --classes-by-number sorts them as numbers"
+            f"the class names are numbers and are sorted as text: {', '.join(ordered[:3])} are "
+            "labels 0, 1 and 2; --classes-by-number sorts them as numbers"
         )
     return ordered
 
@@ -160,19 +162,19 @@ def _replace_numbers(scan: Scan, listed: tuple[str, ...]) -> None:
         for position, item in enumerate(images):
             if not item.label.isdecimal() or int(item.label) >= len(listed):
                 raise ShardError(
-                    f"--classes-by-number: the class {item.label} is no number from 0 to "
+                    f"--classes-by-number: the class {item.label} is not a number from 0 to "
                     f"{len(listed) - 1}"
                 )
             images[position] = item._replace(label=listed[int(item.label)])
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether names differ in case, blanks, or in how Unicode spells them (as Macs do) alone."""
+    """Returns whether two names differ only in case, blanks, or Unicode form (as on Macs)."""
     forms = (unicodedata.normalize("NFKC", name).casefold().split() for name in (one, other))
     return next(forms) == next(forms)
 
 
-def _check(root: Path, scan: Scan, classes: set[str], lack: str) -> None:
+def _check(root: Path, scan: Scan, classes: set[str], why_unknown: str) -> None:
     for split, images in scan.splits.items():
         unknown = sorted({item.label for item in images} - classes)
         if unknown:
@@ -181,16 +183,16 @@ def _check(root: Path, scan: Scan, classes: set[str], lack: str) -> None:
             alike = next((name for name in sorted(classes) if _same(name, unknown[0])), None)
             numbers = all(name.isdecimal() for name in unknown)
             raise ShardError(
-                f"{root}: {split} holds images of {unknown[0]}{more}, a class that {lack}, the "
-                f"first: {first.name} in {first.place}"
+                f"{root}: {split} holds images of {unknown[0]}{more}, a class that {why_unknown}, "
+                f"the first: {first.name} in {first.container}"
                 + (
                     f"\nis it {alike!a}? This is {unknown[0]!a}: rename one of them"
                     if alike
                     else ""
                 )
                 + (
-                    "\nfolders that are numbers: --classes-by-number takes folder 7 as the class "
-                    "number 7 of the list, from 0"
+                    "\nif the folder names are numbers, --classes-by-number takes folder 7 as "
+                    "class 7 of the list, counted from 0"
                     if numbers and scan.options.classes
                     else ""
                 )

@@ -1,7 +1,7 @@
-"""Folders of images: train/<class>/ and val/<class>/, and the ways in which people's differ.
+"""Lists folders of images: train/<class>/ and val/<class>/, and common variants of them.
 
-A split may be a folder of classes, a folder of the classes' tars, a flat folder with labels beside
-it, or the official archive. Where there are classes and no splits, a share of them becomes val.
+A split may be a folder of class folders, a folder of class tars, a flat folder with labels beside
+it, or an official archive. If there are classes and no splits, a share of each class becomes val.
 """
 
 from collections.abc import Iterable
@@ -23,30 +23,31 @@ from fasttrain.listing import (
 from fasttrain.shards import ShardError
 from fasttrain.splits import SPLIT_OF, settle_test, words
 
-_LOOKED_AT = 100  # entries of a folder, to see what it holds
+_PEEK = 100  # number of entries that are read to see what a folder holds
 
 
 # --------------------------------------------------------------------------------------------------
-# What lies where
+# Finding splits and classes
 # --------------------------------------------------------------------------------------------------
 
 
 def children(folder: Path) -> list[Path]:
-    """The folders in `folder` that may be splits or classes."""
+    """Returns the folders in `folder` that may be splits or classes."""
     found = [path for path in folder.iterdir() if not is_clutter(path.name) and path.is_dir()]
     return sorted(found)
 
 
 def split_folders(root: Path) -> dict[str, list[Path]]:
-    """The folders in `root` that are splits by their names, by split.
+    """Returns the folders in `root` that are named like splits, by split.
 
-    Names are whole words such as `train`, in any case. Where no folder has such a name, names that
-    hold one such word are taken too (`training_set`), if train is there and no class beside it.
+    A name is a whole word such as `train`, in any case. If no folder has such a name, a name that
+    contains one such word counts too (`training_set`). Then train must be among them, and no class
+    may lie beside them.
     """
     folders = children(root) if root.is_dir() else []
     exact = {path: path.name.lower() for path in folders if path.name.lower() in SPLIT_OF}
     if exact and len(exact) < len(folders) and all(map(_is_class, exact)):
-        return {}  # bus/, car/ and train/ are three classes
+        return {}  # as in bus/, car/ and train/, which are three classes
     if not exact:
         inside = {path: min(named) for path in folders if len(named := words(path.name)) == 1}
         others = [path for path in folders if path not in inside]
@@ -60,36 +61,36 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_class(folder: Path) -> bool:
-    """Whether a folder holds images and nothing else, and their names give no class."""
-    looked_at = [path for path in islice(folder.iterdir(), _LOOKED_AT) if path.is_file()]
-    images = [path for path in looked_at if is_image(path.name)]
+    """Returns whether a folder holds images and no folders, and the image names give no class."""
+    files = [path for path in islice(folder.iterdir(), _PEEK) if path.is_file()]
+    images = [path for path in files if is_image(path.name)]
     unnamed = [path for path in images if imagenet.named_label(path.name) is None]
     return bool(unnamed) and not children(folder) and not imagenet.tiny_labels(folder)
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether the folders in `folder` hold images, or it holds tars that are named like classes."""
-    looked_at = list(islice(folder.iterdir(), _LOOKED_AT)) if folder.is_dir() else []
-    if any(imagenet.is_class_tar(path) for path in looked_at):
+    """Returns whether `folder` holds folders of images, or tars that are named like classes."""
+    found = list(islice(folder.iterdir(), _PEEK)) if folder.is_dir() else []
+    if any(imagenet.is_class_tar(path) for path in found):
         return True
-    places = [path for path in looked_at if not is_clutter(path.name) and path.is_dir()]
-    places += [place / "images" for place in places if (place / "images").is_dir()]
+    inner = [path for path in found if not is_clutter(path.name) and path.is_dir()]
+    inner += [path / "images" for path in inner if (path / "images").is_dir()]
     return any(
         path.is_symlink() or (is_image(path.name) and path.is_file())
-        for place in places[:_LOOKED_AT]
-        for path in islice(place.iterdir(), _LOOKED_AT)
+        for each in inner[:_PEEK]
+        for path in islice(each.iterdir(), _PEEK)
     )
 
 
 def is_at(root: Path) -> bool:
-    """Whether `root` holds splits as folders, or classes as folders or tars."""
+    """Returns whether `root` holds splits as folders, or classes as folders or tars."""
     found = [path for paths in split_folders(root).values() for path in paths]
-    if any(not _holds_tars_alone(path) for path in found):
+    if any(not _holds_only_tars(path) for path in found):
         return True
     return not any(map(_is_other_tar, root.glob("*.tar"))) and holds_classes(root)
 
 
-def _holds_tars_alone(folder: Path) -> bool:
+def _holds_only_tars(folder: Path) -> bool:
     tars = list(folder.glob("*.tar"))
     return bool(tars) and not children(folder) and any(map(_is_other_tar, tars))
 
@@ -104,23 +105,25 @@ def _is_other_tar(path: Path) -> bool:
 
 
 def scan_imagefolder(root: Path, scan: Scan, label_roots: Iterable[Path] = ()) -> None:
-    """Lists train and val, wherever in `root` each of them is.
+    """Lists the wanted splits in `root`.
 
     Args:
-        label_roots: folders that may hold labels of a flat val; by default `root` and those above.
+        label_roots: folders that may hold the labels of a flat val. By default these are `root` and
+            three folders above it, because Kaggle's CLS-LOC lies three deep.
+    Raises:
+        ShardError: a split, a class or a label is missing, or names are ambiguous.
     """
-    label_roots = tuple(label_roots) or (root, *root.absolute().parents[:3])  # CLS-LOC: three deep
-    places = _places(root, scan)
-    for split, place in places.items():
-        if place.is_dir():
-            _scan_split(split, place, scan, label_roots)
+    label_roots = tuple(label_roots) or (root, *root.absolute().parents[:3])
+    for split, path in _split_paths(root, scan).items():
+        if path.is_dir():
+            _scan_split(split, path, scan, label_roots)
         else:
             read = imagenet.train_tar if split == "train" else imagenet.val_tar
-            scan.splits[split] += read(place, scan)
+            scan.splits[split] += read(path, scan)
 
 
-def _places(root: Path, scan: Scan) -> dict[str, Path]:
-    """The folder or archive of every split that is wanted."""
+def _split_paths(root: Path, scan: Scan) -> dict[str, Path]:
+    """Returns the folder or archive of every wanted split."""
     found = split_folders(root)
     _note_dangling(root, found, scan)
     for split, name in (("train", imagenet.TRAIN_TAR), ("val", imagenet.VAL_TAR)):
@@ -134,26 +137,29 @@ def _places(root: Path, scan: Scan) -> dict[str, Path]:
                 "split: move one of them out of the source"
             )
     source = settle_test({split: [f"{p[0].name}/"] for split, p in found.items()}, scan)
-    places = {split: paths[0] for split, paths in found.items() if split == "train"}
+    chosen = {split: paths[0] for split, paths in found.items() if split == "train"}
     if source:
-        places["val"] = found[source][0]
+        chosen["val"] = found[source][0]
     if scan.options.val_fraction is not None and source == "val":
-        raise ShardError(f"{places['val']} is there: leave out --val-fraction to use it as val")
+        raise ShardError(
+            f"--val-fraction: the source has a val split already ({chosen['val']}); leave the "
+            "option out"
+        )
     if not found and (scan.options.val_only or scan.options.val_fraction is not None):
         return {scan.wanted[0]: root}
-    missing = [split for split in scan.wanted if split not in places]
+    missing = [split for split in scan.wanted if split not in chosen]
     if missing:
         raise ShardError(_what_is_missing(root, missing[0], bool(found)))
-    return {split: places[split] for split in scan.wanted}
+    return {split: chosen[split] for split in scan.wanted}
 
 
 def _note_dangling(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
-    """Notes links in place of split folders that lead nowhere, of test only if it is needed."""
+    """Records broken links that are named like splits. Considers test only if it is needed."""
     for path in root.iterdir():
         split = SPLIT_OF.get(path.name.lower())
         is_needed = split in scan.wanted or (split == "test" and "val" not in found)
         if is_needed and path.is_symlink() and not path.exists():
-            scan.dangle(path)
+            scan.add_dangling(path)
     scan.check_links()
 
 
@@ -161,14 +167,14 @@ def _what_is_missing(root: Path, split: str, has_splits: bool) -> str:
     above = split_folders(root.absolute().parent)
     if root.name.lower() in SPLIT_OF and len(above) > 1:
         return (
-            f"{root} is one split of {root.absolute().parent}: name that folder as SOURCE (or "
-            "--val-only, to take this one alone as val)"
+            f"{root} is one split of {root.absolute().parent}: name that folder as SOURCE, or take "
+            "this split alone as val with --val-only"
         )
     if has_splits and split == "val":
         return (
-            f"{root}: there is no folder val/; expected train/<class>/ and val/<class>/ (valid, "
-            "validation, dev and test will do)\n--val-fraction 0.1 draws a tenth of every class of "
-            "train instead"
+            f"{root}: there is no folder val/; expected train/<class>/ and val/<class>/ (or valid, "
+            "validation, dev or test)\n--val-fraction 0.1 draws a tenth of every class of train "
+            "instead"
         )
     if has_splits:
         return (
@@ -179,7 +185,7 @@ def _what_is_missing(root: Path, split: str, has_splits: bool) -> str:
     some = ", ".join(sorted(classes)[:3]) + (", ..." if len(classes) > 3 else "")
     return (
         f"{root} holds classes ({some}) and no splits\n--val-fraction 0.1 draws a tenth of every "
-        "class as val; --val-only takes all as val, to evaluate on"
+        "class as val; --val-only takes all images as val, to evaluate on"
     )
 
 
@@ -211,14 +217,14 @@ def _scan_split(split: str, folder: Path, scan: Scan, label_roots: Iterable[Path
 
 
 def _scan_class(split: str, folder: Path, scan: Scan) -> list[Found]:
-    before = len(scan.dangling)
+    dangling_before = len(scan.dangling)
     images = list(images_below(folder, scan, folder.name))
     if not images and split == scan.wanted[0]:
         scan.check_links()
-        if len(scan.dangling) == before:
+        if len(scan.dangling) == dangling_before:
             tar = next(folder.glob("*.tar"), None)
             raise ShardError(
-                f"{tar} lies too deep: tars must lie in {folder.parent} itself"
+                f"{tar} lies too deep: move it up, as tars must lie in {folder.parent} itself"
                 if tar
                 else f"{folder} holds no images; remove the class or fill it"
             )
@@ -231,7 +237,7 @@ def _labelled(item: Found, label_of: LabelOf) -> Found:
 
 
 def _add_tar(path: Path, found: dict[str, list[Found]], scan: Scan) -> None:
-    """Takes the tar of a class, unless the class was unpacked beside it."""
+    """Adds the images of the tar of a class, unless the class was unpacked beside it."""
     images = list(imagenet.class_tar(path, scan))
     unpacked = found.get(path.stem)
     if unpacked is None:
@@ -240,38 +246,42 @@ def _add_tar(path: Path, found: dict[str, list[Found]], scan: Scan) -> None:
         scan.skip("tars of classes that are unpacked beside them")
     else:
         raise ShardError(
-            f"{path} holds {len(images):,} images, the folder {path.stem}/ beside it "
-            f"{len(unpacked):,}: unpack it again, or move one of the two away"
+            f"{path} holds {len(images):,} images, but the folder {path.stem}/ beside it holds "
+            f"{len(unpacked):,}: unpack the tar again, or move one of the two away"
         )
 
 
 def _check_depth(folder: Path, found: dict[str, list[Found]]) -> None:
-    """Checks that the only class is none that holds the classes: train/train/cat/1.jpg."""
+    """Checks that a single class is not a folder of classes, as in train/train/cat/1.jpg."""
     if len(found) != 1:
         return
     ((name, images),) = found.items()
     inner = {item.name.partition("/")[0] for item in images}
     if name and len(inner) > 1 and all("/" in item.name for item in images):
         raise ShardError(
-            f"{folder} holds a single folder, {name}/, and that {len(inner)} folders of images "
-            f"({', '.join(sorted(inner)[:3])}): move them up, as the first is read as the class"
+            f"{folder} holds a single folder, {name}/, which holds {len(inner)} folders of images "
+            f"({', '.join(sorted(inner)[:3])}): move these up, as {name} would be the only class"
         )
 
 
 def _flat(
     split: str, folder: Path, names: list[str], scan: Scan, label_roots: Iterable[Path]
 ) -> list[Found]:
-    """Images that lie in no class's folder, with the labels that a file or their names give."""
+    """Returns images outside class folders, labelled by a file or by their own names.
+
+    Raises:
+        ShardError: an image has no label.
+    """
     label_of = imagenet.tiny_labels(folder)
     if split == "val" and label_of is None:
         readers = (imagenet.devkit_labels, imagenet.kaggle_labels)
-        tables = (reader(place) for place in label_roots for reader in readers)
+        tables = (reader(path) for path in label_roots for reader in readers)
         label_of = next(filter(None, tables), None)
     if label_of is not None:
         return [image_file(folder, label_of(name), name) for name in names]
     named = {name: imagenet.named_label(name) for name in names}
-    lost = [name for name, label in named.items() if label is None]
-    if not lost:
+    unlabelled = [name for name, label in named.items() if label is None]
+    if not unlabelled:
         return [image_file(folder, label, name) for name, label in named.items() if label]
     if scan.options.allow_partial and split == "train":
         scan.skip("outside any class folder", len(names))
@@ -284,7 +294,7 @@ def _flat(
         )
         if SPLIT_OF.get(folder.name.lower()) == "test":
             remedy += "; or draw val from train with --val-fraction 0.1"
-    raise ShardError(f"{folder / lost[0]} lies outside any class folder: {remedy}")
+    raise ShardError(f"{folder / unlabelled[0]} lies outside any class folder: {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,10 +303,10 @@ def _flat(
 
 
 def kaggle_images(root: Path) -> Path:
-    """Where the images of Kaggle's download lie."""
+    """Returns the folder of the images in Kaggle's download."""
     return root / "ILSVRC" / "Data" / "CLS-LOC"
 
 
 def scan_kaggle(root: Path, scan: Scan) -> None:
-    """Kaggle's download: train/ by classes, val/ flat."""
+    """Lists Kaggle's download: train/ has class folders, val/ is flat."""
     scan_imagefolder(kaggle_images(root), scan, (root,))

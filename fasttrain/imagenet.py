@@ -1,4 +1,4 @@
-"""ImageNet's own files: the official archives, and the files that label validation images."""
+"""Reads ImageNet's own files: the official archives and the labels of the validation images."""
 
 import csv
 import io
@@ -15,19 +15,19 @@ from fasttrain.shards import ShardError
 
 COUNTS = {"classes": 1000, "train": 1_281_167, "val": 50_000}
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-MD5 = {  # of the official archives, as torchvision's ImageNet checks them
+MD5 = {  # of the official archives; torchvision's ImageNet checks the same sums
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
-WNID = re.compile(r"n\d{8}")  # a class's WordNet id
-_DOUBLED = re.compile(r"_(n\d{8})$")  # Hugging Face appends the class to the name
+WNID = re.compile(r"n\d{8}")  # the WordNet id of a class
+_DOUBLED = re.compile(r"_(n\d{8})$")  # the class, which Hugging Face appends to the file name
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _TINY_LABELS = "val_annotations.txt"
 
-LabelOf = Callable[[str], str]  # class of an image by its file name
+LabelOf = Callable[[str], str]  # file name of an image -> its class
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,7 +36,11 @@ LabelOf = Callable[[str], str]  # class of an image by its file name
 
 
 def devkit_labels(root: Path) -> LabelOf | None:
-    """Classes from the devkit in `root`, packed or unpacked."""
+    """Reads the classes from the devkit in `root`, packed or unpacked; None if there is no devkit.
+
+    Raises:
+        ShardError: the devkit is damaged, or scipy is missing.
+    """
     folder, packed = root / _DEVKIT, root / f"{_DEVKIT}.tar.gz"
     names = ("meta.mat", _GROUND_TRUTH)
     if (folder / "data").is_dir():
@@ -49,16 +53,16 @@ def devkit_labels(root: Path) -> LabelOf | None:
                     for name in names
                 }
         except (tarfile.TarError, KeyError, AttributeError, EOFError, OSError) as error:
-            raise ShardError(f"{packed} is damaged: {error}; load it anew") from None
+            raise ShardError(f"{packed} is damaged: {error}; download it again") from None
     else:
         return None
     try:
         from scipy.io import loadmat
     except ImportError:
         raise ShardError(
-            "the devkit's meta.mat is read with scipy: pip install -e '.[sources]'"
+            "scipy is missing, which reads the devkit's meta.mat: pip install -e '.[sources]'"
         ) from None
-    # The devkit numbers the classes in an order of its own, and inner nodes of the hierarchy too.
+    # The devkit has its own order of classes, and also numbers inner nodes of the hierarchy.
     synsets = np.atleast_1d(loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"])
     wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}
     truth = [wnids[int(line)] for line in files[_GROUND_TRUTH].split()]
@@ -67,14 +71,20 @@ def devkit_labels(root: Path) -> LabelOf | None:
         match = _VAL_NUMBER.match(name)
         number = int(match[1]) if match else 0
         if not 1 <= number <= len(truth):
-            raise ShardError(f"val/{name}: the devkit has labels for images 1 to {len(truth):,}")
+            raise ShardError(
+                f"val/{name}: the devkit has labels for images 1 to {len(truth):,} only"
+            )
         return truth[number - 1]
 
     return label_of
 
 
 def kaggle_labels(root: Path) -> LabelOf | None:
-    """Classes from Kaggle's LOC_val_solution.csv in `root`."""
+    """Reads the classes from Kaggle's LOC_val_solution.csv in `root`; None if it is not there.
+
+    Raises:
+        ShardError: a column is missing.
+    """
     path = root / "LOC_val_solution.csv"
     if not path.exists():
         return None
@@ -87,19 +97,25 @@ def kaggle_labels(root: Path) -> LabelOf | None:
 
 
 def tiny_labels(root: Path) -> LabelOf | None:
-    """Classes from Tiny ImageNet's val_annotations.txt in `root`: name, class and box, by tabs."""
+    """Reads the classes from Tiny ImageNet's val_annotations.txt in `root`; None without the file.
+
+    Each line holds a file name, a class and a box, separated by tabs.
+
+    Raises:
+        ShardError: a line has no class.
+    """
     path = root / _TINY_LABELS
     if not path.exists():
         return None
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
     short = next((number for number, row in enumerate(rows, 1) if len(row) < 2), None)
     if short:
-        raise ShardError(f"{path}, line {short}: expected an image and its class, with a tab")
+        raise ShardError(f"{path}, line {short}: expected an image, a tab and its class")
     return _by_table({row[0]: row[1] for row in rows}, path)
 
 
 def _by_table(classes: dict[str, str], path: Path) -> LabelOf:
-    # The ends of names differ between copies: .JPEG, .jpg, .png.
+    # Copies differ in their suffixes: .JPEG, .jpg, .png.
     by_stem = {Path(name).stem: label for name, label in classes.items()}
 
     def label_of(name: str) -> str:
@@ -112,7 +128,7 @@ def _by_table(classes: dict[str, str], path: Path) -> LabelOf:
 
 
 def named_label(name: str) -> str | None:
-    """The class in an image's own name: n01440764_10026.JPEG, or x_n01440764.JPEG."""
+    """Returns the class in an image's name, as in n01440764_10026.JPEG or x_n01440764.JPEG."""
     stem = Path(name).stem
     found = _DOUBLED.search(stem)
     if found:
@@ -122,7 +138,7 @@ def named_label(name: str) -> str | None:
 
 
 def undoubled(name: str) -> str:
-    """n01440764_10026_n01440764.JPEG -> n01440764_10026.JPEG, ImageNet's own name."""
+    """Restores ImageNet's name: n01440764_10026_n01440764.JPEG -> n01440764_10026.JPEG."""
     path = Path(name)
     return _DOUBLED.sub("", path.stem) + path.suffix
 
@@ -133,35 +149,39 @@ def undoubled(name: str) -> str:
 
 
 def is_official(root: Path) -> bool:
-    """Whether one of the official archives lies in `root`."""
+    """Returns whether `root` holds one of the official archives."""
     return (root / TRAIN_TAR).exists() or (root / VAL_TAR).exists()
 
 
 def is_class_tar(path: Path) -> bool:
-    """Whether a file is named like one of the 1,000 tars in the official archive of train."""
+    """Returns whether a file is named like one of the 1,000 tars in the official train archive."""
     return path.suffix == ".tar" and bool(WNID.fullmatch(path.stem))
 
 
 def class_tar(path: Path, scan: Scan) -> Iterator[Found]:
-    """The images of the tar of one class, n01440764.tar."""
+    """Yields the images of the tar of one class, such as n01440764.tar."""
     for member in images(path, scan):
         name = Path(member.name).name
         yield Found(path, member.offset, member.size, path.stem, name)
 
 
 def train_tar(path: Path, scan: Scan) -> Iterator[Found]:
-    """The images of the official archive of train: a tar of the classes' tars."""
+    """Yields the images of the official train archive, a tar that holds one tar per class."""
     for inner in members(path, scan):
         wnid = Path(inner.name).stem
         if not (inner.name.endswith(".tar") and WNID.fullmatch(wnid)):
-            scan.skip("no tar of a class")
+            scan.skip("not the tar of a class")
             continue
         for member in images(path, scan, inner.offset, inner.size):
             yield Found(path, member.offset, member.size, wnid, Path(member.name).name)
 
 
 def val_tar(path: Path, scan: Scan) -> Iterator[Found]:
-    """The images of the official archive of val, labelled by a file beside it."""
+    """Yields the images of the official val archive. A file beside it gives their labels.
+
+    Raises:
+        ShardError: that file is missing or damaged.
+    """
     label_of = devkit_labels(path.parent) or kaggle_labels(path.parent)
     if label_of is None:
         raise ShardError(
@@ -174,14 +194,14 @@ def val_tar(path: Path, scan: Scan) -> Iterator[Found]:
 
 
 def scan_official(root: Path, scan: Scan) -> None:
-    """Both official archives, or the one that is wanted."""
+    """Lists the official archives of the wanted splits."""
     archives = {"train": (root / TRAIN_TAR, train_tar), "val": (root / VAL_TAR, val_tar)}
     for split in scan.wanted:
         path, read = archives[split]
         if not path.exists():
             raise ShardError(
-                f"{path} is missing: both archives are needed, or a folder {split}/ of what was in "
-                "it" + ("" if split == "train" else "; --val-fraction 0.05 draws val from train")
+                f"{path} is missing: add it, or a folder {split}/ of its contents"
+                + ("" if split == "train" else "; --val-fraction 0.05 draws val from train")
             )
     for split in scan.wanted:
         path, read = archives[split]
@@ -194,11 +214,11 @@ def scan_official(root: Path, scan: Scan) -> None:
 
 
 def faults(source: Source) -> list[str]:
-    """How a source that is ImageNet-1k differs from the whole of it; of others, nothing.
+    """Says what a source of ImageNet-1k lacks. Returns nothing for other sources.
 
-    Official and Kaggle's archives are ImageNet, and so is whatever has at least 500 classes that
-    are called by WordNet ids. Without a split to train on, only the former are looked at:
-    ImageNet-V2 has the same classes and fewer images.
+    The official archives, Kaggle's and Hugging Face's are ImageNet by their form. Any other source
+    counts as ImageNet if it has a train split and at least 500 classes with WordNet ids. A source
+    of val alone does not: ImageNet-V2 has the same classes and fewer images.
     """
     wnids = sum(bool(WNID.fullmatch(name)) for name in source.classes)
     is_whole = wnids >= 500 and "train" in source.splits

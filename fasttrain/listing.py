@@ -1,7 +1,7 @@
-"""What a source is listed as: its images with their labels and places, and what was left out.
+"""The listing of a source: its images, their labels, where their bytes lie, and what was left out.
 
-Also the walk through folders, which names what it passes by: hidden files, folders that tools leave
-among images, files of other kinds, and links that lead nowhere.
+This module also walks through folders. It counts what it leaves out: hidden files, folders that
+tools leave among images, files of other kinds, and broken links.
 """
 
 import os
@@ -20,49 +20,53 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm".split()
 )
 UNREAD_SUFFIXES = frozenset(".heic .heif .avif .jxl .jp2 .jpx .svg .psd .dng .cr2 .nef".split())
-_CLUTTER = frozenset(  # folders that file servers and tools leave; hidden ones are known by the dot
+_CLUTTER = frozenset(  # folders that file servers and tools leave, beside hidden ones
     "@eadir @recycle @recently-snapshot #recycle #snapshot __macosx __pycache__ $recycle.bin "
     "lost+found".split()
 ) | {"system volume information"}
 
 
 class Found(NamedTuple):
-    """An image of a source, not yet looked into.
+    """An image of a source, not yet read.
 
-    Its bytes are `size` at `offset` of the archive `place`; with offset -1, the file `place/name`.
+    Its bytes are the `size` bytes at `offset` of the archive `container`. If the offset is -1, they
+    are the file `container/name`.
     """
 
-    place: Path
+    container: Path
     offset: int
     size: int
     label: str  # the name of its class
-    name: str  # its file name, or path below the class's folder
-    mtime: int = -1  # of that file, in ns since 1970; -1: that of the archive
+    name: str  # its file name, or its path below the class's folder
+    mtime: int = -1  # of that file, in ns since 1970; -1 for an image in an archive
 
 
 @dataclass(slots=True)
 class Listing:
-    """The images of a split in sorted order; columns, as there may be more than a million."""
+    """The images of a split in sorted order, as columns, because there may be over a million.
+
+    Every array has the shape (images,).
+    """
 
     names: list[str]  # class/file
     labels: NDArray[np.int32]
-    places: list[Path]
-    place: NDArray[np.int32]  # which of `places`
+    containers: list[Path]  # archives and folders
+    container: NDArray[np.int32]  # index into `containers`
     offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    mtime: NDArray[np.int64]  # when the file that holds it was last changed: ns since 1970
+    size: NDArray[np.int64]  # bytes
+    mtime: NDArray[np.int64]  # modification time of the file that holds it, in ns since 1970
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, positions: NDArray[np.integer]) -> "Listing":
-        """The images at these positions, with only the places they lie in."""
-        used, place = np.unique(self.place[positions], return_inverse=True)
+        """Returns the images at these positions, and only the containers that hold them."""
+        used, container = np.unique(self.container[positions], return_inverse=True)
         return Listing(
             names=[self.names[position] for position in positions],
             labels=self.labels[positions],
-            places=[self.places[number] for number in used],
-            place=place.astype(np.int32),
+            containers=[self.containers[number] for number in used],
+            container=container.astype(np.int32),
             offset=self.offset[positions],
             size=self.size[positions],
             mtime=self.mtime[positions],
@@ -71,18 +75,18 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a source is to be read, where its form alone does not say."""
+    """The user's choices about how to read a source."""
 
-    allow_partial: bool = False  # leave out links that lead nowhere and images without a class
-    in_place: bool = False  # the tars stay as they are
-    val_only: bool = False  # there is nothing to train on
-    val_fraction: float | None = None  # share of every class of train that becomes val
-    seed: int = 0  # of that draw
+    allow_partial: bool = False  # leave out broken links and images without a class
+    in_place: bool = False  # index the tars of the source, and write no others
+    val_only: bool = False  # the source has no train split
+    val_fraction: float | None = None  # the share of every class of train that becomes val
+    seed: int = 0  # of the draw of that share
     classes: tuple[str, ...] | None = None  # all classes, in the order of their labels
-    by_number: bool = False  # names of classes are numbers: their order, or places in `classes`
-    label_key: str | None = None  # of WebDataset tars: the member or JSON key with the label
-    image_column: str | None = None  # of parquet files
-    label_column: str | None = None  # of parquet files
+    by_number: bool = False  # class names are numbers: sort them so, or look them up in `classes`
+    label_key: str | None = None  # for WebDataset tars: the member or JSON key with the label
+    image_column: str | None = None  # for parquet files
+    label_column: str | None = None  # for parquet files
 
 
 DEFAULTS = Options()
@@ -95,28 +99,28 @@ class Source:
     form: str
     classes: tuple[str, ...]
     splits: dict[str, Listing]
-    skipped: dict[str, int]  # files and members that were left out, by kind
-    archives: str = ""  # digest of the files that had to be unpacked first
+    skipped: dict[str, int]  # number of files and members that were left out, by kind
+    archives: str = ""  # digest of the files that had to be unpacked first; empty if none had to
 
     @property
     def ignored(self) -> int:
-        """Number of files and members that were left out."""
+        """The number of files and members that were left out."""
         return sum(self.skipped.values())
 
 
 @dataclass(slots=True)
 class Scan:
-    """What a form's scanner gathers, and what it may use."""
+    """The state of one scan of a source: its inputs, and what the form's scanner collects."""
 
-    spool: Path | None = None  # folder for what must be unpacked first; None: look at files alone
-    run: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = list  # tasks, in parallel
-    say: Callable[[str], None] = lambda text: None
+    spool: Path | None = None  # folder to unpack files to; None: unpack nothing, find no images
+    run: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = list  # runs tasks in parallel
+    say: Callable[[str], None] = lambda text: None  # prints a line for the user
     options: Options = DEFAULTS
     splits: dict[str, list[Found]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     skipped: Counter[str] = field(default_factory=Counter)
-    dangling: list[Path] = field(default_factory=list)  # links that lead nowhere
+    dangling: list[Path] = field(default_factory=list)  # broken links
     archives: str = ""  # digest of the files that must be unpacked first
-    classes: Iterable[str] | None = None  # in order, where the form names them; else those of train
+    classes: Iterable[str] | None = None  # in order, if the source lists them; else those of train
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -126,42 +130,42 @@ class Scan:
         return ("train",) if self.options.val_fraction is not None else SPLITS
 
     def skip(self, kind: str, number: int = 1) -> None:
-        """Counts files that are left out."""
+        """Counts `number` files of one kind as left out."""
         self.skipped[kind] += number
 
-    def dangle(self, link: Path) -> None:
-        """Notes a link that leads nowhere."""
+    def add_dangling(self, link: Path) -> None:
+        """Records a broken link."""
         self.dangling.append(link)
         self.skip("links that lead nowhere")
 
     def check_links(self) -> None:
-        """Raises ShardError if links lead nowhere, unless a partial source is allowed."""
+        """Raises ShardError if there are broken links, unless a partial source is allowed."""
         if not self.dangling or self.options.allow_partial:
             return
         raise ShardError(
-            f"{self.about_links()}\nbring back what they point to (git-annex: git annex get .), or "
-            "leave them out with --allow-partial"
+            f"{self.describe_dangling()}\nrestore the files that they point to (git-annex: git "
+            "annex get .), or leave them out with --allow-partial"
         )
 
-    def about_links(self) -> str:
-        """How many links lead nowhere, and which is the first."""
+    def describe_dangling(self) -> str:
+        """Says how many links are broken, and names the first."""
         number, first = len(self.dangling), min(self.dangling)
         links = f"{number:,} links lead" if number > 1 else "1 link leads"
         return f"{links} nowhere, the first: {first} -> {first.readlink()}"
 
 
 # --------------------------------------------------------------------------------------------------
-# What is an image, by its name
+# Which files are images, by their names
 # --------------------------------------------------------------------------------------------------
 
 
 def is_image(name: str) -> bool:
-    """Whether a name is that of an image to train on."""
+    """Returns whether a file of this name or path is an image to train on."""
     return not kind_of(name)
 
 
 def kind_of(name: str) -> str:
-    """Why a file or member is left out, by its name or path; empty for an image."""
+    """Returns why a file of this name or path is left out; empty for an image."""
     *folders, file = name.split("/")
     for folder in folders:
         if folder not in ("", ".", "..") and is_clutter(folder):
@@ -175,7 +179,7 @@ def kind_of(name: str) -> str:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is hidden, or was left there by a file server or a tool."""
+    """Returns whether a file or folder is hidden, or was left by a file server or a tool."""
     return name.startswith(".") or name.casefold() in _CLUTTER
 
 
@@ -185,7 +189,7 @@ def is_clutter(name: str) -> bool:
 
 
 def entries(folder: Path, scan: Scan) -> Iterator[os.DirEntry[str]]:
-    """The files and folders in `folder`, by name, less clutter and links that lead nowhere."""
+    """Yields the files and folders in `folder` by name, but no clutter and no broken links."""
     with os.scandir(folder) as found:
         listed = sorted(found, key=lambda entry: entry.name)
     for entry in listed:
@@ -197,16 +201,16 @@ def entries(folder: Path, scan: Scan) -> Iterator[os.DirEntry[str]]:
             else:
                 scan.skip("hidden")
         elif entry.is_symlink() and not path.exists():
-            scan.dangle(path)
+            scan.add_dangling(path)
         else:
             yield entry
 
 
 def images_below(folder: Path, scan: Scan, label: str) -> Iterator[Found]:
-    """The images in `folder` and the folders in it, links followed.
+    """Yields the images in `folder` and in the folders below it. Follows links.
 
     Raises:
-        ShardError: a link leads back to a folder that holds it.
+        ShardError: a link leads back to a folder that contains the link.
     """
     pending = [(folder, frozenset({_identity(folder)}))]
     while pending:
@@ -216,7 +220,9 @@ def images_below(folder: Path, scan: Scan, label: str) -> Iterator[Found]:
             if entry.is_dir():
                 identity = _identity(path)
                 if identity in above:
-                    raise ShardError(f"{path} is a link to a folder that holds it: remove the link")
+                    raise ShardError(
+                        f"{path} is a link to a folder that contains it: remove the link"
+                    )
                 pending.append((path, above | {identity}))
             elif kind := kind_of(entry.name):
                 scan.skip(kind)
@@ -231,7 +237,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def image_file(folder: Path, label: str, name: str) -> Found:
-    """An image that is a file of its own, `name` below `folder`."""
+    """Describes the image file `folder/name`."""
     found = (folder / name).stat()
     return Found(folder, -1, found.st_size, label, name, found.st_mtime_ns)
 
@@ -242,17 +248,22 @@ def image_file(folder: Path, label: str, name: str) -> Found:
 
 
 def make_listing(images: list[Found], labels: Mapping[str, int]) -> Listing:
-    """Sorts the images by class and name; `labels` gives the label of every class."""
-    images.sort(key=lambda item: (item.label, item.name, item.place, item.offset))
-    places = {place: number for number, place in enumerate({item.place: None for item in images})}
-    archives = {item.place for item in images if item.offset >= 0}
-    mtimes = {place: place.stat().st_mtime_ns for place in archives}
+    """Lists the images, sorted by class and name.
+
+    Args:
+        images: is sorted in place.
+        labels: the label of every class name.
+    """
+    images.sort(key=lambda item: (item.label, item.name, item.container, item.offset))
+    containers = {path: n for n, path in enumerate({item.container: None for item in images})}
+    archives = {item.container for item in images if item.offset >= 0}
+    mtimes = {path: path.stat().st_mtime_ns for path in archives}
     return Listing(
         names=[f"{item.label}/{item.name}" for item in images],
         labels=np.fromiter((labels[item.label] for item in images), np.int32),
-        places=list(places),
-        place=np.fromiter((places[item.place] for item in images), np.int32),
+        containers=list(containers),
+        container=np.fromiter((containers[item.container] for item in images), np.int32),
         offset=np.fromiter((item.offset for item in images), np.int64),
         size=np.fromiter((item.size for item in images), np.int64),
-        mtime=np.fromiter((mtimes.get(item.place, item.mtime) for item in images), np.int64),
+        mtime=np.fromiter((mtimes.get(item.container, item.mtime) for item in images), np.int64),
     )

@@ -1,6 +1,6 @@
-"""Parquet files of labelled images, as Hugging Face distributes data sets.
+"""Reads parquet files of labelled images, as Hugging Face distributes data sets.
 
-Everything that can be wrong with their columns is looked for before anything is unpacked.
+All columns are checked before any file is unpacked.
 """
 
 import json
@@ -18,25 +18,25 @@ from fasttrain.spool import Job, unpack_all
 if TYPE_CHECKING:
     import pyarrow
 
-# The usual names, the likeliest first; of CIFAR-100, for one, the finer of two labels.
+# The usual names, the likeliest first. CIFAR-100 has two label columns: fine_label is taken.
 IMAGE_NAMES = "image img images picture photo jpg jpeg png webp image_bytes bytes".split()
 LABEL_NAMES = (
     "label labels fine_label cls class target category y label_id class_id class_label class_name "
     "label_name species"
 ).split()
-_MOST_FOLDERS = 32  # that are looked into: class folders are no places for parquet files
+_MAX_FOLDERS = 32  # with more, the folders are classes, and only those named like splits are read
 _NUMBERED = re.compile(r"(.*?)-(\d{5})-of-(\d{5})")
 _LFS = b"version https://git-lfs"
 
 
 class Columns(NamedTuple):
-    """What was chosen of the columns of a file."""
+    """The columns of a file that are read."""
 
     image: str
     label: str
-    is_text: bool  # whether labels are names of classes; else they are numbers
-    names: tuple[str, ...]  # of the classes by number, if the file has them
-    others: tuple[str, ...]  # columns that may hold labels too
+    is_text: bool  # labels are class names; otherwise they are integers
+    names: tuple[str, ...]  # class names by number, if the file has them
+    others: tuple[str, ...]  # other columns that may hold labels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -45,20 +45,19 @@ class Columns(NamedTuple):
 
 
 def files(root: Path) -> list[Path]:
-    """The parquet files in `root`, in its folders, and in folders of those named like splits."""
+    """Returns the parquet files in `root`, its folders, and their folders named like splits."""
     if not root.is_dir():
         return []
     folders = _folders(root)
-    if len(folders) > _MOST_FOLDERS:
+    if len(folders) > _MAX_FOLDERS:
         folders = [path for path in folders if words(path.name) or path.name == "data"]
-    places = [root, *folders]
-    places += [path for folder in folders for path in _folders(folder) if words(path.name)]
-    found = [path for place in places for path in place.glob("*.parquet")]
+    inner = [path for folder in folders for path in _folders(folder) if words(path.name)]
+    found = [path for folder in (root, *folders, *inner) for path in folder.glob("*.parquet")]
     return sorted(path for path in found if not (is_clutter(path.name) or _is_table(path)))
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a file is about images that lie beside it: of an ImageFolder, or img2dataset's."""
+    """Returns whether a file describes images beside it, as those of img2dataset do."""
     return path.name == "metadata.parquet" or path.with_suffix(".tar").exists()
 
 
@@ -67,22 +66,22 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def is_at(root: Path) -> bool:
-    """Whether parquet files of images lie at `root`, and not only a table beside folders."""
+    """Returns whether `root` holds parquet files of images, not only a table beside folders."""
     found = files(root)
     named = any(words(part) for path in found for part in path.relative_to(root).parts)
     return named or (bool(found) and not any(words(path.name) for path in _folders(root)))
 
 
 def _by_split(root: Path, scan: Scan) -> dict[str, list[Path]]:
-    """The files of the splits that are wanted."""
+    """Returns the files of the wanted splits."""
     by_word: dict[str | None, list[Path]] = {}
     for path in files(root):
         if not path.exists():
-            scan.dangle(path)
+            scan.add_dangling(path)
             continue
         by_word.setdefault(word_of(PurePosixPath(path.relative_to(root))), []).append(path)
         if any(part.startswith("partial-") for part in path.relative_to(root).parts):
-            scan.say(f"WARNING: {path} is of the first part of a data set, as its folder tells")
+            scan.say(f"WARNING: {path} is from a part of a data set, as its folder's name says")
     scan.check_links()
     nameless = by_word.pop(None, [])
     named = {str(word): paths for word, paths in by_word.items()}
@@ -106,39 +105,42 @@ def _check_one_data_set(root: Path, paths: Sequence[Path]) -> None:
     if len(homes) > 1:
         listed = ", ".join(f"{home}/" if home else "files in it" for home in homes[:4])
         raise ShardError(
-            f"{root} holds several data sets ({listed}): name the folder of one of them instead, "
-            f"such as {root / homes[-1]}"
+            f"{root} holds several data sets ({listed}): name the folder of one of them, such as "
+            f"{root / homes[-1]}"
         )
 
 
 def _home(root: Path, path: Path) -> str:
-    """The folder of a file's data set, less a folder for its split."""
+    """Returns the folder of a file's data set, without the folder of its split."""
     folder = path.relative_to(root).parent
     return str((folder.parent if words(folder.name) else folder).as_posix()).removeprefix(".")
 
 
 def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     if scan.options.val_fraction is not None and found["val"]:
-        raise ShardError(f"{found['val'][0]} is there: leave out --val-fraction to use it as val")
+        raise ShardError(
+            f"--val-fraction: the source has a val split already ({found['val'][0]}); leave the "
+            "option out"
+        )
     for split in scan.wanted:
         if not found.get(split):
             some = files(root)[0].relative_to(root)
             remedy = (
-                "--val-fraction 0.1 draws val from train"
+                "draw val from train with --val-fraction 0.1"
                 if split == "val"
-                else "--val-only makes a data set to evaluate on"
+                else "make a data set to evaluate on with --val-only"
             )
             raise ShardError(
                 f"{root}: no parquet file has {split} as a word in its name or in that of its "
-                f"folder ({some} is there); load it too, or: {remedy}"
+                f"folder (found {some}); download that split too, or {remedy}"
             )
 
 
 def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
-    """Checks files that are numbered, train-00000-of-00294: none is missing, none is there twice.
+    """Checks that numbered files, such as train-00000-of-00294, are complete and of one export.
 
     Raises:
-        ShardError: files of two exports lie together, or one is missing and that is not allowed.
+        ShardError: files of two exports are mixed, or a file is missing and that is not allowed.
     """
     exports: dict[tuple[Path, str], dict[int, Path]] = {}
     totals: dict[tuple[Path, str], tuple[int, Path]] = {}
@@ -148,11 +150,11 @@ def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
             continue
         export, number, total = (path.parent, match[1]), int(match[2]), int(match[3])
         own = exports.setdefault(export, {})
-        before = totals.setdefault(export, (total, path))
-        if number in own or before[0] != total:
-            other = own.get(number, before[1])
+        first_total, first_path = totals.setdefault(export, (total, path))
+        if number in own or first_total != total:
+            other = own.get(number, first_path)
             raise ShardError(
-                f"{other} and {path.name} are of two exports of the same data: move the files of "
+                f"{other} and {path.name} are from two exports of the same data: move the files of "
                 "the older one out of the source"
             )
         own[number] = path
@@ -162,7 +164,7 @@ def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
         if missing and not scan.options.allow_partial:
             raise ShardError(
                 f"{example.parent}: {len(missing):,} of the {total:,} files like {example.name} "
-                f"are missing, the first is number {missing[0]}; load them too, or go on with "
+                f"are missing, the first is number {missing[0]}; download them too, or go on with "
                 "--allow-partial"
             )
 
@@ -173,7 +175,7 @@ def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
 
 
 def columns_of(path: Path, options: Options) -> Columns:
-    """Chooses the columns of images and labels of a file, and checks what its schema tells.
+    """Chooses the image and the label column of a file. Checks its schema and statistics.
 
     Raises:
         ShardError: the file is damaged, a column is missing, has another type, or holds nulls.
@@ -182,14 +184,14 @@ def columns_of(path: Path, options: Options) -> Columns:
 
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
-            raise ShardError(f"{path} is a pointer of Git LFS, not the data: run git lfs pull")
+            raise ShardError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
     try:
         with parquet.ParquetFile(path) as table:
             schema, metadata = table.schema_arrow, table.metadata
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None):
             raise
-        raise ShardError(f"{path} is damaged: {error}; load it anew") from None
+        raise ShardError(f"{path} is damaged: {error}; download it again") from None
     features = _features(schema)
     image = _image_column(path, schema, options.image_column)
     label = _label_column(path, schema, features, image, options.label_column)
@@ -204,7 +206,7 @@ def columns_of(path: Path, options: Options) -> Columns:
 
 
 def _features(schema: "pyarrow.Schema") -> dict[str, dict[str, Any]]:
-    """What Hugging Face's libraries note about columns; empty where others wrote the file."""
+    """Returns what Hugging Face's libraries store about columns; empty for files of others."""
     try:
         found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: value for name, value in found.items() if isinstance(value, dict)}
@@ -218,7 +220,7 @@ def _listed(schema: "pyarrow.Schema") -> str:
 
 
 def _named(schema: "pyarrow.Schema", names: Sequence[str]) -> list[str]:
-    """The columns that have one of these names, in the order of the names, in any case."""
+    """Returns the columns with one of these names, in the order of `names`. Ignores case."""
     own = {column.lower(): column for column in reversed(schema.names)}
     return [own[name] for name in names if name in own]
 
@@ -240,7 +242,7 @@ def _image_column(path: Path, schema: "pyarrow.Schema", name: str | None) -> str
         name = next((column for column in found if column in usable), found[0] if found else None)
     if name is None:
         raise ShardError(
-            f"{path}: no column is known to hold images, of {_listed(schema)}: name one with "
+            f"{path}: none of the columns {_listed(schema)} is known to hold images: name one with "
             "--image-column; it must hold bytes, or bytes and path"
         )
     if name not in usable:
@@ -260,7 +262,7 @@ def _holds_bytes(kind: "pyarrow.DataType") -> bool:
         if index < 0:
             return False
         inner = kind.field(index).type
-        return _is_binary(inner) or types.is_null(inner)  # null: no row has bytes
+        return _is_binary(inner) or types.is_null(inner)  # null if no row has bytes
     return _is_binary(kind)
 
 
@@ -286,14 +288,18 @@ def _label_column(
     found = known or (marked if len(marked) == 1 else [])
     if not found:
         raise ShardError(
-            f"{path}: no column is known to hold labels, of {_listed(schema)}: name one with "
+            f"{path}: none of the columns {_listed(schema)} is known to hold labels: name one with "
             "--label-column; it must hold whole numbers or names of classes"
         )
     return found[0]
 
 
 def _is_text(path: Path, field: "pyarrow.Field") -> bool:
-    """Whether labels are text; else they are whole numbers."""
+    """Returns True if labels are text, and False if they are integers.
+
+    Raises:
+        ShardError: the column has another type.
+    """
     from pyarrow import types
 
     kind = field.type.value_type if types.is_dictionary(field.type) else field.type
@@ -308,7 +314,7 @@ def _is_text(path: Path, field: "pyarrow.Field") -> bool:
 
 
 def _check_values(path: Path, metadata: Any, image: str, label: str) -> None:
-    """Looks for nulls and negative labels, where the file's statistics tell of them."""
+    """Raises ShardError if the file's statistics report nulls or negative labels."""
     for group in range(metadata.num_row_groups):
         about = metadata.row_group(group)
         for column in (about.column(number) for number in range(about.num_columns)):
@@ -323,8 +329,8 @@ def _check_values(path: Path, metadata: Any, image: str, label: str) -> None:
                 raise ShardError(_no_label(path, label, f"{found.null_count:,} rows"))
             if found.has_min_max and isinstance(found.min, int) and found.min < 0:
                 raise ShardError(
-                    f"{path}: column {label} holds {found.min}, which stands for no label: load a "
-                    "file with labels in its place (of ImageNet: validation-*.parquet)"
+                    f"{path}: column {label} holds {found.min}, which means no label: replace it "
+                    "by a file that has labels (for ImageNet: validation-*.parquet)"
                 )
 
 
@@ -348,8 +354,10 @@ def _no_label(path: Path, column: str, where: str) -> str:
 
 
 def read(job: Job) -> Iterator[tuple[str, int | str, bytes]]:
-    """Name, label and bytes of every image of a file, of the columns that `job` names.
+    """Yields name, label and bytes of every image of a file.
 
+    Args:
+        job: its columns are the image column and the label column.
     Raises:
         ShardError: a row has no image or no label.
     """
@@ -369,18 +377,22 @@ def read(job: Job) -> Iterator[tuple[str, int | str, bytes]]:
                 if found is None or found == "":
                     raise ShardError(_no_label(job.path, label, f"row {row:,}"))
                 name = Path(path).name if path else f"{job.path.stem}-{row:06d}"
-                number = found if isinstance(found, str) else int(found)  # of booleans
+                number = found if isinstance(found, str) else int(found)  # booleans too
                 yield imagenet.undoubled(name), number, data
                 row += 1
 
 
 def scan_parquet(root: Path, scan: Scan) -> None:
-    """Lists the images of parquet files. Text labels are names of classes."""
+    """Unpacks and lists the images of parquet files. Text labels are class names.
+
+    Raises:
+        ShardError: pyarrow is missing, or a file or a column cannot be used.
+    """
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise ShardError(
-            "parquet files are read with pyarrow: pip install -e '.[sources]'"
+            "pyarrow is missing, which reads parquet files: pip install -e '.[sources]'"
         ) from None
     jobs: list[Job] = []
     chosen: list[tuple[Path, Columns]] = []
@@ -392,10 +404,12 @@ def scan_parquet(root: Path, scan: Scan) -> None:
             name = path.relative_to(root).as_posix()
             jobs.append(Job(root, name, split, (columns.image, columns.label)))
     columns = chosen[0][1]
-    also = f" (there is also {', '.join(columns.others)}: --label-column)" if columns.others else ""
-    scan.say(f"images are in the column {columns.image}, labels in {columns.label}{also}")
+    text = f"images are in the column {columns.image}, labels in {columns.label}"
+    if columns.others:
+        text += f" (choose {' or '.join(columns.others)} with --label-column)"
+    scan.say(text)
     found = unpack_all(jobs, read, scan)
-    listed = classes.beside(root, scan)
+    listed = classes.find_list(root, scan)
     if columns.is_text:
         for split, images in found.items():
             scan.splits[split] += [item._replace(label=str(label)) for item, label in images]
@@ -409,17 +423,17 @@ def scan_parquet(root: Path, scan: Scan) -> None:
 
 
 def _check_same(first: tuple[Path, Columns], other: tuple[Path, Columns]) -> None:
-    """Checks that labels mean the same in two files."""
+    """Checks that labels mean the same in two files. Raises ShardError if they do not."""
     (path, columns), (other_path, others) = first, other
     if columns.is_text != others.is_text:
         kinds = ["text" if found.is_text else "numbers" for found in (columns, others)]
         raise ShardError(
             f"{path}: column {columns.label} holds {kinds[0]}, but {others.label} of {other_path} "
-            f"{kinds[1]}: labels must be all numbers or all names of classes; make one of the "
-            "files again"
+            f"holds {kinds[1]}: labels must be all numbers or all names of classes; make one of "
+            "the files again"
         )
     if columns.names and others.names and columns.names != others.names:
         raise ShardError(
-            f"{path} and {other_path} name the classes of their numbers differently: they are of "
-            "different data sets; load both anew from one"
+            f"{path} and {other_path} give different class names to the same numbers, so they are "
+            "from different data sets; download both from one data set"
         )

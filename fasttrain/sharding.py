@@ -1,10 +1,10 @@
-"""Source -> data set: every image decoded once, shuffled, dealt into shards, written, resumable.
+"""Makes a data set from a source: decodes, shuffles and writes the images as shards.
 
-    UNFINISHED                     the options of the data set, until its last file is written
-    train-000003.fasttrain.part    beside a finished shard: its rows of the index, what it rejected
+    UNFINISHED                     the options; there until the last file is written
+    train-000003.fasttrain.part    beside a finished shard: its rows of the index, its rejections
 
-A shard depends on nothing but the source and the options, so shards are written in any order, by
-any number of processes and machines, and what was finished before a kill is not done again.
+A shard depends only on the source and the options. So any number of processes and machines can
+write shards in any order, and a shard that was finished before a kill is not written again.
 """
 
 import contextlib
@@ -47,52 +47,52 @@ if TYPE_CHECKING:
     from PIL import Image as pil
 
 SHARD_SIZE = 1000  # images; about 110 MB of original ImageNet photographs
-MOST_OPEN = 32  # archives that a process reads from at the same time
-REPAIR_QUALITY = 95  # of images re-encoded because not every decoder takes them
+MAX_OPEN = 32  # archives that a process keeps open
+REPAIR_QUALITY = 95  # JPEG quality of images that are re-encoded because a decoder may refuse them
 PART = ".fasttrain.part"
-_SOURCE = {"source", "times"}  # the entries of UNFINISHED that are about the images
+_SOURCE = {"source", "times"}  # the entries of UNFINISHED that describe the images
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How images are stored. Kept in the manifest, where a recipe can ask for it."""
+    """How images are stored. The manifest keeps it, so a recipe can require a short side."""
 
-    short_side: int | None = None  # larger images are shrunk to this shorter side, in pixels
-    quality: int = 90  # of the JPEGs of those
-    resize_val: bool = False  # validation images as well
-    store: Literal["jpeg", "raw"] = "jpeg"  # raw: pixels, as .ppm
-    decode: bool = True  # every image in full; else the header alone is looked at
+    short_side: int | None = None  # larger images are shrunk to this short side, in pixels
+    quality: int = 90  # JPEG quality of the shrunk images
+    resize_val: bool = False  # shrink validation images too
+    store: Literal["jpeg", "raw"] = "jpeg"  # raw: uncompressed pixels, as .ppm
+    decode: bool = True  # decode every image in full; False: read its header only
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """How a data set is made, beside its `Policy`."""
+    """How a data set is made, apart from its `Policy`."""
 
     seed: int = 0  # of the order of the images
-    shard_size: int = SHARD_SIZE  # images per shard, about
-    part: tuple[int, int] = (1, 1)  # (i, n): only every n-th shard, from the i-th on (from 1)
-    in_place: bool = False  # index the WebDataset tars of the source, which lie in the folder
-    strict: bool = False  # a rejected image is an error, once all shards are written
-    workers: int = 1  # processes; the result is the same with any number
+    shard_size: int = SHARD_SIZE  # approximate number of images per shard
+    part: tuple[int, int] = (1, 1)  # (i, n): write every n-th shard from the i-th on, i from 1
+    in_place: bool = False  # index the WebDataset tars of the source, which lie in `out`
+    strict: bool = False  # raise an error for rejected images, after all shards are written
+    workers: int = 1  # processes; their number does not change the result
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What was done since the last report."""
+    """The work done since the last report."""
 
     images: int
     num_bytes: int
 
 
 class Image(NamedTuple):
-    """An image that is fit to be trained on, as it is stored."""
+    """An image as it is stored in a shard."""
 
     data: bytes
-    suffix: str
-    width: int
+    suffix: str  # "jpg" or "ppm"
+    width: int  # pixels
     height: int
-    repaired: str | None  # what it was, where not every decoder would have taken it
+    repaired: str | None  # its original format, if it was re-encoded because a decoder may refuse
 
 
 _POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get ."}
@@ -101,19 +101,23 @@ _POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "gi
 def _what_it_is(data: bytes) -> str:
     for head, command in _POINTERS.items():
         if data.startswith(head):
-            return f"a pointer to an image that was not loaded: {command}"
-    return "not an image, or of a kind that PIL does not read"
+            return f"a pointer to an image that was not downloaded: {command}"
+    return "not an image, or of a format that PIL does not read"
 
 
 def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
-    """Looks into an image, and re-encodes it where the policy or the decoders want that.
+    """Checks an image, and re-encodes it if the policy or a decoder needs that.
 
-    Greyscale and RGB JPEGs that need not shrink keep their bytes. All else becomes 8-bit RGB: of
-    CMYK, PNG and so on the pixels that PIL gives, EXIF orientation ignored as torchvision does.
+    Greyscale and RGB JPEGs that need not shrink keep their bytes. All other images (CMYK, PNG and
+    so on) become 8-bit RGB with the pixels that PIL gives. EXIF orientation is ignored, as
+    torchvision does.
 
+    Args:
+        data: the bytes of the image file.
+        split: "train" or "val".
     Raises:
-        ValueError: not an image, damaged, too large for the index, or its pixels are numbers whose
-            range is not known, such as floats.
+        ValueError: the data is not an image, is damaged or too large for the index, or its pixels
+            have an unknown range, such as floats.
     """
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
@@ -135,8 +139,8 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
                 assert short_side
                 short = min(width, height)
                 size = round(width * short_side / short), round(height * short_side / short)
-                # libjpeg decodes to a half or a quarter in less time; at twice the size and above
-                # the filter still decides what is seen.
+                # libjpeg decodes to a half or a quarter in less time. At least twice the final
+                # size is kept, so that the bicubic filter still decides the result.
                 image.draft(None, (2 * size[0], 2 * size[1]))
                 rgb = _eight_bit_rgb(image).resize(size, pil.Resampling.BICUBIC)
             else:
@@ -159,19 +163,19 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
 
 
 _RGB_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags: bits per sample; 0 where white is zero
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags: bits per sample; photometric, 0 if white is zero
 
 
 def _is_sixteen_bit(image: "pil.Image") -> bool:
-    # PIL gives greyscale PNG and PGM of 16 bits in 32-bit pixels in some versions.
+    # Some versions of PIL return 16-bit greyscale PNG and PGM as 32-bit pixels.
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _kind(image: "pil.Image") -> str:
-    """Format and mode of an image, for the list of those that are re-encoded.
+    """Returns format and mode of an image that is re-encoded, for the manifest.
 
     Raises:
-        ValueError: it cannot become 8-bit RGB without knowing what its numbers mean.
+        ValueError: it cannot become 8-bit RGB, because the range of its pixels is not known.
     """
     kind = f"{image.format} {image.mode}"
     if _is_sixteen_bit(image):
@@ -179,8 +183,8 @@ def _kind(image: "pil.Image") -> str:
     if image.mode in ("I", "F"):
         numbers = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise ValueError(
-            f"{kind}: its pixels are {numbers} numbers, whose range is not known; "
-            "scale them to 0-255 and save them as 8-bit images"
+            f"{kind}: its pixels are {numbers} numbers of unknown range; scale them to 0-255 and "
+            "save the image with 8 bits"
         )
     if image.mode not in _RGB_MODES:
         raise ValueError(f"{kind}: has no RGB pixels; save it as an 8-bit RGB image")
@@ -188,7 +192,7 @@ def _kind(image: "pil.Image") -> str:
 
 
 def _eight_bit_rgb(image: "pil.Image") -> "pil.Image":
-    """The image as 8-bit RGB; of 16-bit pixels the high byte, as PIL does for 16-bit RGB."""
+    """Converts an image to 8-bit RGB. Keeps the high byte of 16-bit pixels, as PIL does for RGB."""
     from PIL import Image as pil
 
     if not _is_sixteen_bit(image):
@@ -197,14 +201,14 @@ def _eight_bit_rgb(image: "pil.Image") -> "pil.Image":
     pixels = np.asarray(image).astype(np.uint16)
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
-        pixels <<= 16 - tags[_TIFF_BITS][0]  # of 12-bit images PIL does not scale the values
+        pixels <<= 16 - tags[_TIFF_BITS][0]  # PIL does not scale the values of 12-bit images
         if tags[_TIFF_PHOTOMETRIC] == 0:
             pixels = ~pixels
     return pil.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
 
 
 def _lost(image: "pil.Image", rgb: "pil.Image") -> str:
-    """What a person should know about an image of which hardly anything is left in 8-bit RGB."""
+    """Returns a remark if 8-bit RGB lost most of an image; otherwise an empty text."""
     if _is_sixteen_bit(image) and np.asarray(rgb).max() < 16:
         return "; almost black now, as no value is above 4,095 of 65,535"
     if image.has_transparency_data and np.ptp(np.asarray(rgb), (0, 1)).max() == 0:
@@ -223,13 +227,13 @@ def _lost(image: "pil.Image", rgb: "pil.Image") -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A shard to be written, or indexed in place: which images, in which order."""
+    """A shard to write, or a tar to index in place."""
 
-    path: Path  # of the tar
+    path: Path  # the tar
     split: str
     number: int  # of the shard within its split
     first_key: int
-    images: Listing
+    images: Listing  # in the order of the shard
     policy: Policy
 
     @property
@@ -240,7 +244,7 @@ class _Task:
 def _deal(
     split: str, listing: Listing, out: Path, policy: Policy, seed: int, shard_size: int
 ) -> Iterator[_Task]:
-    """Shuffles a split and deals it into balanced shards.
+    """Shuffles a split and divides it into shards of equal size.
 
     2,300 images make two shards of 1,150, not 1,000 + 1,000 + 300.
     """
@@ -253,23 +257,23 @@ def _deal(
 
 
 def _deal_in_place(split: str, listing: Listing, policy: Policy) -> Iterator[_Task]:
-    """The tars as they are, each with its images in the order of their bytes."""
-    for number, path in enumerate(sorted(listing.places)):
-        (own,) = np.nonzero(listing.place == listing.places.index(path))
+    """Yields one task per tar of the source, with its images in the order of their offsets."""
+    for number, path in enumerate(sorted(listing.containers)):
+        (own,) = np.nonzero(listing.container == listing.containers.index(path))
         own = own[np.argsort(listing.offset[own])]
         yield _Task(path, split, number, 0, listing.take(own), policy)
 
 
 @dataclass(slots=True)
 class _Part:
-    """What is known of a shard once it is written: the contents of its .part file."""
+    """The results of writing a shard, which its .part file holds."""
 
     rows: list[list[int]] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
     repaired: list[dict[str, str]] = field(default_factory=list)
 
     def write(self, task: _Task, size: int, sha256: str, index: bytes) -> None:
-        """Writes DALI's index and the part beside a finished tar."""
+        """Writes DALI's index and the .part file beside a finished tar."""
         files.write_bytes(task.path.with_suffix(".idx"), index)
         entry = {
             "name": task.path.name,
@@ -282,7 +286,7 @@ class _Part:
 
 
 def _write_shard(task: _Task) -> Progress:
-    """Writes a tar and what belongs to it; a rejected image leaves its key unused."""
+    """Writes a tar, its DALI index and its .part file. A rejected image leaves its key unused."""
     part = _Part()
     with files.atomic(task.path) as file:
         writer = ShardWriter(file)
@@ -295,15 +299,15 @@ def _write_shard(task: _Task) -> Progress:
             if image.repaired:
                 part.repaired.append({"name": f"{task.split}/{name}", "reason": image.repaired})
             offset = writer.add(f"{key:09d}", image.suffix, image.data, label)
-            place = (offset, len(image.data), zlib.crc32(image.data))
-            part.rows.append([*place, task.number, label, image.width, image.height])
+            location = (offset, len(image.data), zlib.crc32(image.data))
+            part.rows.append([*location, task.number, label, image.width, image.height])
         index = writer.finish()
     part.write(task, writer.size, writer.sha256.hexdigest(), index)
     return Progress(len(task.images), writer.size)
 
 
 def _index_shard(task: _Task) -> Progress:
-    """Indexes a tar that others made, where it is; what would need re-encoding is rejected."""
+    """Indexes a tar of the source where it is. Rejects images that would need re-encoding."""
     part = _Part()
     path = task.path
     samples = {sample.image.offset: sample for sample in wds_samples(path)}
@@ -313,12 +317,12 @@ def _index_shard(task: _Task) -> Progress:
         try:
             image = prepare_image(data, task.split, task.policy)
             if image.repaired:
-                raise ValueError(f"{image.repaired} cannot stay as it is: leave out --in-place")
+                raise ValueError(f"{image.repaired} must be re-encoded: leave out --in-place")
         except ValueError as error:
             part.rejected.append({"name": f"{task.split}/{name}", "reason": str(error)})
             continue
-        place = (offset, len(data), zlib.crc32(data))
-        part.rows.append([*place, task.number, label, image.width, image.height])
+        location = (offset, len(data), zlib.crc32(data))
+        part.rows.append([*location, task.number, label, image.width, image.height])
         members = [(m, m.name.rpartition("/")[2].partition(".")[2]) for m in samples[offset]]
         index.append(" ".join(f"{end} {m.offset} {m.size} {m.name}" for m, end in members) + "\n")
     with path.open("rb") as file:
@@ -342,27 +346,28 @@ def write_dataset(
 ) -> dict[str, Any] | None:
     """Writes `source` as a data set into the folder `out`, or finishes what an earlier call began.
 
-    The result is the same to the byte on every machine. Images that cannot be decoded are rejected
-    and listed. If several processes write parts, the one that writes the last shard finishes the
-    data set.
+    Every machine writes the same bytes. Images that cannot be decoded are rejected, and the
+    manifest lists them. If several processes write parts, the one that writes the last shard
+    finishes the data set.
 
     Args:
         policy: how images are stored.
         build: order, shards, parts and processes.
-        on_progress: is called after each shard.
+        on_progress: is called once at the start for the shards that are done already, and after
+            each shard.
     Returns:
         The manifest, or None while shards of other parts are missing.
     Raises:
-        ShardError: `out` holds other shards, or was begun with other options; images were rejected
-            under `strict`; a split has no usable image.
+        ShardError: `out` holds other shards or was begun with other options, images were rejected
+            although `build.strict` is set, or a split has no usable image.
     """
     try:
         claim(out, source, policy, build.seed, build.shard_size, build.in_place)
     except ShardError:
         if build.part != (1, 1) and _is_finished(source, out, policy, build.seed):
-            return read_manifest(out)  # before this part began
+            return read_manifest(out)  # the other parts finished it before this one began
         raise
-    if (out / MANIFEST).exists():  # killed after the last file: only the clearing away is left
+    if (out / MANIFEST).exists():  # an earlier call was killed before it removed its files
         _clear_away(out)
         return read_manifest(out)
     tasks = _tasks(source, out, policy, build)
@@ -375,14 +380,14 @@ def write_dataset(
         on_progress(done)
     if not all(task.part.exists() for task in tasks) and not (out / MANIFEST).exists():
         return None
-    with _finishing(out) as unfinished:  # of several parts that end at once, one
+    with _finishing(out) as unfinished:  # several parts may end at once, and one must finish
         if unfinished:
             _finish(source, out, policy, tasks, build)
     return read_manifest(out)
 
 
 def _tasks(source: Source, out: Path, policy: Policy, build: Build) -> list[_Task]:
-    """All shards of a data set, in order."""
+    """Returns all shards of a data set, in order."""
     tasks: list[_Task] = []
     for split, listing in source.splits.items():
         if build.in_place:
@@ -394,7 +399,7 @@ def _tasks(source: Source, out: Path, policy: Policy, build: Build) -> list[_Tas
 
 @contextlib.contextmanager
 def _finishing(out: Path) -> Iterator[bool]:
-    """Waits for others that finish the data set; whether it is still unfinished then."""
+    """Holds the lock of the data set's last phase. Gives whether the data set is unfinished."""
     try:
         file = (out / UNFINISHED).open("rb")
     except FileNotFoundError:
@@ -408,7 +413,7 @@ def _finishing(out: Path) -> Iterator[bool]:
 def _finish(
     source: Source, out: Path, policy: Policy, tasks: Sequence[_Task], build: Build
 ) -> None:
-    """Writes what a data set needs beside its shards, the manifest last, and clears away."""
+    """Writes the index tables and last the manifest, then removes the temporary files."""
     splits = {
         split: _finish_split(out, split, [task.part for task in tasks if task.split == split])
         for split in source.splits
@@ -418,7 +423,7 @@ def _finish(
         listed = "\n  ".join(f"{item['name']}: {item['reason']}" for item in rejected)
         raise ShardError(
             f"--strict: {len(rejected)} images were rejected:\n  {listed}\n"
-            "mend the source and start in a new folder, or leave --strict out to do without them"
+            "repair the source and start in a new folder, or leave --strict out to do without them"
         )
     manifest = {
         "version": FORMAT_VERSION,
@@ -436,12 +441,12 @@ def _finish(
 
 
 def check_out(out: Path, in_place: bool = False) -> None:
-    """Whether a data set may be begun or finished in the folder `out`.
+    """Checks that a data set may be begun or finished in the folder `out`.
 
     Raises:
-        ShardError: it holds a finished one, or files of other origin under our names.
+        ShardError: it holds a finished data set, or other files with the names of shards.
     """
-    # Looked for first: another part may begin just now, and it writes the mark before any shard.
+    # Before UNFINISHED is checked: another part that begins now writes UNFINISHED before any shard.
     found = [path for split in SPLITS for path in out.glob(f"{split}*")]
     if (out / UNFINISHED).exists():
         return
@@ -451,17 +456,18 @@ def check_out(out: Path, in_place: bool = False) -> None:
         )
     if found and not in_place:
         raise ShardError(
-            f"{out} holds files of other origin ({found[0].name}); choose another folder"
+            f"{out} holds files that fasttrain did not write ({found[0].name}); choose another "
+            "folder"
         )
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the folder `out` holds a finished data set."""
+    """Returns whether the folder `out` holds a finished data set."""
     return (out / MANIFEST).exists() and not (out / UNFINISHED).exists()
 
 
 def _is_finished(source: Source, out: Path, policy: Policy, seed: int) -> bool:
-    """Whether `out` holds the data set of this source and these options."""
+    """Returns whether `out` holds the finished data set of this source and these options."""
     if not is_finished(out):
         return False
     manifest = read_manifest(out)
@@ -469,31 +475,31 @@ def _is_finished(source: Source, out: Path, policy: Policy, seed: int) -> bool:
     return kept == [source.form, _digest(source), seed, asdict(policy)]
 
 
-def check_same(out: Path, asked: Mapping[str, Any], source: Source | None = None) -> None:
-    """Checks that the finished data set in `out` is the one that is asked for.
+def check_same(out: Path, expected: Mapping[str, Any], source: Source | None = None) -> None:
+    """Checks that the finished data set in `out` is the one that the user asks for.
 
     Args:
-        asked: entries of the manifest that must be the same, such as the seed and the policy.
-        source: what it would be made of now, unless the files were compared already.
+        expected: entries that the manifest must have, such as the seed and the policy.
+        source: the source as it is now; None if its files were compared already.
     Raises:
-        ShardError: it is another one, or was made of files that have changed since.
+        ShardError: it is another data set, or the source changed since it was made.
     """
     manifest = read_manifest(out)
     changed = [
         "source: other files, or other contents of them"
         if key == "archives"
         else f"{key}: {manifest.get(key)} -> {value}"
-        for key, value in asked.items()
+        for key, value in expected.items()
         if manifest.get(key) != value
     ]
     if source and not changed:
         if manifest.get("source") != _digest(source):
             changed.append("source: other images, sizes or classes")
         elif _newest_time(source) > (out / MANIFEST).stat().st_mtime_ns:
-            changed.append(f"source: changed since ({_newest(source)})")
+            changed.append(f"source: changed since then ({_newest(source)})")
     if changed:
         raise ShardError(
-            "\n  ".join([f"{out} already holds a finished data set, but not this one:", *changed])
+            "\n  ".join([f"{out} already holds another finished data set:", *changed])
             + "\nremove it or choose another folder"
         )
 
@@ -506,10 +512,10 @@ def claim(
     shard_size: int,
     in_place: bool = False,
 ) -> None:
-    """Takes the folder `out` for a data set of these options.
+    """Reserves the folder `out` for a data set with these options, by writing UNFINISHED.
 
     Raises:
-        ShardError: it may not be used, or was begun with other options.
+        ShardError: the folder cannot be used, or was begun with other options or another source.
     """
     options = {
         "version": FORMAT_VERSION,
@@ -525,38 +531,39 @@ def claim(
     out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).exists():
         try:
-            before = json.loads((out / UNFINISHED).read_bytes())
+            begun = json.loads((out / UNFINISHED).read_bytes())
         except ValueError:
-            before = {}
-        changed = {k: f"{before.get(k)} -> {v}" for k, v in options.items() if before.get(k) != v}
+            begun = {}
+        changed = {k: f"{begun.get(k)} -> {v}" for k, v in options.items() if begun.get(k) != v}
         if changed.keys() - _SOURCE:
             lines = [f"{key}: {change}" for key, change in changed.items() if key not in _SOURCE]
             raise ShardError(
                 "\n  ".join([f"{out} was begun with other options:", *lines])
-                + "\nuse the old ones to finish it, or remove the folder"
+                + "\nuse the old options to finish it, or remove the folder"
             )
         if changed:
             what = "files or sizes" if "source" in changed else "modification times"
             raise ShardError(
                 f"{out} was begun when the source had other {what} (newest now: "
                 f"{_newest(source)}):\nold and new images would be mixed; remove {out} and start "
-                "again. Copies for the parts of a job must keep their times (cp -p, rsync -t)"
+                "again. If parts read copies of the source, these must keep the times (cp -p, "
+                "rsync -t)"
             )
         return
     files.write_bytes(out / UNFINISHED, json.dumps(options, indent=1).encode())
 
 
 def estimated_bytes(split: str, listing: Listing, policy: Policy) -> int:
-    """About how much a split will take on the disk, for a warning beforehand."""
+    """Estimates the size of a split on disk, in bytes."""
     if policy.short_side and (split == "train" or policy.resize_val):
         pixels = policy.short_side**2 * 4 // 3 * len(listing)
-        # 0.33 bytes a pixel: measured on 1,000 ImageNet photographs at 256 px and quality 90
+        # 0.33 bytes per pixel, measured on 1,000 ImageNet photographs at 256 px and quality 90.
         return 3 * pixels if policy.store == "raw" else pixels // 3
     return int(listing.size.sum())
 
 
 def _digest(source: Source) -> str:
-    """Of the names, labels and sizes of all images: another source is another data set."""
+    """Returns a digest of the classes and of the names, labels and sizes of all images."""
     digest = hashlib.sha256("\0".join(source.classes).encode())
     for split, listing in source.splits.items():
         digest.update(f"\1{split}\1".encode())
@@ -567,7 +574,7 @@ def _digest(source: Source) -> str:
 
 
 def _times(source: Source) -> str:
-    """Digest of when the files of a source were last changed."""
+    """Returns a digest of the modification times of all files of a source."""
     digest = hashlib.sha256()
     for listing in source.splits.values():
         digest.update(listing.mtime.tobytes())
@@ -579,7 +586,7 @@ def _newest_time(source: Source) -> int:
 
 
 def _newest(source: Source) -> str:
-    """The image whose file was changed last, and when."""
+    """Names the image whose file was changed last, and says when."""
     split, listing = max(source.splits.items(), key=lambda item: int(item[1].mtime.max()))
     newest = int(listing.mtime.argmax())
     when = datetime.fromtimestamp(int(listing.mtime[newest]) / 1e9)
@@ -587,7 +594,7 @@ def _newest(source: Source) -> str:
 
 
 def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any]:
-    """Writes the index table of a split from its parts and returns its entry of the manifest."""
+    """Writes the index table of a split from its .part files. Returns its manifest entry."""
     entries, tables = [], []
     lists: dict[str, list[dict[str, str]]] = {"rejected": [], "repaired": []}
     for path in parts:
@@ -600,7 +607,7 @@ def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any
     if not num_samples:
         first = lists["rejected"][0]
         raise ShardError(
-            f"no image of {split} could be decoded: {first['name']}: {first['reason']}"
+            f"no image of {split} could be decoded, the first: {first['name']}: {first['reason']}"
         )
     index = write_index(out / f"{split}.index", tables)
     num_classes = len({row[4] for table in tables for row in table.tolist()})
@@ -614,7 +621,7 @@ def _finish_split(out: Path, split: str, parts: Sequence[Path]) -> dict[str, Any
 
 
 def _clear_away(out: Path) -> None:
-    """Removes what only an unfinished data set needs, the mark itself last."""
+    """Removes the files that only an unfinished data set needs, UNFINISHED last."""
     for pattern in (f"*{PART}", f"*{files.TEMPORARY}", f"{SPOOL}*"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
@@ -627,17 +634,17 @@ def _clear_away(out: Path) -> None:
 
 
 def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
-    """Name, label and bytes of every image of a listing.
+    """Yields name, label and bytes of every image of a listing.
 
     Raises:
         ShardError: a file cannot be read, or was changed since it was listed.
     """
-    columns = (listing.labels, listing.place, listing.offset, listing.size, listing.mtime)
+    columns = (listing.labels, listing.container, listing.offset, listing.size, listing.mtime)
     with _Archives() as archives:
-        for name, label, place, offset, size, mtime in zip(
+        for name, label, container, offset, size, mtime in zip(
             listing.names, *(column.tolist() for column in columns), strict=True
         ):
-            path = listing.places[place]
+            path = listing.containers[container]
             try:
                 if offset < 0:
                     path /= name.partition("/")[2]
@@ -649,14 +656,16 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
             except OSError as error:
                 raise ShardError(f"{path}: {error.strerror}") from None
             if len(data) >= MAX_IMAGE_BYTES:
-                raise ShardError(f"{path}: {name} has a gigabyte or more: no photograph")
+                raise ShardError(
+                    f"{path}: {name} has a gigabyte or more, so it is no photograph: remove it"
+                )
             if size != len(data):
                 raise ShardError(_CHANGED.format(path))
             yield name, label, data
 
 
 class _Archives:
-    """Archives that are open, the latest few: a source may have more than a process may open."""
+    """The archives opened last, which stay open. A source may have more than a process may open."""
 
     def __init__(self) -> None:
         self.descriptors: dict[Path, int] = {}
@@ -669,9 +678,13 @@ class _Archives:
             self._close_first()
 
     def opened(self, path: Path, mtime: int) -> int:
-        """The descriptor of an archive that was listed with this modification time."""
+        """Returns the descriptor of an archive, opened if needed.
+
+        Raises:
+            ShardError: its modification time is not `mtime`, in ns.
+        """
         if path not in self.descriptors:
-            if len(self.descriptors) == MOST_OPEN:
+            if len(self.descriptors) == MAX_OPEN:
                 self._close_first()
             self.descriptors[path] = os.open(path, os.O_RDONLY)
             _check_mtime(self.descriptors[path], path, mtime)
@@ -693,12 +706,12 @@ def _check_mtime(descriptor: int, path: Path, mtime: int) -> None:
 
 
 def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
-    """Runs the tasks, in this process or in `workers` new ones; results in the order they end."""
+    """Runs the tasks in this process or in `workers` new ones. Yields results as tasks end."""
     if workers == 1 or len(tasks) <= 1:
         yield from (task() for task in tasks)
         return
-    # New interpreters, not forks: the caller's threads (a progress bar) must not be copied.
-    # They leave Ctrl-C to the caller.
+    # Spawned, not forked, because a fork would copy the state of the caller's threads (a progress
+    # bar). The caller handles Ctrl-C.
     ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     workers = min(workers, len(tasks))
     with ProcessPoolExecutor(workers, get_context("spawn"), ignore_interrupt) as pool:

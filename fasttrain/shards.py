@@ -1,15 +1,16 @@
-"""The on-disk contract: tar names, members, index table, manifest; writer and reader share it.
+"""The format of a data set on disk. The writer and the reader share it.
 
-    ROOT/train-000000.tar    plain WebDataset: <key>.jpg (or .ppm) and <key>.cls, USTAR, mtime 0;
-                             the key is the image's place in the shuffled order, nine digits
+    ROOT/train-000000.tar    a shard, as plain WebDataset: <key>.jpg (or .ppm) and <key>.cls, USTAR,
+                             mtime 0; the key is the image's position in the shuffled order, with
+                             nine digits
     ROOT/train-000000.idx    DALI's index of that tar, version 1.2
-    ROOT/train.index         where each image lies, its label, size and crc32: for np.memmap
+    ROOT/train.index         the offset, label, size and crc32 of each image, for np.memmap
     ROOT/manifest.sha256     digest of the manifest, as `sha256sum` prints it
-    ROOT/manifest.json       written last: what is here, with the size and sha256 of every file
+    ROOT/manifest.json       written last: all files, each with its size and sha256
 
-A data set without its manifest is unfinished and is not read. Where the manifest's policy says
-`"store": "raw"`, nothing is left to decode: the last 3 * width * height bytes of an image are its
-pixels, row by row, RGB.
+A data set without a manifest is unfinished and is not read. If the manifest's policy says
+`"store": "raw"`, the images are not compressed: the last 3 * width * height bytes of an image are
+its pixels, row by row, as RGB.
 """
 
 import hashlib
@@ -38,13 +39,13 @@ from fasttrain.faults import Fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "UNFINISHED"  # the options of the data set, until its last file is written
+UNFINISHED = "UNFINISHED"  # holds the options; is there until the last file is written
 MANIFEST_DIGEST = "manifest.sha256"
 SPLITS = ("train", "val")
-DIGITS = Path("data/digits")  # the demo's data set, which has a command of its own
+DIGITS = Path("data/digits")  # the demo's data set, which tools/make_digits.py makes
 _INDEX_MAGIC = b"fasttrain index 1\n"
-PPM_HEADER = 32  # bytes, at most, before the pixels of a raw image
-_COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
+PPM_HEADER = 32  # the most bytes before the pixels of a raw image
+_COLUMNS = (  # 24 bytes per image: 31 MB for ImageNet's training split
     ("offset", "<u8"),  # of the image's bytes in its tar
     ("size", "<u4"),  # bytes
     ("crc32", "<u4"),  # of the image's bytes
@@ -56,7 +57,7 @@ _COLUMNS = (  # 24 bytes an image: 31 MB for ImageNet's training split
 
 
 class ShardError(Fault, ValueError):
-    """A source cannot be sharded or a data set cannot be read; says where and what to do."""
+    """A source cannot be sharded, or a data set cannot be read. The message names the remedy."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,21 +66,21 @@ class ShardError(Fault, ValueError):
 
 
 def _file_name(name: str) -> str:
-    # Tars of others, indexed in place, lie in the folder as well, under whatever names.
-    text = name.encode(errors="replace").decode()  # of a lone surrogate a question mark
+    # Tars that were indexed in place keep their own names, so no pattern can be required.
+    text = name.encode(errors="replace").decode()  # a lone surrogate becomes a question mark
     if "/" in name or "\0" in name or name in ("", ".", "..") or text != name or len(name) > 255:
-        raise ValueError(f"{name[:80]!r} is no file in the data set's folder")
+        raise ValueError(f"{name[:80]!r} is not the name of a file in the data set's folder")
     return name
 
 
 _FileName = Annotated[str, AfterValidator(_file_name)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=1, lt=2**40)]
-_MOST = 2**16  # shards, classes: an index has 16 bits for them
+_INDEX_LIMIT = 2**16  # the most shards and the most classes: the index has 16 bits for each
 
 
 class _Entry(BaseModel):
-    """Part of a manifest that is read here; others may be added to it."""
+    """The fields of a manifest that are read here. A manifest may have more fields."""
 
     model_config = ConfigDict(strict=True)
 
@@ -91,19 +92,19 @@ class _File(_Entry):
 
 
 class _Shard(_File):
-    num_samples: Annotated[int, Field(ge=0, lt=2**40)]  # 0: all its images were rejected
+    num_samples: Annotated[int, Field(ge=0, lt=2**40)]  # 0 if all its images were rejected
     idx_sha256: _Digest
 
 
 class _Split(_Entry):
     num_samples: _Count
     index: _File
-    shards: Annotated[list[_Shard], Field(min_length=1, max_length=_MOST)]
+    shards: Annotated[list[_Shard], Field(min_length=1, max_length=_INDEX_LIMIT)]
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         if sum(shard.num_samples for shard in self.shards) != self.num_samples:
-            raise ValueError("its shards have another number of samples in all")
+            raise ValueError("num_samples is not the sum of its shards' num_samples")
         return self
 
 
@@ -114,32 +115,33 @@ class _Policy(_Entry):
 
 class _Manifest(_Entry):
     policy: _Policy
-    classes: Annotated[list[str], Field(min_length=1, max_length=_MOST)]
+    classes: Annotated[list[str], Field(min_length=1, max_length=_INDEX_LIMIT)]
     splits: Annotated[dict[str, _Split], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:
-        places: dict[str, str] = {}  # of each name: a tar in two splits would be trained on, too
+        # Else a tar of val could also be trained on.
+        fields: dict[str, str] = {}  # file name -> the field that named it first
         for split, entry in self.splits.items():
             for number, file in enumerate([entry.index, *entry.shards]):
-                place = f"splits.{split}." + (f"shards[{number - 1}]" if number else "index")
-                if place != (first := places.setdefault(file.name, place)):
-                    raise ValueError(f"{place}.name: {file.name} is that of {first} already")
+                field = f"splits.{split}." + (f"shards[{number - 1}]" if number else "index")
+                if field != (first := fields.setdefault(file.name, field)):
+                    raise ValueError(f"{field}.name: {first} has the name {file.name} already")
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a data set, opened: nothing but the manifest is read until it is used.
+    """One split of a data set, opened. No image is read before it is used.
 
-    `offset, size, crc32, shard, label, width, height` are columns of `num_samples` values, mapped
-    from the index file and so shared by all processes of a node.
+    `offset`, `size`, `crc32`, `shard`, `label`, `width` and `height` are columns of shape
+    (num_samples,). They are mapped from the index file, so all processes of a node share them.
     """
 
     root: Path
     name: str
-    digest: str  # sha256 of the index table, and so of every image, label and their order
-    store: str  # "jpeg", or "raw" for pixels
+    digest: str  # sha256 of the index table; it changes with any image, any label and the order
+    store: str  # "jpeg", or "raw" for uncompressed pixels
     classes: tuple[str, ...]
     shard_paths: tuple[Path, ...]
     shard_bytes: tuple[int, ...]
@@ -157,11 +159,11 @@ class Split:
 
     @cached_property
     def shard_samples(self) -> tuple[int, ...]:
-        """Number of samples in each shard; their ids follow one another, shard by shard."""
+        """The number of samples in each shard. Sample ids are consecutive, shard by shard."""
         return tuple(np.bincount(self.shard, minlength=len(self.shard_paths)).tolist())
 
     def describe(self, sample: int) -> str:
-        """`train-000003.tar, key 000003017 at byte 1536`: where a person finds the sample."""
+        """Says where a sample lies: `train-000003.tar, key 000003017 at byte 1536`."""
         path, offset = self.shard_paths[self.shard[sample]], int(self.offset[sample])
         try:
             with path.open("rb") as file:
@@ -180,10 +182,10 @@ class DataSet(NamedTuple):
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of the data set at `root`.
+    """Reads and checks the manifest of the data set at `root`.
 
     Raises:
-        ShardError: there is none, it is damaged, or it was written by another version.
+        ShardError: there is no manifest, it is damaged, or another version wrote it.
     """
     path = root / MANIFEST
     try:
@@ -197,7 +199,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise ShardError(f"{path} is damaged; make the data set again") from None
     if version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {version}, this fasttrain reads {FORMAT_VERSION}; "
+            f"{path} has format version {version}, but this fasttrain reads {FORMAT_VERSION}; "
             "make the data set again or install the fasttrain that wrote it"
         )
     try:
@@ -205,18 +207,18 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except ValidationError as error:
         detail = error.errors(include_input=False)[0]
         steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"])
-        place = "".join(steps).removeprefix(".")
-        fault = ": ".join(filter(None, [place, detail["msg"].removeprefix("Value error, ")]))
+        field = "".join(steps).removeprefix(".")
+        fault = ": ".join(filter(None, [field, detail["msg"].removeprefix("Value error, ")]))
         raise ShardError(f"{path} is damaged: {fault}; make the data set again") from None
     checked: dict[str, Any] = manifest
     return checked
 
 
 def _missing(root: Path) -> str:
-    """Why there is no manifest at `root`, and what to do; perhaps photographs lie there."""
+    """Says why there is no manifest at `root`, and what to do. Photographs may lie there."""
     if (root / UNFINISHED).exists():
         return (
-            f"the data set at {root} is not finished: run the command that began it once more "
+            f"the data set at {root} is not finished: run the command that began it again "
             f"({'make_digits.py' if root == DIGITS else 'make_shards.py'})"
         )
     try:
@@ -225,8 +227,8 @@ def _missing(root: Path) -> str:
         held = []
     if any(path.suffix == ".index" for path in held):
         return (
-            f"no data set at {root}: shards are there, but {MANIFEST} is missing; copy that too or "
-            "make the data set again"
+            f"no data set at {root}: it holds shards, but {MANIFEST} is missing; copy that file "
+            "too, or make the data set again"
         )
     inside = [path for path in held if (path / MANIFEST).exists()]
     if inside:
@@ -236,9 +238,9 @@ def _missing(root: Path) -> str:
         names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in held[:3])
         more = ", ..." if len(held) > 3 else ""
         return (
-            f"{root} holds no shards of fasttrain but {names}{more}; if those are photographs, "
+            f"{root} holds no shards of fasttrain, but {names}{more}; if those are photographs, "
             f"make shards of them in another folder with\n{command} {root} data/NAME\n"
-            "and give that folder instead (of train.py: --set data.root=data/NAME)"
+            "and give that folder instead (for train.py: --set data.root=data/NAME)"
         )
     if root == DIGITS:
         return (
@@ -248,54 +250,56 @@ def _missing(root: Path) -> str:
     return (
         f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make one with\n"
         f"{command} /path/to/imagenet {root}\n"
-        "or give the folder of existing shards (of train.py: --set data.root=/path/to/shards)"
+        "or give the folder of existing shards (for train.py: --set data.root=/path/to/shards)"
     )
 
 
 def open_split(
-    root: Path, name: str, short_side: int | None = None, look_at_tars: bool = True
+    root: Path, name: str, short_side: int | None = None, check_tars: bool = True
 ) -> Split:
-    """Opens split `name` ("train" or "val") of the data set at `root`, in milliseconds.
+    """Opens a split of the data set at `root`. This takes milliseconds.
 
     Args:
-        short_side: that of the images, in pixels, if it must be a certain one.
-        look_at_tars: whether all are there, of the right size; one process of a node is enough,
-            for the sake of a shared file system: readers look at each when they open it.
+        name: "train" or "val".
+        short_side: the short side in pixels to which the images must have been shrunk; None
+            accepts any.
+        check_tars: check that every tar is there and has the right size. One process per node
+            should do this, to spare a shared file system. Readers check each tar on opening it.
     Raises:
-        ShardError: the data set is missing, unfinished, or its files are not those of the manifest;
+        ShardError: the data set is missing or unfinished, its files are not those of the manifest,
             or its images were not shrunk to `short_side`.
     """
     manifest = read_manifest(root)
     if short_side is not None and short_side != manifest["policy"]["short_side"]:
         raise ShardError(
-            f"the recipe asks for images of short side {short_side}, those at {root} have "
-            f"{manifest['policy']['short_side'] or 'their own'}; make them with "
+            f"the recipe asks for images of short side {short_side}, but those at {root} have "
+            f"{manifest['policy']['short_side'] or 'their original size'}; make them again with "
             f"make_shards.py --short-side {short_side}, or change data.short_side"
         )
     if name not in manifest["splits"]:
         raise ShardError(
-            f"{root} has no split {name}, only {', '.join(manifest['splits'])}; make it again of a "
-            "source with both"
+            f"{root} has no split {name}, only {', '.join(manifest['splits'])}; make it again from "
+            "a source with both"
         )
     entry = manifest["splits"][name]
     paths = [root / shard["name"] for shard in entry["shards"]]
     tars = [(path, shard["size"]) for path, shard in zip(paths, entry["shards"], strict=True)]
     index = root / entry["index"]["name"]
-    for path, size in [*(tars if look_at_tars else ()), (index, entry["index"]["size"])]:
+    for path, size in [*(tars if check_tars else ()), (index, entry["index"]["size"])]:
         _check_file(path, size)
     columns, mapped = _read_index(index, entry["num_samples"])
     sizes = np.array([shard["size"] for shard in entry["shards"]], np.uint64)
     for what, wrong in _index_faults(columns, manifest, entry, sizes):
         if wrong.any():
             raise ShardError(
-                f"{index} is damaged: {what}, first of sample {int(wrong.argmax())}; make the data "
+                f"{index} is damaged: {what}, first at sample {int(wrong.argmax())}; make the data "
                 "set again"
             )
-    digest = hashlib.sha256(mapped.data).hexdigest()  # nothing is copied; 24 ms for ImageNet
+    digest = hashlib.sha256(mapped.data).hexdigest()  # takes 24 ms for ImageNet, without a copy
     if digest != entry["index"]["sha256"]:
         raise ShardError(
-            f"{index} is damaged: its sha256 is not that of {MANIFEST}; copy it anew or make the "
-            "data set again"
+            f"{index} is damaged: its sha256 is not the one in {MANIFEST}; copy it again or make "
+            "the data set again"
         )
     return Split(
         root=root,
@@ -310,19 +314,19 @@ def open_split(
 
 
 def _check_file(path: Path, size: int) -> None:
-    """Checks that a file is there and has the size that the manifest says, in bytes."""
+    """Checks that a file exists and has `size` bytes, as the manifest says."""
     try:
         found = path.stat()
     except OSError as error:
         raise ShardError(
-            f"{path}: {error.strerror}, but {MANIFEST} lists it: copy it anew or make the data "
+            f"{path}: {error.strerror}, but {MANIFEST} lists it: copy it again or make the data "
             "set again"
         ) from None
     if not stat.S_ISREG(found.st_mode):
-        raise ShardError(f"{path} is no file: copy it anew or make the data set again")
+        raise ShardError(f"{path} is not a file: copy it again or make the data set again")
     if found.st_size != size:
         raise ShardError(
-            f"{path} has {found.st_size:,} bytes, {MANIFEST} says {size:,}: copy it anew or "
+            f"{path} has {found.st_size:,} bytes, but {MANIFEST} says {size:,}: copy it again or "
             "make the data set again"
         )
 
@@ -333,15 +337,15 @@ def _index_faults(
     entry: dict[str, Any],
     sizes: NDArray[np.uint64],
 ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Each thing that may be wrong in an index, with a mask (samples,) of where it is.
+    """Yields each possible fault of an index, with a mask (samples,) of the samples that have it.
 
-    Such an index would crash DALI, and the process with it, or mix up the order of an epoch.
+    An index with such a fault would crash DALI and its process, or mix up the order of an epoch.
     """
     offset, size, shard = (columns[name] for name in ("offset", "size", "shard"))
     yield "there is no such shard", shard >= len(sizes)
     yield "there is no such class", columns["label"] >= len(manifest["classes"])
     ends = sizes[shard]
-    # Not offset + size, which may pass the largest number there is.
+    # Not offset + size > ends: the sum may overflow.
     yield "its bytes lie outside of its tar", (offset > ends) | (size > ends - offset)
     yield (
         "it has no bytes or no pixels",
@@ -350,7 +354,7 @@ def _index_faults(
     expected = np.repeat(
         np.arange(len(sizes)), [part["num_samples"] for part in entry["shards"]]
     ).astype(np.uint16)
-    yield f"{MANIFEST} gives its shard other samples", shard != expected
+    yield f"it is not in the shard that {MANIFEST} gives it", shard != expected
     if manifest["policy"]["store"] == "raw":
         pixels = columns["width"].astype(np.int64) * columns["height"]
         yield "it has fewer bytes than pixels", size < 3 * pixels
@@ -358,7 +362,7 @@ def _index_faults(
 
 
 def _read_index(path: Path, num_samples: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:
-    """The columns, and the whole file's bytes: views of one map."""
+    """Returns the columns and the bytes of the whole file, as views of one memory map."""
     header = _INDEX_MAGIC + num_samples.to_bytes(8, "little")
     size = len(header) + num_samples * sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
     try:
@@ -383,7 +387,7 @@ def _read_index(path: Path, num_samples: int) -> tuple[dict[str, NDArray[Any]], 
 
 
 class ShardWriter:
-    """Appends samples to a tar and keeps their places, DALI's index and the digest of it all."""
+    """Appends samples to a tar. Collects its DALI index, its size in bytes and its sha256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -392,8 +396,8 @@ class ShardWriter:
         self.index: list[str] = []
 
     def add(self, key: str, suffix: str, data: bytes, label: int) -> int:
-        """Appends `key.suffix` and `key.cls`; returns the offset of the image's bytes."""
-        text = b"%04d" % label  # of one width, which DALI pipelines can turn into a number
+        """Appends `key.suffix` and `key.cls`. Returns the offset of the image's bytes."""
+        text = b"%04d" % label  # a fixed width, which a DALI pipeline can parse
         offset = self._member(f"{key}.{suffix}", data)
         label_offset = self._member(f"{key}.cls", text)
         self.index.append(
@@ -403,8 +407,8 @@ class ShardWriter:
         return offset
 
     def _member(self, name: str, data: bytes) -> int:
-        # Not webdataset's TarWriter: it writes PAX headers and the time of day (1 KB a member, and
-        # never twice the same bytes), where USTAR with mtime 0 is what every reader takes.
+        # Not webdataset's TarWriter: it writes PAX headers and the time of day. They cost 1 KB per
+        # member and make every tar differ. Every reader takes USTAR with mtime 0.
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(data), 0o444
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
@@ -414,7 +418,7 @@ class ShardWriter:
         return offset
 
     def finish(self) -> bytes:
-        """Ends the tar and returns the contents of its DALI index."""
+        """Ends the tar. Returns the contents of its DALI index."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         return "".join([f"v1.2 {len(self.index)}\n", *self.index]).encode()
 
@@ -425,9 +429,13 @@ class ShardWriter:
 
 
 def write_index(path: Path, tables: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
-    """Writes a split's index table and returns its entry for the manifest.
+    """Writes a split's index table.
 
-    Each of `tables` is int64 `(samples, 7)`: offset, size, crc32, shard, label, width, height.
+    Args:
+        tables: one int64 array (samples, 7) per shard. The columns are offset, size, crc32, shard,
+            label, width and height.
+    Returns:
+        The index's entry for the manifest.
     """
     rows = np.concatenate(tables)
     data = _INDEX_MAGIC + len(rows).to_bytes(8, "little")
@@ -439,12 +447,12 @@ def write_index(path: Path, tables: Sequence[NDArray[np.int64]]) -> dict[str, An
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Writes what makes a data set finished; every other file must be in place."""
+    """Writes the manifest, which marks a data set as finished. Write every other file before."""
     data = json.dumps(manifest, indent=1).encode() + b"\n"
     files.write_bytes(root / MANIFEST_DIGEST, manifest_digest(data))
     files.write_bytes(root / MANIFEST, data)
 
 
 def manifest_digest(manifest: bytes) -> bytes:
-    """The contents of `manifest.sha256` for those of `manifest.json`."""
+    """Returns the contents of `manifest.sha256`, given those of `manifest.json`."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()

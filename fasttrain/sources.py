@@ -1,9 +1,9 @@
-"""The forms in which users hold labelled images: recognised by looking, listed without extraction.
+"""Recognises the form of a source of labelled images, and lists its images.
 
-Every form ends in the same listing: images named `class/file` in sorted order, with their label and
-the place of their bytes. So the same photographs give the same shards, whatever form they came in.
-A class's label is its position among the sorted class names (of ImageNet: the WordNet ids), unless
-a list of classes gives their order.
+Every form gives the same listing: images named `class/file` in sorted order, each with its label
+and the location of its bytes. So the same photographs give the same shards in any form. The label
+of a class is its position among the sorted class names (for ImageNet: the WordNet ids), unless a
+list of classes gives another order.
 
 Nothing from a source is executed, unpickled or extracted, and no name in it becomes a path.
 """
@@ -21,17 +21,17 @@ from fasttrain.shards import SPLITS, ShardError
 from fasttrain.spool import Run
 
 # --------------------------------------------------------------------------------------------------
-# Forms that cannot be read at random: unpacked first
+# Forms without random access, which are unpacked first
 # --------------------------------------------------------------------------------------------------
 
 
 def _check_splits(root: Path, jobs: Sequence[spool.Job], scan: Scan) -> None:
-    """Checks that no split is missing, before hours are spent on unpacking the other one."""
+    """Checks that no split is missing, because unpacking the other one can take hours."""
     for split in scan.wanted:
         if not any(job.split == split for job in jobs):
             raise ShardError(
-                f"{root}: there are no files of {split}, only {jobs[0].name} and the like; "
-                f"load those of {split} too"
+                f"{root}: there are no files of {split}, only of other splits ({jobs[0].name}); "
+                f"download those of {split} too"
             )
 
 
@@ -44,7 +44,8 @@ def _read_tar_gz(job: spool.Job) -> Iterator[tuple[str, str, bytes]]:
             doubled = re.search(r"_(n\d{8})\.\w+$", member.name)
             if doubled is None or member.size > MAX_IMAGE_BYTES:
                 raise ShardError(
-                    f"{path}: {member.name!r}: expected a class at the end of its name"
+                    f"{path}: {member.name!r}: expected a class at the end of the name, as in "
+                    "n01440764_10026_n01440764.JPEG, and less than a gigabyte"
                 )
             file = tar.extractfile(member)
             assert file is not None
@@ -52,7 +53,7 @@ def _read_tar_gz(job: spool.Job) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _scan_hf_tar(root: Path, scan: Scan) -> None:
-    """Hugging Face's older form: train_images_*.tar.gz and val_images.tar.gz."""
+    """Lists Hugging Face's older form: train_images_*.tar.gz and val_images.tar.gz."""
     folder = root if [*root.glob("train_images*.tar.gz")] else root / "data"
     jobs = [
         spool.Job(folder, path.name, split)
@@ -72,16 +73,16 @@ def _scan_hf_tar(root: Path, scan: Scan) -> None:
 
 
 class Form(NamedTuple):
-    """A form of source: what a person calls it, what gives it away, and who lists it."""
+    """A form of source."""
 
-    description: str
-    sign: str
-    is_at: Callable[[Path], bool]
-    scan: Callable[[Path, Scan], None]
+    description: str  # for the user
+    sign: str  # the files by which it is recognised, for the user
+    is_at: Callable[[Path], bool]  # recognises the form in a folder
+    scan: Callable[[Path, Scan], None]  # lists the images
 
 
 def _is_official(root: Path) -> bool:
-    """Both archives, or one with nothing else: train/ beside the archive of val is a folder."""
+    """Returns whether both archives are there, or one without an ImageFolder beside it."""
     both = (root / imagenet.TRAIN_TAR).exists() and (root / imagenet.VAL_TAR).exists()
     return both or (imagenet.is_official(root) and not folders.is_at(root))
 
@@ -127,14 +128,14 @@ FORMS = {
 }
 
 
-UNPACKED = ("parquet", "hf-tar")  # forms that cannot be read at random
+UNPACKED = ("parquet", "hf-tar")  # forms without random access
 
 
 def recognise(root: Path) -> str:
-    """The name of the form that lies at `root`.
+    """Returns the form of the source at `root`, a key of `FORMS`.
 
     Raises:
-        ShardError: none does; lists them all with what is missing.
+        ShardError: no form is recognised. The message lists all forms.
     """
     if root.is_dir():
         for name, form in FORMS.items():
@@ -148,8 +149,8 @@ def recognise(root: Path) -> str:
         packed = sorted(path for end in ("*.tar.gz", "*.tgz", "*.zip") for path in root.glob(end))
         if packed:
             raise ShardError(
-                f"{packed[0]} is compressed, and so cannot be read at random; unpack it first "
-                "(of WebDataset shards, to plain tars: gunzip)"
+                f"{packed[0]} is compressed and does not allow random access; unpack it first "
+                "(WebDataset shards to plain tars, with gunzip)"
             )
     missing = "\n".join(f"  {name}: {f.description}: {f.sign}" for name, f in FORMS.items())
     what = "holds none of the forms that are recognised" if root.is_dir() else "is not a folder"
@@ -170,12 +171,12 @@ def scan(
 
     Args:
         form: a key of `FORMS`.
-        spool: folder for what must be unpacked before it can be read at random.
-        run: runs tasks in parallel and gives their results.
-        say: told what a person may want to know.
-        options: what the form alone does not say.
+        spool: folder for files that must be unpacked first.
+        run: runs tasks in parallel and returns their results.
+        say: prints a line for the user.
+        options: the user's choices.
     Raises:
-        ShardError: a split, a class or the labels are missing, links lead nowhere, or an archive is
+        ShardError: a split, a class or a label is missing, a link is broken, or an archive is
             damaged.
     """
     if not root.is_dir():
@@ -184,7 +185,7 @@ def scan(
     FORMS[form].scan(root, found)
     found.check_links()
     if found.dangling:
-        say(f"WARNING: {found.about_links()}; what they point to is left out")
+        say(f"WARNING: {found.describe_dangling()}; they are left out")
     for split in found.wanted:
         if not found.splits[split]:
             raise ShardError(f"{root}: no images of {split} were found")
@@ -192,7 +193,10 @@ def scan(
         train, val = splits.hold_out(found.splits["train"], options.val_fraction, options.seed)
         found.splits = {"train": train, "val": val}
         if not val:
-            raise ShardError(f"--val-fraction: every class of {root} has a single image")
+            raise ShardError(
+                f"--val-fraction: every class of {root} has a single image, so none can be drawn; "
+                "add images"
+            )
     if options.val_only:
         found.splits = {"val": found.splits["val"]}
     ordered = classes.settle(root, found)
@@ -202,7 +206,7 @@ def scan(
 
 
 def archives(root: Path, form: str, options: Options) -> str:
-    """Digest of the files of a source that must be unpacked; empty for what is read in place."""
+    """Returns a digest of the files that must be unpacked; empty for forms read in place."""
     if form not in UNPACKED:
         return ""
     found = Scan(options=options)

@@ -1,4 +1,4 @@
-"""Which split a file or folder belongs to, by the words in its name, and splits made by drawing."""
+"""Finds the split of a file or folder from the words in its name, and draws val from train."""
 
 import hashlib
 import re
@@ -16,15 +16,17 @@ SPLIT_OF = {
 
 
 def words(name: str) -> set[str]:
-    """The words of a name that name a split: of `strain-val-0`, val alone."""
+    """Returns the words of a name that name a split. For `strain-val-0` that is `val` alone."""
     return {word for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_OF}
 
 
 def word_of(path: PurePosixPath) -> str | None:
-    """The word that gives the split of a file, in its name or in that of a folder it lies in.
+    """Returns the word that gives the split of a file, from its name or from a folder above it.
 
     Args:
         path: relative to the source.
+    Returns:
+        A key of `SPLIT_OF`; None if no name gives a split.
     Raises:
         ShardError: the names contradict each other.
     """
@@ -47,10 +49,10 @@ def word_of(path: PurePosixPath) -> str | None:
 
 
 def one_word_each(found: Iterable[str]) -> None:
-    """Checks that no split goes by two words: `val` and `dev` side by side are two data sets.
+    """Checks that one word at most names each split. `val` beside `dev` may be two data sets.
 
     Raises:
-        ShardError: one does.
+        ShardError: two words name the same split.
     """
     of_split: dict[str, set[str]] = {}
     for word in found:
@@ -58,27 +60,29 @@ def one_word_each(found: Iterable[str]) -> None:
     for split, both in of_split.items():
         if len(both) > 1:
             raise ShardError(
-                f"{' and '.join(sorted(both))} both name the {split} split: which of them is meant "
-                "is not known; move the other out of the source"
+                f"{' and '.join(sorted(both))} both name the {split} split: keep the one that you "
+                "want, and move the other out of the source"
             )
 
 
 def settle_test(found: dict[str, list[str]], scan: Scan) -> str | None:
-    """The split whose files serve as val: val, or test where there is no val. Says which.
+    """Chooses the split whose files become val: val, or test if there is no val. Tells the user.
 
     Args:
-        found: the names of files or folders by split.
+        found: the names of files or folders, by split.
+    Returns:
+        "val", "test", or None if neither can be used.
     """
     if found.get("val"):
         if found.get("test"):
-            scan.say(f"{_some(found['test'])} left out: test is not used where there is val")
+            scan.say(f"{_some(found['test'])} left out: test is not used if there is a val split")
         return "val"
     if not found.get("test"):
         return None
     if scan.options.val_fraction is not None:
         scan.say(f"{_some(found['test'])} left out: val is drawn from train")
         return None
-    scan.say(f"there is no val: {_some(found['test'])} used as val")
+    scan.say(f"there is no val split: {_some(found['test'])} used as val")
     return "test"
 
 
@@ -88,11 +92,11 @@ def _some(names: list[str]) -> str:
 
 
 def hold_out(images: list[Found], fraction: float, seed: int) -> tuple[list[Found], list[Found]]:
-    """Draws a share of every class: (train, val).
+    """Draws a share of every class for validation. Returns (train, val).
 
-    A file is drawn by a hash of the seed, its class and its name, so on every machine the same are.
-    A file that is added or removed moves at most one other between the splits. A class of two
-    images or more has at least one in each.
+    The draw depends on a hash of the seed, the class and the file name, so every machine draws the
+    same files. Adding or removing a file moves at most one other file between the splits. A class
+    of two images or more has at least one in each split.
     """
     of_class: dict[str, list[Found]] = {}
     for item in images:
@@ -100,13 +104,13 @@ def hold_out(images: list[Found], fraction: float, seed: int) -> tuple[list[Foun
     train: list[Found] = []
     val: list[Found] = []
     for items in of_class.values():
-        items.sort(key=lambda item: _rank(item, seed))
+        items.sort(key=lambda item: _draw_key(item, seed))
         count = min(max(1, round(fraction * len(items))), len(items) - 1)
         val += items[:count]
         train += items[count:]
     return train, val
 
 
-def _rank(item: Found, seed: int) -> tuple[bytes, str, int]:
+def _draw_key(item: Found, seed: int) -> tuple[bytes, str, int]:
     text = f"{seed}/{item.label}/{item.name}".encode("utf-8", "surrogateescape")
-    return hashlib.sha256(text).digest(), item.place.name, item.offset
+    return hashlib.sha256(text).digest(), item.container.name, item.offset

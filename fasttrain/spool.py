@@ -1,12 +1,12 @@
-"""The images of sources that cannot be read at random, unpacked once into plain files.
+"""Unpacks sources that do not allow random access, once, into plain files.
 
     OUT/fasttrain-spool-train-1a2b3c4d-NAME.bin     the bytes of all images of the file NAME
-    OUT/fasttrain-spool-train-1a2b3c4d-NAME.json    name, label, offset and size of each, and
-                                                    which state of the file NAME they are from
+    OUT/fasttrain-spool-train-1a2b3c4d-NAME.json    name, label, offset and size of each image, and
+                                                    the state of the file NAME that they are from
 
-Both files appear whole or not at all, so a kill loses at most the file that was being unpacked.
-What was unpacked is used again only for the same state of the file: its size, modification time
-and last bytes. A .bin has the modification time of its source, as if images were read from there.
+Both files are written atomically, so a kill loses at most the file that is being unpacked. Unpacked
+images are used again only if the state of NAME is the same: its size, modification time and last
+bytes. The .bin gets the modification time of NAME, because a sharding compares those times.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from fasttrain import files
 from fasttrain.listing import Found, Options, Scan
 from fasttrain.shards import SPLITS, ShardError
 
-SPOOL = "fasttrain-spool-"  # how the names of unpacked files begin
-_TAIL = 1 << 16  # bytes
+SPOOL = "fasttrain-spool-"  # the first part of the name of every unpacked file
+_TAIL_BYTES = 1 << 16
 
-Item = tuple[str, Any, bytes]  # name, label, bytes of an image
+Item = tuple[str, Any, bytes]  # name, label and bytes of an image
 Run = Callable[[Sequence[Callable[[], Any]]], Iterable[Any]]
 
 
 class Job(NamedTuple):
     """A compressed file to unpack, and the split that its images belong to."""
 
-    root: Path  # of the source
-    name: str  # of the file, below root
+    root: Path  # the folder of the source
+    name: str  # path of the file, relative to root
     split: str
-    columns: tuple[str, ...] = ()  # those to read, where the file is a table
+    columns: tuple[str, ...] = ()  # the columns to read, if the file is a table
 
     @property
     def path(self) -> Path:
@@ -48,31 +48,33 @@ Read = Callable[[Job], Iterator[Item]]
 
 
 class Unpacked(NamedTuple):
-    """An image that was unpacked: its bytes are `size` at `offset` of the file `place`."""
+    """An unpacked image: the `size` bytes at `offset` of the file `path`."""
 
-    place: Path
+    path: Path
     offset: int
     size: int
     name: str
-    label: Any  # as the source has it
+    label: Any  # as the source gives it
 
 
 def unpack(jobs: Sequence[Job], read: Read, folder: Path, run: Run) -> None:
-    """Unpacks every file into `folder`, in parallel, unless an earlier call did.
+    """Unpacks every file into `folder`, in parallel. Skips files that an earlier call unpacked.
 
     Raises:
         ShardError: a file is damaged.
     """
-    # In random order: the parts of an array of jobs then share the work.
-    for _ in run([partial(_fill, read, folder, job) for job in random.sample(jobs, len(jobs))]):
+    # In random order, so that the parts of a job array unpack different files.
+    tasks = [partial(_unpack_one, read, folder, job) for job in random.sample(jobs, len(jobs))]
+    for _ in run(tasks):
         pass
 
 
 def unpack_all(jobs: Sequence[Job], read: Read, scan: Scan) -> dict[str, list[tuple[Found, Any]]]:
-    """Unpacks every file of a source, in parallel: the images by split, with their labels.
+    """Unpacks every file of a source, in parallel, and sets `scan.archives`.
 
-    Without a folder to unpack to, only looks at the files: there are no images then.
-
+    Returns:
+        The images with their labels, by split. If `scan.spool` is None, nothing is unpacked and
+        there are no images.
     Raises:
         ShardError: a file is damaged.
     """
@@ -82,42 +84,45 @@ def unpack_all(jobs: Sequence[Job], read: Read, scan: Scan) -> dict[str, list[tu
         return found
     size = sum(job.path.stat().st_size for job in jobs)
     scan.say(
-        f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, as they cannot be "
-        "read at random; removed at the end"
+        f"unpacking {len(jobs)} files ({size / 1e9:.1f} GB) to {scan.spool}, because they do not "
+        "allow random access; the unpacked files are removed at the end"
     )
     unpack(jobs, read, scan.spool, scan.run)
     for job in jobs:
-        for place, offset, num_bytes, name, label in unpacked(job, scan.spool):
-            found[job.split].append((Found(place, offset, num_bytes, "", name), label))
+        for path, offset, num_bytes, name, label in unpacked(job, scan.spool):
+            found[job.split].append((Found(path, offset, num_bytes, "", name), label))
     return found
 
 
 def unpacked(job: Job, folder: Path) -> Iterator[Unpacked]:
-    """The images of a file that `unpack` was called for, in the order of the file."""
+    """Yields the images of a file that `unpack` has unpacked, in the order of the file."""
     path, rows_path = _paths(job, folder)
     for name, label, offset, size in json.loads(rows_path.read_bytes())["rows"]:
         yield Unpacked(path, offset, size, name, label)
 
 
 def _paths(job: Job, folder: Path) -> tuple[Path, Path]:
-    # Files in different folders may have the same name, so the digest of the whole name is added.
+    # The digest tells apart files of the same name in different folders.
     digest = hashlib.sha256(job.name.encode()).hexdigest()[:8]
     path = folder / f"{SPOOL}{job.split}-{digest}-{job.path.name}.bin"
     return path, path.with_suffix(".json")
 
 
 def _state(job: Job) -> list[Any]:
-    """What changes when the file or the choice of columns does; of JSON types."""
+    """Returns values of JSON types that change if the file or the choice of columns changes."""
     with job.path.open("rb") as file:
         found = os.fstat(file.fileno())
-        # The end of a gzip file is its checksum; that of a parquet file lists all its parts.
-        file.seek(max(0, found.st_size - _TAIL))
-        tail = hashlib.sha256(file.read(_TAIL)).hexdigest()
+        # A gzip file ends with its checksum, a parquet file with a list of all its parts.
+        file.seek(max(0, found.st_size - _TAIL_BYTES))
+        tail = hashlib.sha256(file.read(_TAIL_BYTES)).hexdigest()
     return [found.st_size, found.st_mtime_ns, tail, list(job.columns)]
 
 
 def _digest(jobs: Sequence[Job], options: Options) -> str:
-    """Of files and how they are read: the same wherever they lie and whenever they were copied."""
+    """Returns a digest of the files and of how they are read.
+
+    It does not depend on the folder of the files or on their modification times.
+    """
     draw = options.val_fraction and (options.val_fraction, options.seed)
     found: list[Any] = [options.val_only, draw, options.classes, options.by_number]
     for job in jobs:
@@ -126,8 +131,8 @@ def _digest(jobs: Sequence[Job], options: Options) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _made(path: Path) -> list[int]:
-    """What tells an unpacked file from another under its name."""
+def _fingerprint(path: Path) -> list[int]:
+    """Returns size and modification time, to detect that a .bin was replaced."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
 
@@ -135,25 +140,25 @@ def _made(path: Path) -> list[int]:
 def _is_unpacked(state: list[Any], path: Path, rows_path: Path) -> bool:
     try:
         kept = json.loads(rows_path.read_bytes())
-        return bool(kept["state"] == state and kept["made"] == _made(path))
+        return bool(kept["state"] == state and kept["made"] == _fingerprint(path))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
-def _fill(read: Read, folder: Path, job: Job) -> None:
+def _unpack_one(read: Read, folder: Path, job: Job) -> None:
     path, rows_path = _paths(job, folder)
     state = _state(job)
     if _is_unpacked(state, path, rows_path):
         return
-    rows_path.unlink(missing_ok=True)  # it would not be true of the new .bin
-    # JPEGs hardly compress: a file that grows twentyfold holds no photographs.
+    rows_path.unlink(missing_ok=True)  # it describes the old .bin
+    # JPEGs hardly compress, so a file that grows twentyfold holds no photographs.
     limit = 20 * job.path.stat().st_size + (1 << 20)
     try:
         rows = _write(path, read(job), limit)
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, KeyError) as error:
         if isinstance(error, ShardError) or getattr(error, "errno", None):
             raise
-        raise ShardError(f"{job.path} is damaged: {error}; load it anew") from None
+        raise ShardError(f"{job.path} is damaged: {error}; download it again") from None
     if _state(job) != state:
         path.unlink(missing_ok=True)
         raise ShardError(
@@ -161,7 +166,7 @@ def _fill(read: Read, folder: Path, job: Job) -> None:
         )
     mtime = state[1]
     os.utime(path, ns=(mtime, mtime))
-    kept = {"state": state, "made": _made(path), "rows": rows}
+    kept = {"state": state, "made": _fingerprint(path), "rows": rows}
     files.write_bytes(rows_path, json.dumps(kept).encode())
 
 
@@ -170,7 +175,10 @@ def _write(path: Path, images: Iterable[Item], limit: int) -> list[tuple[str, An
     with files.atomic(path) as file:
         for name, label, data in images:
             if end + len(data) > limit:
-                raise ShardError(f"{path.name}: expands beyond {limit:,} bytes: refused")
+                raise ShardError(
+                    f"{path.name}: the file unpacks to more than {limit:,} bytes, which "
+                    "photographs do not: give a source of images"
+                )
             rows.append((name, label, end, len(data)))
             file.write(data)
             end += len(data)

@@ -54,7 +54,7 @@ def open_data(data: config.Data) -> DataSet:
     """
     look = os.environ.get("LOCAL_RANK", "0") == "0"
     train_set = shards.open_split(data.root, "train", data.short_side, look)
-    val_set = shards.open_split(data.root, "val", look_at_tars=look)
+    val_set = shards.open_split(data.root, "val", check_tars=look)
     reading.check_open_files(train_set, val_set)
     return DataSet(train_set, val_set)
 

@@ -1,4 +1,4 @@
-"""WebDataset tars: samples of an image and its label, members of one key that follow each other."""
+"""Reads WebDataset tars. The members of a sample are adjacent and share a key."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from fasttrain.listing import Found, Scan, is_clutter, is_image, kind_of
 from fasttrain.shards import SPLITS, ShardError
 from fasttrain.splits import SPLIT_OF, one_word_each, settle_test, word_of, words
 
-_MOST_LABEL_BYTES = 1 << 20  # of a member that holds a label
+_MAX_LABEL_BYTES = 1 << 20  # more of a member that holds a label is not read
 _NUMBER = re.compile(r"[+-]?\d+")
 _FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+)(e[+-]?\d+)?|nan", re.IGNORECASE)
 Label = int | str
@@ -35,15 +35,16 @@ class WdsSample(NamedTuple):
 def wds_samples(
     path: Path, label_key: str | None = None, scan: Scan | None = None
 ) -> Iterator[WdsSample]:
-    """The samples of a tar: members of one key, which ends at the first dot.
+    """Yields the samples of a tar. The key of a member ends at the first dot of its name.
 
-    Hidden members, such as the ._x.jpg of a Mac, are left out.
+    Leaves out hidden members, such as ._x.jpg, which a Mac adds.
 
     Args:
-        label_key: the end of the members that hold labels, or a key of the .json; None: .cls.
-        scan: where to count what is left out.
+        label_key: the suffix of the members that hold labels, or a key of the .json members; None
+            takes the .cls members.
+        scan: counts what is left out.
     Raises:
-        ShardError: the tar is damaged, or an image has no label or the other way round.
+        ShardError: the tar is damaged, an image has no label, or a label has no image.
     """
     scan = scan or Scan()
     for key, group in itertools.groupby(_visible(path, scan), _key_of):
@@ -91,7 +92,10 @@ def _is_label(member: Member, sample: list[Member], label_key: str | None) -> bo
 
 
 def _pairs(images: list[Member], labels: list[Member]) -> list[WdsSample]:
-    """Samples whose names have dots, photo.0.jpg and photo.1.jpg: one for each name but its end."""
+    """Pairs images and labels whose names have more dots, such as photo.0.jpg and photo.0.cls.
+
+    Returns nothing unless every image and every label has a partner.
+    """
     by_stem = {member.name.rpartition(".")[0]: member for member in labels}
     stems = [member.name.rpartition(".")[0] for member in images]
     if len(set(stems)) != len(images) or len(by_stem) != len(labels) or set(stems) != set(by_stem):
@@ -100,7 +104,7 @@ def _pairs(images: list[Member], labels: list[Member]) -> list[WdsSample]:
 
 
 def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) -> str:
-    """What is wrong with a sample, what was found and what helps."""
+    """Says what is wrong with a sample, which members it has, and what to do."""
     name = key.removeprefix("/").removeprefix("./")
     found = ", ".join(f".{_ending(member)}" for member in sample[:6])
     label = ".cls" if label_key is None else f".{label_key} or .json"
@@ -109,8 +113,8 @@ def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) ->
     text = f"{path}: sample {name} holds {found}; expected one image and its label ({label})"
     if groups.count(key) > 1:
         return (
-            f"{path} is not sorted: the members of sample {name} do not follow each other, as "
-            "WebDataset readers need\nmake it again from sorted files: mkdir x && tar -xf "
+            f"{path} is not sorted: the members of sample {name} are not adjacent, as WebDataset "
+            "readers need\nmake it again from sorted files: mkdir x && tar -xf "
             f"{path.name} -C x && tar --sort=name -cf {path.name} -C x ."
         )
     if scan.skipped[LINKS]:
@@ -124,16 +128,17 @@ def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) ->
 
 
 def _where_labels_are(path: Path, sample: list[Member]) -> str:
+    """Suggests a --label-key if other members of the sample may hold its label."""
     with path.open("rb") as file:
-        # The .txt beside a .json is a caption more often than a label.
+        # The .json first: a .txt beside it is more often a caption than a label.
         for member in sorted(sample, key=lambda member: not _ends_with(member, "json")):
             data = _bytes_of(file, member)
             if _ends_with(member, "json"):
                 keys = _json_keys(data)
                 example = "label" if "label" in keys or not keys else keys[0]
+                found = f"has the keys {', '.join(keys[:8])}" if keys else "has no keys"
                 return (
-                    f"\n{_short(member)} has the keys {', '.join(keys[:8]) or 'of no object'}: "
-                    f"--label-key {example} takes the labels from there"
+                    f"\n{_short(member)} {found}: --label-key {example} takes the labels from there"
                 )
             if _ends_with(member, "txt"):
                 text = data[:40].decode(errors="replace")
@@ -159,46 +164,49 @@ def _short(member: Member) -> str:
 
 def _bytes_of(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
-    return file.read(min(member.size, _MOST_LABEL_BYTES))
+    return file.read(min(member.size, _MAX_LABEL_BYTES))
 
 
 def _label(path: Path, file: BinaryIO, member: Member, label_key: str | None) -> Label:
-    """The label of a sample: a whole number, or the name of its class."""
+    """Returns the label of a sample: an integer or a class name."""
     data = _bytes_of(file, member)
-    place = f"{path}: {member.name}"
+    location = f"{path}: {member.name}"
     try:
         text = data.decode()
     except UnicodeDecodeError:
         raise ShardError(
-            f"{place} holds {data[:16]!r}; expected a whole number or the name of a class"
+            f"{location} holds {data[:16]!r}; expected a whole number or the name of a class"
         ) from None
     if label_key is None or _ends_with(member, label_key):
-        return _parsed(text, place)
+        return _parsed(text, location)
     try:
         value = json.loads(text)[label_key]
     except ValueError:
-        raise ShardError(f"{place} is no JSON; expected an object with {label_key!r}") from None
-    except (KeyError, TypeError, IndexError):
-        keys = ", ".join(_json_keys(data)[:8]) or "of no object"
         raise ShardError(
-            f"{place} has the keys {keys}, not {label_key!r}: name the right one with --label-key"
+            f"{location} is not JSON; expected an object with the key {label_key!r}"
+        ) from None
+    except (KeyError, TypeError, IndexError):
+        keys = ", ".join(_json_keys(data)[:8])
+        found = f"has the keys {keys}" if keys else "has no keys"
+        raise ShardError(
+            f"{location} {found}, not {label_key!r}: name the right one with --label-key"
         ) from None
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return _parsed(str(value), f"{place}: {label_key!r}")
+        return _parsed(str(value), f"{location}: {label_key!r}")
     kind = type(value).__name__
     raise ShardError(
-        f"{place}: {label_key!r} is {json.dumps(value)[:40]} ({kind}); expected a whole number or "
-        "the name of a class"
+        f"{location}: {label_key!r} is {json.dumps(value)[:40]} ({kind}); expected a whole number "
+        "or the name of a class"
     )
 
 
-def _parsed(text: str, place: str) -> Label:
+def _parsed(text: str, location: str) -> Label:
     text = text.strip()
     if _NUMBER.fullmatch(text):
         return int(text)
     if not text or "\0" in text or "\n" in text or len(text) > 200 or _FRACTION.fullmatch(text):
         raise ShardError(
-            f"{place} holds {text[:40]!r}; expected a whole number or the name of a class"
+            f"{location} holds {text[:40]!r}; expected a whole number or the name of a class"
         )
     return text
 
@@ -209,33 +217,34 @@ def _parsed(text: str, place: str) -> Label:
 
 
 def tars(root: Path) -> list[Path]:
-    """The tars in `root` and in the folders in it that are named like splits."""
+    """Returns the tars in `root` and in its folders that are named like splits."""
     if not root.is_dir():
         return []
-    places = [root, *(path for path in root.iterdir() if words(path.name) and path.is_dir())]
-    found = [path for place in places for path in place.glob("*.tar")]
+    folders = [root, *(path for path in root.iterdir() if words(path.name) and path.is_dir())]
+    found = [path for folder in folders for path in folder.glob("*.tar")]
     return sorted(path for path in found if not (is_clutter(path.name) or is_class_tar(path)))
 
 
 def is_at(root: Path) -> bool:
-    """Whether tars lie in `root` that are not ImageNet's archives."""
+    """Returns whether `root` holds tars that are not ImageNet's archives."""
     return bool(tars(root)) and not is_official(root)
 
 
 def _by_split(root: Path, scan: Scan) -> dict[str, list[Path]]:
-    """The tars of the splits that are wanted."""
+    """Returns the tars of the wanted splits."""
     by_word: dict[str | None, list[Path]] = {}
     for path in tars(root):
         if not path.exists():
-            scan.dangle(path)
+            scan.add_dangling(path)
             continue
         by_word.setdefault(word_of(PurePosixPath(path.relative_to(root))), []).append(path)
     scan.check_links()
     nameless = by_word.pop(None, [])
     if nameless and (by_word or scan.wanted == SPLITS):
         raise ShardError(
-            f"{nameless[0]}: expected train, val or test as a word in the name of a tar or of its "
-            f"folder ({len(nameless):,} tars have none)\nrename it, or move it into train/ or val/"
+            f"{nameless[0]}: expected train, val or test as a word in the name of the tar or of "
+            f"its folder ({len(nameless):,} tars have none)\nrename it, or move it into train/ or "
+            "val/"
         )
     named = {str(word): paths for word, paths in by_word.items()}
     one_word_each(named)
@@ -251,7 +260,10 @@ def _by_split(root: Path, scan: Scan) -> dict[str, list[Path]]:
 
 def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     if scan.options.val_fraction is not None and found["val"]:
-        raise ShardError(f"{found['val'][0]} is there: leave out --val-fraction to use it as val")
+        raise ShardError(
+            f"--val-fraction: the source has a val split already ({found['val'][0]}); leave the "
+            "option out"
+        )
     for split in scan.wanted:
         if not found.get(split):
             raise ShardError(
@@ -265,13 +277,13 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     deeper = [path for split in scan.wanted for path in found[split] if path.parent != root]
     if scan.options.in_place and deeper:
         raise ShardError(
-            f"--in-place: {deeper[0]} lies in a folder of its own; the tars must lie in {root} "
-            "itself: move them up, or name a folder OUT"
+            f"--in-place: {deeper[0]} lies in a folder below {root}, but the tars must lie in "
+            f"{root} itself: move them up, or name a folder OUT"
         )
 
 
 def scan_webdataset(root: Path, scan: Scan) -> None:
-    """Lists the samples of the tars. A key that begins with a WordNet id names the class."""
+    """Lists the samples of the tars. A key that begins with a WordNet id gives the class."""
     label_key = scan.options.label_key
     found: dict[str, list[tuple[Found, Label]]] = {}
     for split, paths in _by_split(root, scan).items():
@@ -286,16 +298,16 @@ def scan_webdataset(root: Path, scan: Scan) -> None:
 
 
 def _name(sample: WdsSample) -> str:
-    """The name that an image has in listings, whatever its kind: its key and .JPEG."""
+    """Returns the name of an image in listings: its key and .JPEG, whatever its format."""
     return f"{_short(sample.image).rpartition('.')[0]}.JPEG"
 
 
 def _name_classes(root: Path, scan: Scan, found: dict[str, list[tuple[Found, Label]]]) -> None:
-    """Turns labels into names of classes."""
+    """Turns labels into class names."""
     everything = [pair for images in found.values() for pair in images]
     named = next(((item, label) for item, label in everything if isinstance(label, str)), None)
     number = next(((item, label) for item, label in everything if isinstance(label, int)), None)
-    listed = classes.beside(root, scan)
+    listed = classes.find_list(root, scan)
     if named is None:
         numbered = {s: [(i, int(n)) for i, n in images] for s, images in found.items()}
         wnids = classes.known_wnids(pair for images in numbered.values() for pair in images)
@@ -303,13 +315,13 @@ def _name_classes(root: Path, scan: Scan, found: dict[str, list[tuple[Found, Lab
         return
     if number is not None:
         raise ShardError(
-            f"{named[0].place} has the label {named[1]!r}, {number[0].place} the label "
-            f"{number[1]}: labels must be all numbers or all names of classes"
+            f"{named[0].container} has the label {named[1]!r}, but {number[0].container} has the "
+            f"label {number[1]}: labels must be all numbers or all names of classes"
         )
     if scan.options.in_place:
         raise ShardError(
-            f"--in-place: {named[0].place} has the label {named[1]!r}; labels must be numbers to "
-            "stay as they are: name a folder OUT"
+            f"--in-place: {named[0].container} has the label {named[1]!r}, but labels must be "
+            "numbers to stay as they are: name a folder OUT"
         )
     for split, images in found.items():
         scan.splits[split] += [item._replace(label=str(label)) for item, label in images]

@@ -163,7 +163,7 @@ def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:
     found, _ = examined(0, tiny(), **{f"SLURM_{name}": value for name, value in job.items()})
     assert found["run"]["processes"] == 4 and found["run"]["micro_batch"] == 2
     assert found["cpus"]["processes_here"] == 2 and found["job"]["SLURM_JOB_ID"] == "7"
-    assert found["input"]["measured"] == "in 1 of 4 processes, and taken 4 times"
+    assert found["input"]["measured"] == "in 1 of 4 processes; the total is extrapolated"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_an_evaluation_gives_the_accuracy_that_the_run_measured(
         assert found["seen"] == 13 and "evaluating 13/13" in said and "1 x cpu, float32\n" in said
         for key in ("top1", "top5", "loss"):
             assert found[key] == pytest.approx(done[prefix + key], rel=1e-5)
-    with pytest.raises(Fault, match="say what network it is"):
+    with pytest.raises(Fault, match="give the recipe of its network"):
         evaluate.find_weights(tmp_path / "weights.pth", False, None)
 
 
@@ -87,7 +87,7 @@ def test_classes_are_found_by_name_in_another_order_and_among_more(
     torch.save(more, tmp_path / "more.pth")
     found, said = evaluated(tmp_path / "more.pth", *words)
     assert found == expected
-    assert "evaluating 3 classes by their names, of the network's 5" in said
+    assert "evaluating 3 of the network's 5 classes, found by name" in said
     torch.save(more["model"], tmp_path / "unnamed.pth")
     (tmp_path / "classes.txt").write_text("x\nc\ny\na\nb\n")
     found, _ = evaluated(tmp_path / "unnamed.pth", *words, "--classes", tmp_path / "classes.txt")
@@ -125,7 +125,7 @@ def test_a_slow_bfloat16_is_left_for_float32_unless_it_is_asked_for(
     words = [finished, "--data", dataset, "--recipe", tiny("bf16", train={"precision": "bf16"})]
     expected, _ = evaluated(finished, "--data", dataset)
     for ratio, precision, same, said in (
-        (0.2, None, True, "1 x cpu, float32: bfloat16, the recipe's, takes 5.0 times as long"),
+        (0.2, None, True, "1 x cpu, float32: the recipe's bfloat16 takes 5.0 times as long"),
         (0.2, "bf16", False, "1 x cpu, bfloat16\n"),
         (2.0, None, False, "1 x cpu, bfloat16\n"),
         (0.2, "no", True, "1 x cpu, float32\n"),

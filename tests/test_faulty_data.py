@@ -30,8 +30,8 @@ def of(manifest: Manifest, *place: Any) -> Any:
 
 MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
     (lambda m: m.pop("version"), "manifest.json is damaged; make"),
-    (lambda m: m.update(version=7), "has format version 7, this fasttrain reads 1; make"),
-    (lambda m: m.update(version="1"), "has format version 1, this fasttrain reads 1; make"),
+    (lambda m: m.update(version=7), "has format version 7, but this fasttrain reads 1; make"),
+    (lambda m: m.update(version="1"), "has format version 1, but this fasttrain reads 1; make"),
     (lambda m: m.pop("classes"), "is damaged: classes: Field required"),
     (lambda m: m.update(classes=[]), "is damaged: classes: List should have at least 1 item"),
     (lambda m: m.update(classes=["x"] * 70000), "classes: List should have at most 65536 items"),
@@ -54,7 +54,7 @@ MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
         "splits.train.shards: List should have at most 65536 items",
     ),
     (lambda m: of(m).update(num_samples="45"), "splits.train.num_samples: Input should be a valid"),
-    (lambda m: of(m).update(num_samples=44), "splits.train: its shards have another number of sam"),
+    (lambda m: of(m).update(num_samples=44), "splits.train: num_samples is not the sum of its sh"),
     (lambda m: of(m).update(num_samples=0), "num_samples: Input should be greater than or equal"),
     (
         lambda m: of(m, "shards", 3).update(size=-1),
@@ -77,31 +77,34 @@ MANIFESTS: list[tuple[Callable[[Manifest], object], str]] = [
     *[
         (
             lambda m, name=name: of(m, "shards", 1).update(name=name),
-            f"splits.train.shards[1].name: {name!r} is no file in the data set's folder",
+            f"splits.train.shards[1].name: {name!r} is not the name of a file in the data",
         )
         for name in ("../../etc/passwd", "/etc/passwd", "sub/train-000001.tar", "..", "", "a\0b")
     ],
     (
         lambda m: of(m, "shards", 1).update(name="\ud800"),
-        "shards[1].name: '\\ud800' is no file in the data set's folder",
+        "shards[1].name: '\\ud800' is not the name of a file in the data set's folder",
     ),
-    (lambda m: of(m, "shards", 1).update(name="x" * 999), "xxx' is no file in the data set's fold"),
+    (
+        lambda m: of(m, "shards", 1).update(name="x" * 999),
+        "xxx' is not the name of a file in the data",
+    ),
     (lambda m: of(m, "shards", 1).update(name=3), "shards[1].name: Input should be a valid string"),
     (
         lambda m: of(m, "index").update(name="/etc/passwd"),
-        "splits.train.index.name: '/etc/passwd' is no file in the data set's folder",
+        "splits.train.index.name: '/etc/passwd' is not the name of a file in the data set's folder",
     ),
     (
         lambda m: of(m, "shards", 1).update(name=of(m, "shards", 0, "name")),
-        "shards[1].name: train-000000.tar is that of splits.train.shards[0] already",
+        "shards[1].name: splits.train.shards[0] has the name train-000000.tar already",
     ),
     (
         lambda m: m["splits"].update(val=of(m)),
-        "splits.val.index.name: train.index is that of splits.train.index already",
+        "splits.val.index.name: splits.train.index has the name train.index already",
     ),
     (
         lambda m: of(m, "shards", 0).update(size=1024),
-        "manifest.json says 1,024: copy it anew or make",
+        "manifest.json says 1,024: copy it again or make",
     ),
 ]
 
@@ -130,7 +133,7 @@ def test_a_missing_split_is_refused(copied: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["splits"]["train"]
     path.write_text(json.dumps(manifest | {"of a newer": "minor version"}))
-    with pytest.raises(shards.ShardError, match="no split train, only val; make it again of a"):
+    with pytest.raises(shards.ShardError, match="no split train, only val; make it again from a"):
         shards.open_split(copied, "train")
 
 
@@ -143,8 +146,8 @@ INDEXES = [  # column, sample, value, what is said and of which sample
     ("height", 8, 0, "it has no bytes or no pixels", 8),
     ("label", 6, 3, "there is no such class", 6),
     ("shard", 5, 60000, "there is no such shard", 5),
-    ("shard", 0, 1, "manifest.json gives its shard other samples", 0),
-    ("shard", 10, 1, "manifest.json gives its shard other samples", 10),
+    ("shard", 0, 1, "it is not in the shard that manifest.json gives it", 0),
+    ("shard", 10, 1, "it is not in the shard that manifest.json gives it", 10),
 ]
 
 
@@ -170,7 +173,7 @@ def test_each_damaged_index_is_refused(
     refused: Refused,
 ) -> None:
     change_index(copied / "train.index", column, sample, value, 45)
-    said = f"{copied}/train.index is damaged: {message}, first of sample {first}; {AGAIN}"
+    said = f"{copied}/train.index is damaged: {message}, first at sample {first}; {AGAIN}"
     refused(train.main, [tiny(data={"root": str(copied)})], said)
 
 
@@ -201,22 +204,22 @@ def test_a_raw_index_with_more_pixels_than_bytes_is_refused(folder: Path, tmp_pa
     shard(folder, tmp_path / "raw", Policy(store="raw"))
     width = int(shards.open_split(tmp_path / "raw", "train").width[9])
     change_index(tmp_path / "raw" / "train.index", "width", 9, width + 1, 45)
-    with pytest.raises(shards.ShardError, match="fewer bytes than pixels, first of sample 9"):
+    with pytest.raises(shards.ShardError, match="fewer bytes than pixels, first at sample 9"):
         shards.open_split(tmp_path / "raw", "train")
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("train.index", "shorten", "train.index has 100 bytes, manifest.json says"),
+        ("train.index", "shorten", "train.index has 100 bytes, but manifest.json says"),
         ("train.index", "remove", "train.index: No such file or directory, but manifest.json"),
-        ("train.index", "folder", "train.index is no file: copy it anew"),
+        ("train.index", "folder", "train.index is not a file: copy it again"),
         ("train.index", "flip", "train.index is damaged or of another version"),
-        ("val-000000.tar", "shorten", "val-000000.tar has 100 bytes, manifest.json says"),
+        ("val-000000.tar", "shorten", "val-000000.tar has 100 bytes, but manifest.json says"),
         ("train-000002.tar", "remove", "train-000002.tar: No such file or directory, but"),
-        ("train-000002.tar", "folder", "train-000002.tar is no file: copy it anew"),
+        ("train-000002.tar", "folder", "train-000002.tar is not a file: copy it again"),
         ("manifest.json", "folder", "manifest.json: cannot be read (Is a directory)"),
-        ("manifest.json", "remove", "manifest.json is missing; copy that too"),
+        ("manifest.json", "remove", "manifest.json is missing; copy that file"),
     ],
 )
 def test_each_damaged_file_of_a_data_set_is_named(

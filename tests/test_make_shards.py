@@ -94,7 +94,7 @@ def test_a_rerun_with_a_changed_source(
     make(root, tmp_path / "out")
     change(root)
     code, said, _ = make(root, tmp_path / "out")
-    assert code == 2 and "already holds a finished data set, but not this one:\n  source: " in said
+    assert code == 2 and "already holds another finished data set:\n  source: " in said
     assert "remove it or choose another folder" in said
 
 
@@ -144,7 +144,7 @@ def test_what_was_left_out_is_said_by_kind(root: Path, tmp_path: Path, make: Mak
     put(root, "train/cat/a.txt", "train/cat/b.txt", "train/dog/c.heic", "val/cat/.d.png")
     code, said, _ = make(root, tmp_path / "out")
     assert code == 0 and "left out 4 files: 2 *.txt, 1 *.heic, 1 hidden\n" in said
-    assert "WARNING: 1 *.heic may be images, but are not read; make JPEGs of them" in said
+    assert "WARNING: 1 *.heic may be images, but are not read; convert them to JPEG" in said
     assert shards.read_manifest(tmp_path / "out")["ignored_files"] == 4
 
 
@@ -153,7 +153,7 @@ def test_pointers_in_place_of_images(root: Path, tmp_path: Path, make: Make) -> 
     (root / "train/cat/1.png").write_text("/annex/objects/SHA256E-s9--0.png\n")
     said = make(root, tmp_path / "out")[1]
     for number, command in enumerate(("git lfs pull", "git annex get .")):
-        pointer = "a pointer to an image that was not loaded"
+        pointer = "a pointer to an image that was not downloaded"
         assert f"rejected train/cat/{number}.png: {pointer}: {command}\n" in said
 
 
@@ -162,7 +162,10 @@ def test_pointers_in_place_of_images(root: Path, tmp_path: Path, make: Make) -> 
     [
         (["--val-fraction", "1"], "--val-fraction: 1: expected a share between 0 and 1"),
         (["--val-fraction", "x"], "--val-fraction: x: expected a share between 0 and 1"),
-        (["--val-only", "--val-fraction", "0.1"], "--val-only: all of SOURCE is val; leave out"),
+        (
+            ["--val-only", "--val-fraction", "0.1"],
+            "--val-only: all of SOURCE becomes val; leave out",
+        ),
         (["--label-key", "y"], "--label-key: .* holds imagefolder, not WebDataset tars"),
         (["--classes", "/nowhere"], "--classes /nowhere: cannot be read (No such file"),
     ],

@@ -19,15 +19,15 @@ def test_equal_class_names_match_without_a_message() -> None:
 
 def test_some_of_the_names_or_another_order_are_found_by_name_and_told() -> None:
     rows, said = evaluated(TWELVE, [TWELVE[7], TWELVE[2]])
-    assert rows == [7, 2] and said == "evaluating 2 classes by their names, of the network's 12"
+    assert rows == [7, 2] and said == "evaluating 2 of the network's 12 classes, found by name"
     rows, said = evaluated(TWELVE, list(reversed(TWELVE)))
-    assert rows == list(range(11, -1, -1)) and "in another order than the network's 12" in said
+    assert rows == list(range(11, -1, -1)) and said.endswith("found by name in another order")
 
 
 def test_numbers_as_folder_names_are_refused_until_they_are_said_to_be_numbers() -> None:
     with pytest.raises(ClassError) as error:
         evaluated(TWELVE, NUMBERS)
-    assert "(0, 1, 10, ...), and they are in the order of text, where 10 comes before 2" in str(
+    assert "(0, 1, 10, ...), and they are sorted as text, where 10 comes before 2" in str(
         error.value
     )
     assert "add --classes-by-number" in str(error.value)
@@ -59,8 +59,8 @@ def test_numbers_of_the_network_and_names_in_the_data() -> None:
     ("data", "said"),
     [
         (["1", "12"], "the data has a class 12, but the network's go from 0 to 11"),
-        (["1", "01"], "two class names are one number"),
-        (["ant", "bee"], "the classes are no numbers (ant, bee); leave it out"),
+        (["1", "01"], "two class names are the same number"),
+        (["ant", "bee"], "the class names are not numbers (ant, bee); leave it out"),
     ],
 )
 def test_numbers_that_cannot_be_meant(data: list[str], said: str) -> None:
@@ -81,12 +81,12 @@ def test_other_names_are_refused_and_the_first_are_shown() -> None:
 
 def test_weights_without_names() -> None:
     rows, said = evaluated(None, list("abc"), number=3)
-    assert rows == [0, 1, 2] and "class i of the data is taken for class i of 3" in said
-    with pytest.raises(ClassError, match="in the order of text, where 10 comes before 2"):
+    assert rows == [0, 1, 2] and "taken as the network's class i of 3" in said
+    with pytest.raises(ClassError, match="sorted as text, where 10 comes before 2"):
         evaluated(None, NUMBERS)
     rows, _ = matching.to_evaluate(Known(12), NUMBERS, by_number=True)
     assert rows == [int(name) for name in NUMBERS]
-    with pytest.raises(ClassError, match="has 1,000 classes and names none, the data has 3"):
+    with pytest.raises(ClassError, match="has 1,000 classes without names, but the data has 3"):
         evaluated(None, list("abc"), number=1000)
 
 
@@ -97,7 +97,7 @@ def test_a_thousand_unnamed_classes_are_imagenets_where_the_data_has_its_names()
     imagenette += "n03394916 n03417042 n03425413 n03445777 n03888257".split()
     rows, said = evaluated(None, imagenette, number=1000)
     assert rows == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
-    assert said == "evaluating 10 classes by their names, of the network's 1,000"
+    assert said == "evaluating 10 of the network's 1,000 classes, found by name"
     assert evaluated(None, list(names), number=1000) == (list(range(1000)), "")
 
 
@@ -106,8 +106,8 @@ def test_starting_takes_over_what_has_a_name_and_renews_the_rest() -> None:
     assert matching.to_start_from(known, known.names or ()) == ([0, 1, 2, 3], "")
     assert matching.to_start_from(known, ["cow", "dog", "ant"]) == (
         [None, 3, 0],
-        "the last layer is taken over by class name for 2 of 3 classes: the weights have 4 "
-        "classes, the data 3",
+        "the last layer is kept for 2 of 3 classes, found by name: the weights have 4 classes, "
+        "the data 3",
     )
     assert matching.to_start_from(known, ["elm", "oak"]) == (
         [None, None],

@@ -81,9 +81,9 @@ def test_columns_that_are_chosen(tmp_path: Path) -> None:
     content = table(names=("a", "kind"), b=[b"not this"] * 4, coarse=[1, 1, 1, 1])
     root = put(tmp_path / "in", {TRAIN: content, VAL: content})
     text = fault(root)
-    assert f"{root / TRAIN}: no column is known to hold images, of a (struct<bytes: " in text
-    assert "b (binary), coarse (int64): name one with --image-column" in text
-    assert "no column is known to hold labels" in fault(root, image_column="a")
+    assert f"{root / TRAIN}: none of the columns a (struct<bytes: " in text
+    assert "b (binary), coarse (int64) is known to hold images: name one" in text
+    assert "is known to hold labels: name one" in fault(root, image_column="a")
     source, _ = scanned(root, image_column="a", label_column="coarse")
     assert source.classes == ("000001",)
     source, _ = scanned(root, image_column="a", label_column="kind")  # not what was unpacked before
@@ -96,7 +96,7 @@ def test_columns_that_are_chosen(tmp_path: Path) -> None:
 def test_two_columns_of_labels(tmp_path: Path) -> None:
     content = table(label=[0, 1, 1, 1], category=[5, 5, 5, 5])
     _, said = scanned(put(tmp_path / "in", {TRAIN: content, VAL: content}))
-    assert said[0].endswith("labels in label (there is also category: --label-column)")
+    assert said[0].endswith("labels in label (choose category with --label-column)")
 
 
 TEXT = ["dog", "cat", "dog", "cat"]
@@ -144,7 +144,7 @@ def test_names_that_hugging_face_keeps_for_numbers(tmp_path: Path) -> None:
     about["label"]["names"] = ["ant", "zebra"]
     note = {"huggingface": json.dumps({"info": {"features": about}})}
     put(tmp_path / "in", {VAL: table().replace_schema_metadata(note)})
-    with pytest.raises(ShardError, match="name the classes of their numbers differently"):
+    with pytest.raises(ShardError, match="give different class names to the same numbers"):
         scanned(tmp_path / "in")
 
 
@@ -171,18 +171,18 @@ def test_test_is_used_only_where_there_is_no_val(tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: table(), TEST: table([1, 1, 0])})
     source, said = scanned(root)
     assert len(source.splits["val"]) == 3
-    assert said[0] == f"there is no val: {TEST} is used as val"
+    assert said[0] == f"there is no val split: {TEST} is used as val"
     put(root, {VAL: table()})
     source, said = scanned(root)
     assert len(source.splits["val"]) == 4
-    assert said[0] == f"{TEST} is left out: test is not used where there is val"
+    assert said[0] == f"{TEST} is left out: test is not used if there is a val split"
 
 
 def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:
     files = {f"{home}/{split}.parquet": table() for home in "ab" for split in ("train", "val")}
     root = put(tmp_path / "in", files)
     assert fault(root) == (
-        f"{root} holds several data sets (a/, b/): name the folder of one of them instead, such as "
+        f"{root} holds several data sets (a/, b/): name the folder of one of them, such as "
         f"{root / 'b'}"
     )
     assert len(scanned(root / "b")[0].splits["train"]) == 4
@@ -192,7 +192,7 @@ def test_a_missing_split(tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: table()})
     text = fault(root)
     assert "no parquet file has val as a word in its name or in that of its folder" in text
-    assert f"({TRAIN} is there); load it too, or: --val-fraction 0.1 draws val" in text
+    assert f"(found {TRAIN}); download that split too, or draw val from train" in text
     source, _ = scanned(root, val_fraction=0.5)
     assert [len(listing) for listing in source.splits.values()] == [2, 2]
 
@@ -203,12 +203,12 @@ def test_files_of_a_numbered_export(tmp_path: Path) -> None:
     root = put(tmp_path / "in", dict.fromkeys(names, table()) | {VAL: table()})
     assert fault(root) == (
         f"{root / 'data'}: 2 of the 4 files like train-00000-of-00004.parquet are missing, the "
-        "first is number 1; load them too, or go on with --allow-partial"
+        "first is number 1; download them too, or go on with --allow-partial"
     )
     assert len(scanned(root, allow_partial=True)[0].splits["train"]) == 8
     for other in (TRAIN, "data/train-00002-of-00004-0af31c.parquet"):
         put(tmp_path / "in", {other: table()})
-        with pytest.raises(ShardError, match="are of two exports of the same data: move"):
+        with pytest.raises(ShardError, match="are from two exports of the same data: move"):
             scanned(root, allow_partial=True)
         (root / other).unlink()
 
@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "all labels null": (lambda: table([None] * 4), "column label is null; expected whole numbers"),
     "hidden labels": (
         lambda: table([-1, -1, -1, -1]),
-        "column label holds -1, which stands for no label: load a file with labels in its place",
+        "column label holds -1, which means no label: replace it by a file that has labels",
     ),
     "text in one": (
         lambda: table(["a", "b", "a", "b"]),
@@ -285,7 +285,7 @@ def test_rows_without_a_label_and_without_statistics(
     [
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
-            "is a pointer of Git LFS, not the data",
+            "is a Git LFS pointer, not the data",
         ),
         (b"PAR1 and then nothing", "is damaged: "),
         (b"", "is damaged: "),

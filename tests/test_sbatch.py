@@ -210,7 +210,7 @@ def test_each_node_has_one_launcher_for_any_number_of_tasks(
 
 def test_outside_slurm_the_job_script_is_refused(submit: Callable[..., Submitted]) -> None:
     job = submit("exit 0", SLURM_JOB_ID="")
-    assert job.code == 2 and "no job of SLURM: submit this script" in job.output
+    assert job.code == 2 and "not in a SLURM job: submit this script" in job.output
 
 
 def test_missing_cpus_are_warned_of(submit: Callable[..., Submitted]) -> None:

@@ -229,7 +229,7 @@ def test_parts_together_equal_one_run(folder: Path, dataset: Path, tmp_path: Pat
 def test_two_parts_on_the_command_line_make_the_whole(folder: Path, tmp_path: Path) -> None:
     command = ["python", "tools/make_shards.py", folder, tmp_path / "out", "--part"]
     first = run([*command, "1/2"])
-    assert "finished once the other parts are" in first.stderr
+    assert "finished when all other parts are done" in first.stderr
     assert json.loads(first.stdout)["part"] == "1/2" and not json.loads(first.stdout)["splits"]
     assert json.loads(run([*command, "2/2"]).stdout)["splits"]["train"]["samples"] == 45
 
@@ -255,7 +255,7 @@ def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
     source = listed(folder)
     for listing in source.splits.values():  # a small build: 8 images in 3 shards
         listing.names = listing.names[:4]
-        for column in ("labels", "place", "offset", "size", "mtime"):
+        for column in ("labels", "container", "offset", "size", "mtime"):
             setattr(listing, column, getattr(listing, column)[:4])
     expected = tmp_path / "expected"
     sharding.write_dataset(source, expected, build=Build(shard_size=2))
@@ -465,7 +465,7 @@ def test_a_late_part_of_another_source_is_refused(tmp_path: Path) -> None:
 def test_more_archives_can_be_read_than_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "MOST_OPEN", 3)
+    monkeypatch.setattr(sharding, "MAX_OPEN", 3)
     for number in range(9):
         image = jpeg_of(f"#0000{number}0")
         members = [("1.cls", b"0"), ("1.jpg", image)]

@@ -224,7 +224,7 @@ def test_a_part_of_a_finished_data_set_has_nothing_to_do(folder: Path, tmp_path:
     late = run([*command, "--part", "7/8"])
     assert json.loads(late.stdout.splitlines()[-1])["splits"]["train"]["samples"] == 45
     other = run([*command, "--part", "7/8", "--seed", "1"], code=2)
-    assert "already holds a finished data set" in other.stderr
+    assert "already holds another finished data set" in other.stderr
     assert files_of(out) == before
 
 
@@ -232,7 +232,7 @@ def test_an_unfinished_data_set_is_finished(folder: Path, dataset: Path, tmp_pat
     out = tmp_path / "out"
     shutil.copytree(dataset, out)
     (out / shards.MANIFEST).unlink()
-    with pytest.raises(ShardError, match=r"holds files of other origin \(train[-.]"):
+    with pytest.raises(ShardError, match=r"holds files that fasttrain did not write \(train[-.]"):
         shard(folder, out, shard_size=11)
     with pytest.raises(ShardError, match="no data set at"):
         shards.open_split(out, "train")
@@ -259,20 +259,20 @@ def test_a_folder_that_is_no_data_set_is_refused(
         assert fault(root) == (
             f"no data set at {root} (looked for {root / 'manifest.json'}); make one with\n"
             f"    python tools/make_shards.py /path/to/imagenet {root}\n"
-            "or give the folder of existing shards (of train.py: --set data.root=/path/to/shards)"
+            "or give the folder of existing shards (for train.py: --set data.root=/path/to/shards)"
         )
     assert fault(folder) == (
-        f"{folder} holds no shards of fasttrain but train/, val/; if those are photographs, make "
+        f"{folder} holds no shards of fasttrain, but train/, val/; if those are photographs, make "
         f"shards of them in another folder with\n"
         f"    python tools/make_shards.py {folder} data/NAME\n"
-        "and give that folder instead (of train.py: --set data.root=data/NAME)"
+        "and give that folder instead (for train.py: --set data.root=data/NAME)"
     )
     assert fault(dataset.parent).endswith(
         f"but there is one at {dataset}; give that folder instead"
     )
     shutil.copytree(dataset, copy)
     (copy / shards.MANIFEST).unlink()
-    assert "shards are there, but manifest.json is missing; copy that too or" in fault(copy)
+    assert "it holds shards, but manifest.json is missing; copy that file too" in fault(copy)
     sharding.claim(tmp_path / "begun", listed(folder), Policy(), 0, 11)
     assert fault(tmp_path / "begun").endswith(
         "begun is not finished: run the command that began it once more (make_shards.py)"
@@ -325,11 +325,11 @@ def test_damage_is_named(dataset: Path, tmp_path: Path) -> None:
     torn = damaged("torn")
     (torn / shards.MANIFEST).write_text("{")
     for root, message in (
-        (short, r"train-000002.tar has [\d,]+ bytes, manifest.json says [\d,]+"),
+        (short, r"train-000002.tar has [\d,]+ bytes, but manifest.json says [\d,]+"),
         (gone, "train-000001.tar: No such file or directory, but manifest.json lists it"),
         (header, "train.index is damaged or of another version"),
         (lying, "train.index is damaged"),
-        (version, "has format version 99, this fasttrain reads 1"),
+        (version, "has format version 99, but this fasttrain reads 1"),
         (torn, "manifest.json is damaged"),
     ):
         with pytest.raises(ShardError, match=message):

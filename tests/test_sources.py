@@ -135,7 +135,9 @@ def test_command_line_on_the_official_archives(photos: list[Photo], tmp_path: Pa
     }
     command[-1] = tmp_path / "other"
     wrong = run([*command, "--check-md5", "--allow-partial"], code=2)
-    assert "ILSVRC2012_img_train.tar: MD5" in wrong.stderr and "load it anew" in wrong.stderr
+    assert (
+        "ILSVRC2012_img_train.tar: its MD5" in wrong.stderr and "download it again" in wrong.stderr
+    )
 
 
 def test_in_place_leaves_the_tars_and_indexes_them(photos: list[Photo], tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_in_place_leaves_the_tars_and_indexes_them(photos: list[Photo], tmp_path
     before = files_of(root)
     done = run(["python", "tools/make_shards.py", root, "--in-place"])
     assert json.loads(done.stdout)["splits"]["train"]["rejected"] == 2  # CMYK and PNG
-    assert "cannot stay as it is: leave out --in-place" in done.stderr
+    assert "must be re-encoded: leave out --in-place" in done.stderr
     after = files_of(root)
     assert {name: after[name] for name in before} == before
     for name in shards.SPLITS:
@@ -193,7 +195,7 @@ def test_forms_that_lack_something(photos: list[Photo], tmp_path: Path) -> None:
     train.write_bytes(train.read_bytes()[: train.stat().st_size // 2])
     for root, message in (
         (without("official", forms.DEVKIT), "devkit_t12.tar.gz is missing: it holds the labels"),
-        (without("official", "ILSVRC2012_img_val.tar"), "img_val.tar is missing: both archives"),
+        (without("official", "ILSVRC2012_img_val.tar"), "img_val.tar is missing: add it"),
         (without("imagefolder-devkit", forms.DEVKIT), "lies outside any class folder: sort val/"),
         (unlabelled, "LOC_val_solution.csv has no row for it"),
         (no_class, "sample x/00000099 holds .jpeg; expected one image and its label"),

@@ -92,8 +92,8 @@ def unpack(job: Job, read: spool.Read, folder: Path) -> bytes:
     """Unpacks a file of one image; returns the bytes of that."""
     spool.unpack([job], read, folder, lambda tasks: [task() for task in tasks])
     (found,) = spool.unpacked(job, folder)
-    assert found.place.stat().st_mtime_ns == job.path.stat().st_mtime_ns
-    return found.place.read_bytes()[found.offset : found.offset + found.size]
+    assert found.path.stat().st_mtime_ns == job.path.stat().st_mtime_ns
+    return found.path.read_bytes()[found.offset : found.offset + found.size]
 
 
 def test_an_unpacked_archive_is_reused_only_if_the_file_is_unchanged(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_command_line_names_the_shard(copied: Path) -> None:
     assert {finding["place"] for finding in result["findings"]} == {"train-000002.tar"}
     assert "sha256 is not the manifest's" in failed.stderr
     assert any(
-        finding["fault"].startswith(f"byte {int(split.offset[sample])}: crc32")
+        finding["fault"].startswith(f"byte {int(split.offset[sample])}: the image's crc32")
         for finding in result["findings"]
     )
     nothing = run(["python", "tools/verify_shards.py", copied / "nowhere"], code=1)

@@ -1,16 +1,15 @@
-"""Says what this node and this job would train a recipe with, and whether the recipe fits.
+"""Checks whether this node and this job can train a recipe, and reports what they have.
 
     python tools/doctor.py RECIPE [--set SECTION.KEY=VALUE ...]
     accelerate launch --multi_gpu --num_processes 8 tools/doctor.py RECIPE
 
-Looks at versions, GPUs, network, CPUs, memory, storage, decoding, the plan and the run folder, in
-less than a minute as a rule. Launched as train.py is, it looks at every process, and times the
-exchange of the gradients. It trains nothing and leaves the run folder as it is; of the demo it
-makes the shards, as the run would.
+Checks versions, GPUs, network, CPUs, memory, storage, decoding, the plan and the run folder. This
+usually takes less than a minute. If it is launched like train.py, it checks every process and times
+the all-reduce of the gradients. It trains nothing and does not change the run folder.
 
-What would stop the run is told by a line that begins with FAULT: and says what to do. What cannot
-be told is unknown, for the reason given. The last line on standard output is one JSON object.
-Ends with exit code 0; 1 if there are faults; 2 for a wrong command line or recipe.
+A line that begins with FAULT: names something that would stop the run, and the remedy. A value that
+cannot be found out is "unknown", with the reason. The last line on standard output is one JSON
+object. The exit code is 0; 1 if there are faults; 2 if the command line or the recipe is wrong.
 """
 
 import argparse
@@ -66,9 +65,9 @@ UNITS = {
     "_ms": "ms",
     "_min": "minutes",
 }
-JOIN_S = 300  # that processes wait for each other
+JOIN_S = 300  # time limit of joining, and of each collective
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
-OF_JOBS = (
+SLURM_VARIABLES = (
     "JOB_ID", "JOB_PARTITION", "JOB_NODELIST", "NNODES", "NTASKS", "GPUS_ON_NODE", "MEM_PER_NODE",
     "RESTART_COUNT",
 )  # fmt: skip
@@ -91,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     doctor.say(f"{arguments.recipe} on {platform.node()}")
     try:
         doctor.examine()
-    except Exception as error:  # of our own; what was found until then is told all the same
-        doctor.fault(f"the examination broke off, please report it: {reason(error)}")
+    except Exception as error:  # a bug of the doctor; still prints what was found before
+        doctor.fault(f"the doctor failed, please report this: {reason(error)}")
     raise SystemExit(doctor.finish())
 
 
@@ -100,33 +99,33 @@ class World(NamedTuple):
     """The processes of the run."""
 
     size: int
-    here: int  # of them on this node
-    source: str  # why so many
+    here: int  # the number of processes on this node
+    source: str  # where these numbers come from
 
 
 class Doctor:
-    """Looks at one thing after the other; of several processes the first prints."""
+    """Runs one probe after the other. Only rank 0 prints."""
 
     def __init__(self, recipe: config.Recipe, environ: MutableMapping[str, str]) -> None:
         self.recipe, self.environ = recipe, environ
-        self.changes: list[str] = []  # of the recipe, as it is settled
+        self.changes: list[str] = []  # sentences about how the recipe was settled
         self.prints = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
         self.found: dict[str, Facts] = {}
         self.faults: list[str] = []
-        self.num_gpus = 0  # for this process
+        self.num_gpus = 0  # that this process may use
         self.world = World(1, 1, "unknown")
-        self.splits: list[Split] = []  # train, val; none where they cannot be opened
+        self.splits: list[Split] = []  # train and val; empty if they cannot be opened
         self.plan: Plan | None = None
-        self.threads = 1  # that decode
+        self.threads = 1  # for decoding
         self.decode, self.why_decode = "cpu", "unknown"
         self.chosen = recipe.data
         self.step: Facts = {"step": "not tried without a GPU"}
         self.accelerator: Accelerator | None = None
-        self.process: Process | None = None  # None where the processes cannot join
+        self.process: Process | None = None  # None if the processes cannot join
 
     def examine(self) -> None:
-        """All processes do all of this, as they wait for each other."""
-        with self.told():
+        """Runs all probes. Every rank must call this, because it contains collectives."""
+        with self.collect_faults():
             self.recipe, self.changes = settled.for_training(self.recipe, self.environ)
         self.look(self.launch)
 
@@ -134,12 +133,12 @@ class Doctor:
         self.num_gpus = probes.torch_gpus() if gpus.has_gpu(self.environ) else 0
         for probe in (self.versions, self.gpus, self.network):
             self.look(probe)
-        with self.told():
+        with self.collect_faults():
             self.world = world_of(self.environ, self.num_gpus)
             gpus.check_launch(self.recipe, self.environ)
         for probe in (self.cpus, self.memory, self.data):
             self.look(probe)
-        with self.told():
+        with self.collect_faults():
             train_images = self.splits[0].num_samples if self.splits else None
             batch = self.recipe.train.global_batch_size
             self.plan = schedule.make_plan(
@@ -147,24 +146,24 @@ class Doctor:
             )
         self.choose_decoder()
         if self.plan and self.num_gpus:
-            self.step = self.try_step(self.plan)  # apart, before this process touches the GPU
+            self.step = self.try_step(self.plan)  # before this process touches the GPU
         if not self.num_gpus and self.recipe.train.precision == "bf16":
             self.look(self.precision)
         self.join()
         self.look(self.input)
         if self.splits and self.environ.get("LOCAL_RANK", "0") == "0":
-            self.look(self.storage)  # after the input, as it drops images from the page cache
+            self.look(self.storage)  # after the input, because it drops images from the page cache
         for probe in (self.run, self.job):
             self.look(probe)
         rank = self.process.rank if self.process else 0
-        for place, faults in self.gather((f"rank {rank} on {platform.node()}", self.faults)):
+        for name, faults in self.gather((f"rank {rank} on {platform.node()}", self.faults)):
             for fault in faults:
                 if fault not in self.faults:
-                    self.fault(f"{place}: {fault}")
+                    self.fault(f"{name}: {fault}")
         if self.accelerator:
             attempt(self.accelerator.end_training)
 
-    # ---- what is said
+    # ---- reporting
 
     def say(self, line: str) -> None:
         if self.prints:
@@ -172,9 +171,9 @@ class Doctor:
             sys.stdout.flush()
 
     def look(self, probe: Callable[[], Facts]) -> None:
-        """Prints and keeps what a probe finds, or why it finds nothing."""
-        facts: Facts = {"unknown": "by a fault, told at the end"}
-        with self.told(lambda why: facts.update(unknown=why)):
+        """Runs a probe. Prints and keeps what it finds, or why it finds nothing."""
+        facts: Facts = {"unknown": "because of a fault, see below"}
+        with self.collect_faults(lambda why: facts.update(unknown=why)):
             facts = probe()
         self.found[probe.__name__] = facts
         self.say(f"\n{probe.__name__}")
@@ -182,29 +181,33 @@ class Doctor:
             self.say(f"  {label:<24}{text}")
 
     def fault(self, message: str) -> None:
-        """Notes what would stop the run, with its remedy, as one line."""
+        """Records a fault and its remedy, as one line."""
         line = " ".join(part.strip() for part in message.splitlines())
         if line not in self.faults:
             self.faults.append(line)
 
     @contextlib.contextmanager
-    def told(self, otherwise: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Notes a fault that is raised within; `otherwise` gets the reason of other errors."""
+    def collect_faults(self, on_error: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Records a `Fault` that is raised within.
+
+        Args:
+            on_error: gets the reason of any other error; None: the error is raised.
+        """
         try:
             yield
         except Fault as fault:
             self.fault(str(fault))
         except Exception as error:
-            if otherwise is None:
+            if on_error is None:
                 raise
-            otherwise(reason(error))
+            on_error(reason(error))
 
     def finish(self) -> int:
-        """Prints the faults and the JSON object; returns the exit code."""
+        """Prints the faults and the JSON object. Returns the exit code."""
         self.say("" if self.faults else "\nnothing that was looked at would stop the run")
         for fault in self.faults:
             self.say(f"FAULT: {fault}")
-            if not self.prints and "RANK" not in self.environ:  # a task of srun, all by itself
+            if not self.prints and "RANK" not in self.environ:  # an srun task outside a launch
                 sys.stderr.write(f"{platform.node()}: FAULT: {fault}\n")
         self.say(json.dumps({**self.found, "faults": self.faults}, default=str))
         return 1 if self.faults else 0
@@ -212,13 +215,13 @@ class Doctor:
     # ---- the node
 
     def launch(self) -> Facts:
-        """What the launch asks of Accelerate; changes this process's environment as a run does."""
-        # Tasks of srun or MPI may look at a node each; the run itself is launched by train.sbatch.
+        """Checks what the launch asks of Accelerate. Changes the environment as a run does."""
+        # Each task of srun or MPI may examine its own node. train.sbatch launches the run itself.
         tasks = ("SLURM_STEP_NUM_TASKS", *launch.MPI_SIZES)
         environ = {key: value for key, value in self.environ.items() if key not in tasks}
         try:
             remarks = launch.settle(environ, self.recipe.train.precision)
-        finally:  # what is refused would be in the way of looking further
+        finally:  # refused variables would make the next probes fail
             for name in (set(self.environ) - set(environ) - set(tasks)) | set(launch.REFUSED):
                 self.environ.pop(name, None)
             self.environ["USE_TORCH_XLA"] = "0"
@@ -226,6 +229,7 @@ class Doctor:
         return {"remarks": remarks + self.changes}
 
     def versions(self) -> Facts:
+        """Reports the versions of packages and of the driver. Faults a driver that is too old."""
         import torch
 
         import fasttrain
@@ -237,7 +241,7 @@ class Doctor:
         if digits := re.search(r"cuda(\d+)0$", names[-1]):  # nvidia-dali-cuda130
             built["DALI"] = digits[1]
         drivers = probes.smi("--query-gpu=driver_version", "--format=csv,noheader").split()
-        # Such as "CUDA Version: 13.0": what is built for that or an older one runs on it.
+        # Such as "CUDA Version: 13.0". The driver runs what is built for that CUDA or an older one.
         newest = re.search(r"CUDA[\w ]* Version: *([\d.]+)", probes.smi())
         for message in probes.cuda_faults(built, newest[1]) if newest else ():
             self.fault(message)
@@ -251,15 +255,16 @@ class Doctor:
         }
 
     def gpus(self) -> Facts:
+        """Reports the GPUs of the node, those of this process, and the links between them."""
         query = "--query-gpu=index,name,memory.total"
-        # Such as "0, NVIDIA H100, 81559 MiB".
+        # A line is such as "0, NVIDIA H100, 81559 MiB".
         found = probes.smi(query, "--format=csv,noheader").splitlines()
         seen, visible = probes.torch_gpus(), self.environ.get("CUDA_VISIBLE_DEVICES")
         on_cpu = launch.on_cpu(self.environ)
         if found and not seen and not on_cpu and visible not in ("", "-1", "NoDevFiles"):
             self.fault(
                 f"torch finds none of the {len(found)} GPUs and would train on the CPU: install a "
-                "torch with CUDA, update the driver, or say so with ACCELERATE_USE_CPU=1"
+                "torch with CUDA, update the driver, or set ACCELERATE_USE_CPU=1 to use the CPU"
             )
         return {
             "found": found,
@@ -269,6 +274,7 @@ class Doctor:
         }
 
     def network(self) -> Facts:
+        """Reports network interfaces, InfiniBand ports and the variables that choose among them."""
         return {
             "interfaces": [f"{name}: {text}" for name, text in probes.interfaces().items()],
             "infiniband": probes.infiniband(),
@@ -276,6 +282,7 @@ class Doctor:
         }
 
     def cpus(self) -> Facts:
+        """Reports the CPUs and their share per process. Sets `threads`."""
         from fasttrain import runtime
 
         share = {**self.environ, "LOCAL_WORLD_SIZE": str(self.world.here)}
@@ -292,6 +299,7 @@ class Doctor:
         }
 
     def memory(self) -> Facts:
+        """Reports the free memory and the size of /dev/shm."""
         shm = shutil.disk_usage("/dev/shm")
         return {
             "available_gb": forecast.available_bytes() / 1e9,
@@ -302,12 +310,13 @@ class Doctor:
     # ---- the data
 
     def data(self) -> Facts:
+        """Opens the data set and reports its size. Sets `splits`."""
         root = self.recipe.data.root
         try:
             self.splits += train.open_data(self.recipe.data)
         except OSError as error:
             raise ConfigError(
-                f"[data] root = {root}: cannot be read ({error}); mend that, or name another "
+                f"[data] root = {root}: cannot be read ({error}); repair that, or name another "
                 "folder with --set data.root=..."
             ) from None
         train_set, val_set = self.splits
@@ -322,7 +331,7 @@ class Doctor:
         }
 
     def storage(self) -> Facts:
-        """How fast the folder is, by reading from it for some seconds; and `data.stage`."""
+        """Reads from the folder for some seconds, and reports its speed. Checks `data.stage`."""
         data, train_set = self.recipe.data, self.splits[0]
         kind = attempt(staging.file_system_of, train_set.root)
         facts: Facts = {"file_system": kind, "over_a_network": kind.startswith(probes.NETWORK)}
@@ -330,36 +339,36 @@ class Doctor:
             facts |= probes.read_in_order(train_set)
             facts |= probes.read_at_random(train_set, data.read_threads)
         except OSError as error:
-            self.fault(f"{train_set.root} cannot be read ({error}): mend that or copy it anew")
+            self.fault(f"{train_set.root} cannot be read ({error}): repair that or copy it again")
         if data.stage:
             facts |= self.stage(data.stage)
         return facts | {"advice": probes.advice(kind, data, probes.num_bytes(self.splits))}
 
     def stage(self, stage: Path) -> Facts:
-        """The folder that the shards are copied into, and whether they have room there."""
+        """Checks that the shards can be copied into the stage, and that they have room there."""
         folder = staging.folder_of(self.splits[0].root, stage)
-        wanted = staging.bytes_to_copy(self.splits[0].root, self.recipe.data)
+        to_copy = staging.bytes_to_copy(self.splits[0].root, self.recipe.data)
         free = staging.free_bytes(probes.existing(folder))
         if message := probes.cannot_write(folder):
             self.fault(f"[data] stage = {stage}: cannot be written ({message}); name another")
-        with self.told():
-            staging.check_room(self.splits[0].root, self.recipe.data, wanted, free)
+        with self.collect_faults():
+            staging.check_room(self.splits[0].root, self.recipe.data, to_copy, free)
         return {
             "stage": str(folder),
-            "stage_to_copy_gb": wanted / 1e9,
+            "stage_to_copy_gb": to_copy / 1e9,
             "stage_free_gb": free / 1e9,
         }
 
     # ---- trials
 
     def choose_decoder(self) -> None:
-        """As train.py does."""
+        """Chooses the decoder with the function that train.py uses."""
         settings = self.recipe.data
 
         def unknown(why: str) -> None:
             self.why_decode = f"unknown ({why})"
 
-        with self.told(unknown):
+        with self.collect_faults(unknown):
             for split in self.splits[:1]:
                 gpu = self.num_gpus > 0
                 half = half_images(gpu, self.recipe.train.precision)
@@ -372,7 +381,7 @@ class Doctor:
                 self.decode = self.chosen.decode
 
     def precision(self) -> Facts:
-        """Whether a CPU takes longer with bfloat16, by some passes."""
+        """Times some passes in bfloat16 and in float32. Faults a CPU that is slow in bfloat16."""
         import torch
 
         from fasttrain import modes
@@ -388,7 +397,7 @@ class Doctor:
         return {"bf16": f"{ratio:.2g} times as fast as float32 on this CPU"}
 
     def try_step(self, plan: Plan) -> Facts:
-        """Some updates on random pixels, by a process apart: one that lacks memory may crash."""
+        """Times some updates on random pixels, in its own process, which may run out of memory."""
         from benchmarks import steps
 
         job = steps.StepJob(
@@ -418,22 +427,25 @@ class Doctor:
         return facts
 
     def join(self) -> None:
-        """Becomes one of the processes of the launch; sets `process` unless it cannot."""
+        """Joins the other processes of the launch. Sets `process`, or records why it cannot."""
         from fasttrain import runtime
 
         if self.environ.get("WORLD_SIZE", "1") != "1":
             faults = [*launch_faults(self.environ, self.num_gpus, probes.interfaces())]
             for fault in faults:
                 self.fault(fault)
-            if faults or not self.environ.get("MASTER_ADDR"):  # it would wait for ever
+            if faults or not self.environ.get("MASTER_ADDR"):  # joining would wait forever
                 return
-        where = "see network above"
-        with self.told(lambda why: self.fault(f"the processes cannot join ({why}): {where}")):
+
+        def on_error(why: str) -> None:
+            self.fault(f"the processes cannot join ({why}): see network above")
+
+        with self.collect_faults(on_error):
             self.accelerator = runtime.accelerator_for("no", timedelta(seconds=JOIN_S))
             self.process = runtime.start(self.accelerator, self.recipe, self.environ)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes that joined, in order."""
+        """Returns the values of all processes that joined, by rank."""
         if self.process is None or self.process.world_size == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -442,11 +454,11 @@ class Doctor:
             return list(gather_object([value]))
         except Exception as error:
             self.fault(f"the processes cannot exchange data ({reason(error)}): see network above")
-            self.process = None  # and so alone from here on
+            self.process = None  # goes on without the others
             return [value]
 
     def input(self) -> Facts:
-        """What the input delivers, what the step asks for, and whether that is enough."""
+        """Measures the input and compares its rate with that of the training steps."""
         self.decode = decoding.surest(self.gather(self.decode))
         rates = self.gather(attempt(self.measure))
         facts: Facts = {"decode": self.decode, "why": self.why_decode.removeprefix("decode: ")}
@@ -454,23 +466,28 @@ class Doctor:
         if len(known) < len(rates):
             return {**facts, "input": next(r for r in rates if r not in known), **self.step}
         train_set, size = self.splits[0], self.world.size
-        delivers = sum(known) / len(known) * size
-        facts["input_images_per_s"] = delivers
+        input_rate = sum(known) / len(known) * size
+        facts["input_images_per_s"] = input_rate
         if len(known) < size:
-            facts["measured"] = f"in {len(known)} of {size} processes, and taken {size} times"
+            facts["measured"] = f"in {len(known)} of {size} processes; the total is extrapolated"
         decode = "raw" if train_set.store == "raw" else self.decode
         facts["of"] = forecast.describe(train_set, decode, self.threads, size)
         facts |= self.step
-        if asked := self.step.get("step_images_per_s", 0.0) * size:
-            facts["verdict"] = f"the input is {delivers / asked:.1f} times as fast as the steps"
-            if delivers < forecast.HEADROOM * asked:
+        if step_rate := self.step.get("step_images_per_s", 0.0) * size:
+            ratio = input_rate / step_rate
+            facts["verdict"] = f"the input is {ratio:.1f} times as fast as the steps"
+            if input_rate < forecast.HEADROOM * step_rate:
                 remedies = forecast.advice_for(train_set, decode, self.threads)
                 facts["verdict"] += f", and limits them; {remedies['decode']}"
-            facts["epoch_min"] = train_set.num_samples / min(asked, delivers) / 60
+            facts["epoch_min"] = train_set.num_samples / min(step_rate, input_rate) / 60
         return facts
 
     def measure(self) -> float:
-        """Images/s of this process's input, with that of the others at the same time."""
+        """Measures this process's input in images/s, while all other processes measure theirs.
+
+        Raises:
+            ConfigError: there are no images.
+        """
         import torch
 
         from fasttrain import loaders
@@ -479,22 +496,22 @@ class Doctor:
         if not self.splits:
             raise ConfigError("there are no images")
         train_set, plan, rank = self.splits[0], self.plan, self.process and self.process.rank
-        if plan is None:  # then of any batches
+        if plan is None:  # any batch size gives an estimate
             some = config.Train(global_batch_size=min(64, train_set.num_samples))
             plan, rank = schedule.make_plan(some, config.Optim(), train_set.num_samples, 1), 0
         device = self.process.device if self.process else torch.device("cpu")
         half = half_images(device.type == "cuda", self.recipe.train.precision)
         settings = self.chosen.model_copy(update={"decode": self.decode})
-        place = Placement(device, half, self.threads)
-        return loaders.measure(train_set, settings, plan, rank or 0, place, seconds=1.0)[0]
+        placement = Placement(device, half, self.threads)
+        return loaders.measure(train_set, settings, plan, rank or 0, placement, seconds=1.0)[0]
 
     # ---- the run and the job
 
     def run(self) -> Facts:
-        """The plan and the run folder."""
+        """Reports the plan, and checks the run folder."""
         recipe, plan, folder = self.recipe, self.plan, run_folder.run_dir(self.recipe)
         done = None
-        with self.told():
+        with self.collect_faults():
             done = run_folder.check(recipe)
         if message := probes.cannot_write(folder):
             self.fault(
@@ -516,7 +533,7 @@ class Doctor:
         }
 
     def job(self) -> Facts:
-        """SLURM's, and all processes with the time it takes them to exchange gradients."""
+        """Reports SLURM's job, all processes, and the time of an all-reduce of the gradients."""
         from fasttrain import runtime
 
         facts, process = slurm(self.environ, time.time()), self.process
@@ -530,12 +547,12 @@ class Doctor:
             "threads": process.cpu_threads,
         }
         speeds = {**self.found.get("storage", {}), **self.step}
-        of_all = ("in_order_mb_per_s", "at_random_images_per_s", "step_images_per_s")
-        about |= {name: speeds[name] for name in of_all if name in speeds}
+        compared = ("in_order_mb_per_s", "at_random_images_per_s", "step_images_per_s")
+        about |= {name: speeds[name] for name in compared if name in speeds}
         facts["processes"] = self.gather(about)
         digests = [split.digest for split in self.splits]
         found = self.gather(alike.facts(process, self.recipe, digests))
-        with self.told():
+        with self.collect_faults():
             alike.check(found)
         classes = len(self.splits[0].classes) if self.splits else 1000
         exchange = attempt(time_exchange, self.recipe, classes, process.device)
@@ -543,16 +560,16 @@ class Doctor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Words
+# Text
 # --------------------------------------------------------------------------------------------------
 
 
 def rows(facts: Facts) -> Iterator[tuple[str, str]]:
-    """A label and a text for each line of a section."""
+    """Yields the label and the text of each line of a section."""
     for name, value in facts.items():
         ending = next((ending for ending in UNITS if name.endswith(ending)), "")
         label = name.removesuffix(ending)
-        label = label.replace("_", " ") if label.islower() else label  # or an environment variable
+        label = label.replace("_", " ") if label.islower() else label  # keeps names of variables
         for each in (value or [None]) if isinstance(value, list) else [value]:
             none = "not set" if label.isupper() else "none"
             yield label, none if each is None else shown(each, UNITS.get(ending, ""))
@@ -560,6 +577,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def shown(value: Any, unit: str = "") -> str:
+    """Formats a value for the user."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
@@ -571,12 +589,13 @@ def shown(value: Any, unit: str = "") -> str:
 
 
 def reason(error: Exception) -> str:
-    said = str(error).strip().splitlines() or ["nothing said"]
-    return said[0] if isinstance(error, Fault) else f"{type(error).__name__}: {said[0]}"
+    """Returns the first line of an error's message, and its type unless it is a `Fault`."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if isinstance(error, Fault) else f"{type(error).__name__}: {lines[0]}"
 
 
 def attempt(probe: Callable[..., Any], *arguments: Any) -> Any:
-    """What a probe finds, or `unknown (...)`."""
+    """Returns what a probe returns, or `unknown (...)` if it raises an error."""
     try:
         return probe(*arguments)
     except Exception as error:
@@ -589,12 +608,12 @@ def attempt(probe: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def world_of(environ: Mapping[str, str], gpus: int) -> World:
-    """How many processes the run has.
+    """Finds out how many processes the run has.
 
     Args:
-        gpus: that this process may use.
+        gpus: the number of GPUs that this process may use.
     Raises:
-        ConfigError: the environment has something else than numbers.
+        ConfigError: a variable of the environment is not a number.
     """
 
     def number(name: str, default: int) -> int:
@@ -611,12 +630,17 @@ def world_of(environ: Mapping[str, str], gpus: int) -> World:
 
 
 def launch_faults(environ: Mapping[str, str], gpus: int, known: Mapping[str, str]) -> Iterator[str]:
-    """Why processes could not join, of what can be told before they try."""
+    """Yields reasons why the processes cannot join, as far as they show before joining.
+
+    Args:
+        gpus: the number of GPUs that this process may use.
+        known: the network interfaces of this node.
+    """
     here = environ.get("LOCAL_WORLD_SIZE", "")
     if here.isdecimal() and 0 < gpus < int(here):
         yield (
-            f"{here} processes on this node, but {gpus} GPUs for them: launch {gpus} on each node, "
-            "or ask for more GPUs"
+            f"{here} processes on this node, but {gpus} GPUs for them: launch {gpus} processes on "
+            "each node, or ask for more GPUs"
         )
     wanted = environ.get("GLOO_SOCKET_IFNAME")
     if wanted and known and not set(wanted.split(",")) <= {*known, "lo"}:
@@ -627,28 +651,36 @@ def launch_faults(environ: Mapping[str, str], gpus: int, known: Mapping[str, str
 
 
 def slurm(environ: Mapping[str, str], now: float) -> Facts:
-    """The job that this runs in; `now` in seconds since 1970."""
+    """Reports the SLURM job of this process.
+
+    Args:
+        now: seconds since 1970.
+    """
     if "SLURM_JOB_ID" not in environ:
         return {"slurm": None}
     end = environ.get("SLURM_JOB_END_TIME", "")
     left = (int(end) - now) / 60 if end.isdecimal() else "unknown"
-    return {f"SLURM_{name}": environ.get(f"SLURM_{name}") for name in OF_JOBS} | {
+    return {f"SLURM_{name}": environ.get(f"SLURM_{name}") for name in SLURM_VARIABLES} | {
         "time_left_min": left
     }
 
 
 def time_exchange(recipe: config.Recipe, classes: int, device: Any) -> Facts:
-    """Medians of adding up all gradients over the processes, in float32, and a single number."""
+    """Times the all-reduce of all gradients in float32, and that of a single number.
+
+    Returns:
+        The medians in ms, the size of the gradients in MB, and the rate in GB/s.
+    """
     from fasttrain.model import build_model
 
     network = build_model(**recipe.model.network(), num_classes=classes)
     numbers = sum(parameter.numel() for parameter in network.parameters())
-    of_one_s, of_all_s = (probes.all_reduce_s(count, device, times=10) for count in (1, numbers))
+    one_s, gradients_s = (probes.all_reduce_s(count, device, times=10) for count in (1, numbers))
     return {
         "gradients_mb": 4 * numbers / 1e6,
-        "all_reduce_ms": 1e3 * of_all_s,
-        "all_reduce_rate_gb_per_s": 4 * numbers / 1e9 / of_all_s,
-        "all_reduce_of_one_ms": 1e3 * of_one_s,
+        "all_reduce_ms": 1e3 * gradients_s,
+        "all_reduce_rate_gb_per_s": 4 * numbers / 1e9 / gradients_s,
+        "all_reduce_of_one_ms": 1e3 * one_s,
     }
 
 

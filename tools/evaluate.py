@@ -2,11 +2,15 @@
 
     python tools/evaluate.py CHECKPOINT --data ROOT
 
-CHECKPOINT is a checkpoint, a run folder (its newest checkpoint), or a file of weights (.safetensors
-or .pth, such as the published mobilenetv3-large-1cd25616.pth) together with --recipe, which then
-says what network it is. The class names of the data are compared with the network's: some of its
-classes, or all in another order, are found by name. The last line on standard output is one JSON
-object. Started by `accelerate launch`, all its processes share the work.
+CHECKPOINT is one of
+  - a checkpoint
+  - a run folder, whose newest checkpoint is used
+  - a file of weights (.safetensors or .pth, such as the published
+    mobilenetv3-large-1cd25616.pth); --recipe then describes the network
+
+The data may have some of the network's classes, or all of them in another order, because classes
+are found by name. If `accelerate launch` starts several processes, they share the work. The last
+line on standard output is one JSON object.
 """
 
 import argparse
@@ -40,59 +44,66 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="ROOT", help="folder of the shards"
     )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser.add_argument(
+        "--ema", action="store_true", help="evaluate the moving average of the weights"
+    )
     parser.add_argument(
         "--recipe",
         type=Path,
-        help="what network it is, and how images are cut; for a file of weights",
+        help="the recipe of the network and of the image size; needed for a file of weights",
     )
     parser.add_argument(
         "--precision",
         choices=("no", "bf16", "fp16"),
-        help="no is float32 (default: the recipe's; float32 on a CPU that is slower with bf16)",
+        help="no is float32 (default: the recipe's, but float32 on a CPU that is slower in bf16)",
     )
     parser.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the network's class names: a list, one a line, or a data set or checkpoint with them",
+        help="the network's class names: a file with one per line, a data set, or a checkpoint",
     )
     parser.add_argument(
         "--classes-by-number",
         action="store_true",
-        help="the data's classes are numbers, and N means the network's class N, from 0",
+        help="the data's class names are numbers: N means the network's class N, counted from 0",
     )
     parser.add_argument("--batch-size", type=positive, default=128, help="(default: %(default)s)")
     arguments = parser.parse_args()
     joined = False
     try:
-        launch.settle(os.environ, "no")  # the precision is the checkpoint's
+        launch.settle(os.environ, "no")  # the precision comes from the checkpoint
         launch.check_processes(os.environ)
         split = shards.open_split(arguments.data, "val")
         network = open_network(arguments, split)
         joined = True
         evaluate(arguments, split, network)
     except Fault as fault:
-        # Up to there all processes say the same.
+        # Every rank raises the same faults before it has opened the network.
         stop(str(fault), everywhere=joined and not fault.raised_on_every_rank)
 
 
 class Network(NamedTuple):
-    """A network with its weights and the logits of the data's classes."""
+    """A network with its weights, which has one logit per class of the data."""
 
     model: "MobileNetV3"
     recipe: config.Recipe
-    told: str  # what a person should know of it
+    message: str  # for the user: the weights, the data, and how classes were matched
 
 
 def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Network) -> None:
+    """Evaluates the network and prints the result as JSON. Every rank must call this.
+
+    Raises:
+        LaunchError: the precision needs a GPU.
+    """
     import torch
 
     from fasttrain import decoding, gpus, loaders, loop, runtime
     from fasttrain.batch import Placement, half_images
     from fasttrain.evaluator import Evaluator
 
-    model, recipe, told = network
+    model, recipe, message = network
     gpu = gpus.has_gpu(os.environ)
     if arguments.precision == "fp16" and not gpu:
         raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
@@ -108,13 +119,13 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     why = ""
     if precision == "bf16" and not gpu and not arguments.precision:
         why = avoid_slow_bf16(accelerator, model, settings.eval_crop_px)
-    place = Placement(process.device, half, process.data_threads)
+    placement = Placement(process.device, half, process.data_threads)
     batches: Iterable[Batch] = loaders.eval_loader(
-        split, settings, arguments.batch_size, process.rank, process.world_size, place
+        split, settings, arguments.batch_size, process.rank, process.world_size, placement
     )
     if accelerator.is_main_process:
         how = PRECISIONS["no" if why else precision] + why
-        say("\n".join([told, *changes, f"{process.world_size} x {process.device.type}, {how}"]))
+        say("\n".join([message, *changes, f"{process.world_size} x {process.device.type}, {how}"]))
         batches = shown(batches, split.num_samples, process.world_size)
     (result,) = loop.evaluate(accelerator, [Evaluator(model)], batches, split.num_samples)
     if accelerator.is_main_process:
@@ -123,12 +134,12 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
 
 
 def open_network(arguments: argparse.Namespace, split: shards.Split) -> Network:
-    """Reads the weights, and maps the data's classes to the network's.
+    """Reads the weights and maps the data's classes to the network's.
 
     Raises:
-        Fault: there are no usable weights, or they have other classes than the data.
+        Fault: there are no usable weights, or the network lacks classes of the data.
     """
-    # Seconds of imports, so only once the arguments are known to be right.
+    # These imports take seconds, so they come after the arguments are checked.
     from fasttrain import classes, matching, weights
     from fasttrain.model import build_model
 
@@ -137,18 +148,22 @@ def open_network(arguments: argparse.Namespace, split: shards.Split) -> Network:
         found = weights.with_names(found, classes.read_list(arguments.classes))
     model = build_model(**recipe.model.network(), num_classes=len(split.classes))
     rule = partial(matching.to_evaluate, data=split.classes, by_number=arguments.classes_by_number)
-    said = weights.load(found, model, rule)
-    told = f"evaluating {found.path} on {split.num_samples:,} images of {split.root}"
+    matched = weights.load(found, model, rule)
+    message = f"evaluating {found.path} on {split.num_samples:,} images of {split.root}"
     if found.has_average:
-        told += "\nthe file holds a moving average of the weights as well: --ema evaluates that"
-    return Network(model, recipe, f"{told}\n{said}" if said else told)
+        message += "\nthe file also holds a moving average of the weights: --ema evaluates that"
+    return Network(model, recipe, f"{message}\n{matched}" if matched else message)
 
 
 def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights", config.Recipe]:
-    """The weights that `path` means, and the recipe of their network: `recipe` if it is given.
+    """Reads the weights at `path`, and the recipe of their network.
 
+    Args:
+        path: a checkpoint, a run folder or a file of weights.
+        ema: read the moving average of the weights.
+        recipe: a recipe to use instead of the checkpoint's.
     Raises:
-        Fault: there is nothing usable at `path`.
+        Fault: there are no usable weights at `path`, or their recipe is missing.
     """
     from fasttrain import checkpoint
 
@@ -156,16 +171,19 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights",
     found, own = checkpoint.open_weights(path, ema, say)
     if (chosen := given or own) is None:
         raise ConfigError(
-            f"{path} is a file of weights: say what network it is, such as "
+            f"{path} is a file of weights: give the recipe of its network, such as "
             "--recipe recipes/large.toml"
         )
     return found, chosen
 
 
 def avoid_slow_bf16(accelerator: "Accelerator", model: "MobileNetV3", px: int) -> str:
-    """Has the network evaluate in float32 where this CPU is slower with bfloat16; says why.
+    """Switches to float32 if the CPU of any rank is slower in bfloat16. Every rank must call this.
 
-    The same in all processes, and empty where bfloat16 is as fast.
+    Args:
+        px: the image size in pixels.
+    Returns:
+        The reason for the user, the same on all ranks; empty if bfloat16 is kept.
     """
     from accelerate.utils import AutocastKwargs, gather_object
 
@@ -176,13 +194,13 @@ def avoid_slow_bf16(accelerator: "Accelerator", model: "MobileNetV3", px: int) -
         return ""
     accelerator.autocast_handler = AutocastKwargs(enabled=False)
     return (
-        f": bfloat16, the recipe's, takes {1 / ratio:.1f} times as long on this CPU "
-        "(--precision bf16 evaluates in it all the same)"
+        f": the recipe's bfloat16 takes {1 / ratio:.1f} times as long on this CPU "
+        "(--precision bf16 uses it anyway)"
     )
 
 
 def shown(batches: Iterable["Batch"], num_samples: int, world_size: int) -> Iterator["Batch"]:
-    """Passes batches on, and shows how far all processes are, which have equal shares."""
+    """Yields the batches and shows the progress of all ranks, which have equal shares."""
     left = num_samples
     with display.progress(num_samples, "evaluating") as advance:
         for batch in batches:

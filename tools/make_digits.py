@@ -1,11 +1,11 @@
-"""Makes the demo's data set: photographs of handwritten digits as JPEGs, then as shards.
+"""Makes the demo's data set: JPEGs of handwritten digits, and shards of them.
 
     python tools/make_digits.py [OUT]
 
-The digits come with scikit-learn, so nothing is downloaded: 1,797 scans of 8 x 8 pixels, which are
-enlarged to 64 x 64. One in five is held out for validation. OUT gets the shards, and OUT-images the
-JPEGs. Where OUT holds the data set already, nothing is done. After a kill, the same command
-finishes what is missing.
+The digits come with scikit-learn, so nothing is downloaded. They are 1,797 scans of 8 x 8 pixels,
+which are enlarged to 64 x 64. One in five is held out for validation. The shards are written to
+OUT, and the JPEGs to OUT-images. If OUT holds the data set already, the command does nothing. After
+a kill, the same command writes what is missing.
 
 Source: https://archive.ics.uci.edu/dataset/80 (E. Alpaydin, C. Kaynak, 1998), test part.
 """
@@ -22,11 +22,11 @@ from fasttrain import rng, sharding, shards, sources
 from fasttrain.faults import Fault, stop
 
 IMAGE_PX = 64
-HELD_OUT = 5  # one image in so many is for validation
+HELD_OUT = 5  # one image in five is for validation
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Makes the data set in the folder that the command line names."""
+    """Makes the data set in the folder given on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,8 +67,8 @@ def make(out: Path) -> None:
 def write_photographs(folder: Path) -> None:
     """Writes the digits as an ImageFolder: `folder`/<split>/<digit>/<number>.jpg.
 
-    A file that is there and complete is left alone. Its modification time must not change, because
-    a sharding that was killed only goes on with an unchanged source.
+    Leaves a complete file alone. Its modification time must not change, because a sharding that was
+    killed only continues if the source is unchanged.
 
     Raises:
         ShardError: scikit-learn is missing.
@@ -81,7 +81,7 @@ def write_photographs(folder: Path) -> None:
             "    pip install -e '.[demo]'"
         ) from None
     digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), was 0 to 16
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8); were 0 to 16
     order = rng.permutation(0, rng.Stream.SHARDS, 1, len(images))
     for rank, number in enumerate(order.tolist()):
         split = "val" if rank % HELD_OUT == 0 else "train"
@@ -93,7 +93,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def as_jpeg(pixels: np.ndarray) -> bytes:
-    """A JPEG of IMAGE_PX x IMAGE_PX pixels from uint8 grey levels of shape (8, 8)."""
+    """Encodes uint8 grey levels (8, 8) as a JPEG of IMAGE_PX x IMAGE_PX pixels."""
     from PIL import Image
 
     image = Image.fromarray(pixels).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC)
@@ -103,7 +103,7 @@ def as_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def say(text: str) -> None:
-    """Prints a line for a person at once."""
+    """Prints a line and flushes it."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

@@ -1,22 +1,23 @@
-"""Turns labelled photographs, in any form that people have them in, into fasttrain's shards.
+"""Makes fasttrain's shards from labelled photographs.
 
     python tools/make_shards.py SOURCE OUT [--workers 8]
 
 SOURCE is a folder that holds one of
   - the official archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
     ILSVRC2012_devkit_t12.tar.gz, read in place
-  - an ImageFolder: train/<class>/ and val/<class>/ (or valid, validation, dev; or test); or val/
-    flat, beside the devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's val_annotations.txt;
-    or train/ full of n01440764.tar; or <class>/ alone, with --val-fraction or --val-only
+  - an ImageFolder: train/<class>/ and val/<class>/. Val may be named valid, validation, dev or
+    test. It may be flat, with the devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's
+    val_annotations.txt beside it. Train may hold tars such as n01440764.tar. There may be only
+    <class>/, with --val-fraction or --val-only
   - Kaggle's download: ILSVRC/Data/CLS-LOC/ and LOC_val_solution.csv
   - Hugging Face's parquet files, or its train_images_*.tar.gz and val_images.tar.gz
-  - WebDataset tars with <key>.jpg and <key>.cls; train, val or test is a word in their names or in
-    those of their folders
+  - WebDataset tars with <key>.jpg and <key>.cls. Their names or those of their folders contain the
+    word train, val or test
 
-Every image is decoded in full before it is accepted; what cannot be decoded is left out and listed
-in OUT/manifest.json. The same source gives the same bytes on every machine. Started again after a
-stop or a kill, the same command finishes what is missing. The last line on standard output is one
-JSON object.
+Every image is decoded in full before it is accepted. Images that cannot be decoded are left out and
+listed in OUT/manifest.json. The same source gives the same bytes on every machine. After a stop or
+a kill, the same command writes what is missing. The last line on standard output is one JSON
+object.
 """
 
 import argparse
@@ -49,15 +50,15 @@ def main() -> None:
         say(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        say("stopped; run the same command to go on from here")
         raise SystemExit(130) from None
     except OSError as error:
-        say(f"cannot go on: {error}; mend that, and the same command goes on from what is finished")
+        say(f"cannot go on: {error}; solve that and run the same command to go on from here")
         raise SystemExit(2) from None
     seconds = round(time.monotonic() - start, 2)
     result: dict[str, Any] = {"out": str(arguments.out), "splits": {}, "seconds": seconds}
     if manifest is None:
-        say("this part is done; the data set is finished once the other parts are")
+        say("this part is done; the data set is finished when all other parts are done too")
         result["part"] = f"{arguments.part[0]}/{arguments.part[1]}"
     else:
         result["splits"] = {
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,82 +90,89 @@ def parse() -> argparse.Namespace:
 
 
 def add_folders(add: Callable[..., object]) -> None:
-    """What is read, where it is written, and by how many processes."""
+    """Adds the options for folders, processes, seed and parts."""
     add("source", type=Path, metavar="SOURCE", help="the folder of photographs")
     add("out", type=Path, metavar="OUT", nargs="?", help="where to write the shards")
     add(
         "--in-place",
         action="store_true",
-        help="index the WebDataset tars of SOURCE where they are (their .idx anew); no OUT then",
+        help="index the WebDataset tars of SOURCE where they are, and overwrite their .idx; give "
+        "no OUT",
     )
     add(
         "--workers",
         type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes that decode (default: the CPUs of this machine, %(default)s)",
+        help="number of decoding processes (default: the CPUs of this machine, %(default)s)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the shuffled order (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the shuffle (default: 0)")
     add(
         "--part",
         type=part,
         default=(1, 1),
         metavar="I/N",
-        help="write every N-th shard from the I-th on, for an array of jobs on the same OUT",
+        help="write every N-th shard from the I-th on, for a job array that shares OUT",
     )
 
 
 def add_source(add: Callable[..., object]) -> None:
-    """What SOURCE is: its form, classes and splits."""
-    add("--form", choices=sources.FORMS, help="of SOURCE, if it is not recognised as what it is")
+    """Adds the options for the form, the classes and the splits of SOURCE."""
+    add("--form", choices=sources.FORMS, help="form of SOURCE (default: recognised by its files)")
     add(
         "--val-fraction",
         type=fraction,
         metavar="F",
-        help="SOURCE has no val: draw this share of every class, such as 0.1, by the seed",
+        help="draw val from train: this share of every class, such as 0.1, by the seed; for a "
+        "SOURCE without val",
     )
-    add("--val-only", action="store_true", help="make a val split alone, to evaluate on")
+    add("--val-only", action="store_true", help="make only a val split, to evaluate on")
     add(
         "--classes",
         type=Path,
         metavar="PATH",
-        help="all classes in the order of their labels: a file with one a line, or a checkpoint, a "
-        "run or a data set that has them (default: those of train, sorted by name)",
+        help="all classes in the order of their labels: a file with one per line, or a checkpoint, "
+        "a run or a data set that has them (default: those of train, sorted by name)",
     )
     add(
         "--classes-by-number",
         action="store_true",
-        help="names of classes are numbers: sort them as such, or, with --classes, take them as "
-        "places in that list, from 0",
+        help="class names are numbers: sort them as numbers; with --classes, take number N as "
+        "class N of that list, counted from 0",
     )
     add(
         "--label-key",
         metavar="KEY",
-        help="of WebDataset tars: labels are in the members .KEY (such as txt), or in the .json "
-        "under KEY; numbers, or names of classes (default: the members .cls)",
+        help="for WebDataset tars: read labels from the members .KEY (such as txt), or from KEY in "
+        "the .json; they are numbers or class names (default: the members .cls)",
     )
     for what in ("image", "label"):
         add(
             f"--{what}-column",
             metavar="NAME",
-            help=f"of parquet files: the column of {what}s (default: the usual names)",
+            help=f"for parquet files: the column of {what}s (default: the usual names)",
         )
     add(
         "--allow-partial",
         action="store_true",
         help="accept an ImageNet without all its 1,281,167 + 50,000 images of 1,000 classes, and "
-        "leave out links that lead nowhere and images in train/ that have no class",
+        "leave out broken links and images in train/ that have no class",
     )
-    add("--check-md5", action="store_true", help="compare official archives with published sums")
+    add(
+        "--check-md5",
+        action="store_true",
+        help="compare the official archives with their published MD5 sums",
+    )
 
 
 def add_images(add: Callable[..., object]) -> None:
-    """What becomes of the images."""
+    """Adds the options for how images are stored and checked."""
     add(
         "--short-side",
         type=positive,
         metavar="PX",
-        help="shrink larger training images to this shorter side: 256 makes ImageNet 37 GB of 138",
+        help="shrink larger training images to this short side in pixels; 256 shrinks ImageNet "
+        "from 138 to 37 GB",
     )
     add(
         "--quality",
@@ -172,38 +180,40 @@ def add_images(add: Callable[..., object]) -> None:
         choices=range(50, 101),
         default=90,
         metavar="Q",
-        help="of the JPEGs that were shrunk, 50 to 100 (default: %(default)s)",
+        help="JPEG quality of shrunk images, 50 to 100 (default: %(default)s)",
     )
-    add("--resize-val", action="store_true", help="shrink validation images as well")
+    add("--resize-val", action="store_true", help="shrink validation images too")
     add(
         "--store",
         choices=("jpeg", "raw"),
         default="jpeg",
-        help="raw: pixels as .ppm, nothing is left to decode; ImageNet at 256 px is 335 GB",
+        help="raw stores uncompressed pixels as .ppm; ImageNet at 256 px is 335 GB "
+        "(default: %(default)s)",
     )
-    add("--skip-decoding", action="store_true", help="trust the images: look at headers only")
-    add("--strict", action="store_true", help="an image that cannot be decoded is an error")
+    add("--skip-decoding", action="store_true", help="read only the headers of images")
+    add("--strict", action="store_true", help="fail if an image cannot be decoded")
 
 
 def fault_in(arguments: argparse.Namespace) -> str:
-    """What is wrong with options together; empty if nothing is."""
+    """Says which options contradict each other, and what to do; empty if none do."""
     in_place = arguments.in_place
     if in_place == (arguments.out is not None):
-        return "name the folder OUT" if arguments.out is None else "--in-place: without OUT"
+        return "name the folder OUT" if arguments.out is None else "--in-place: leave out OUT"
     if in_place and (arguments.short_side or arguments.store == "raw"):
         return "--in-place: leaves images as they are; name an OUT to re-encode them"
     if in_place and (arguments.val_fraction or arguments.label_key):
-        return "--in-place: tars stay as they are; name an OUT to split or label them anew"
+        return "--in-place: leaves tars as they are; name an OUT for other splits or labels"
     if arguments.val_only and arguments.val_fraction:
-        return "--val-only: all of SOURCE is val; leave out --val-fraction"
+        return "--val-only: all of SOURCE becomes val; leave out --val-fraction"
     if arguments.seed < 0:
         return f"--seed {arguments.seed}: must not be negative"
     if arguments.store == "raw" and arguments.short_side is None:
-        return "--store raw: needs --short-side, such as 256: else ImageNet is 1 TB"
+        return "--store raw: needs --short-side, such as 256; without it ImageNet takes 1 TB"
     return ""
 
 
 def part(text: str) -> tuple[int, int]:
+    """Parses I/N for argparse."""
     index, _, number = text.partition("/")
     try:
         found = int(index), int(number)
@@ -215,6 +225,7 @@ def part(text: str) -> tuple[int, int]:
 
 
 def fraction(text: str) -> float:
+    """Parses a number between 0 and 1, both excluded, for argparse."""
     try:
         found = float(text)
     except ValueError:
@@ -225,7 +236,7 @@ def fraction(text: str) -> float:
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:
-    """How images are to be stored."""
+    """Returns how images are stored."""
     return Policy(
         short_side=arguments.short_side,
         quality=arguments.quality,
@@ -236,7 +247,11 @@ def policy_of(arguments: argparse.Namespace) -> Policy:
 
 
 def options_of(arguments: argparse.Namespace) -> listing.Options:
-    """How the source is to be read."""
+    """Returns how the source is read.
+
+    Raises:
+        ShardError: the list of classes cannot be read.
+    """
     return listing.Options(
         allow_partial=arguments.allow_partial,
         in_place=arguments.in_place,
@@ -252,11 +267,17 @@ def options_of(arguments: argparse.Namespace) -> listing.Options:
 
 
 def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Recognises, lists, checks and writes the source; returns the manifest once all is written."""
+    """Recognises, lists, checks and writes the source.
+
+    Returns:
+        The manifest, or None while shards of other parts are missing.
+    Raises:
+        ShardError: the source or the folder OUT cannot be used.
+    """
     root, out = arguments.source, arguments.out
     policy = policy_of(arguments)
     options = options_of(arguments)
-    # A part may come after the others have finished it.
+    # The other parts may have finished the data set before this part started.
     if arguments.part == (1, 1) and not sharding.is_finished(out):
         sharding.check_out(out, arguments.in_place)
     form = arguments.form or sources.recognise(root)
@@ -273,7 +294,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if faults and not arguments.allow_partial:
         raise shards.ShardError(
             "\n  ".join(["this is not the whole of ImageNet-1k:", *faults])
-            + "\nfind what is missing, or go on with --allow-partial"
+            + "\nadd what is missing, or go on with --allow-partial"
         )
     warn_of_space(source, policy, out)
     images = sum(map(len, source.splits.values()))
@@ -294,7 +315,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def check_options(root: Path, form: str, options: listing.Options) -> None:
-    """Checks that what is asked for is of the form that SOURCE has."""
+    """Raises ShardError if an option does not apply to the form of SOURCE."""
     if form != "parquet" and (options.image_column or options.label_column):
         raise shards.ShardError(
             f"--image-column, --label-column: {root} holds {form}, not parquet files; leave them "
@@ -309,12 +330,16 @@ def check_options(root: Path, form: str, options: listing.Options) -> None:
 def finished(
     arguments: argparse.Namespace, form: str, policy: Policy, options: listing.Options
 ) -> dict[str, Any]:
-    """The manifest of OUT, which is finished, once it was compared with what is asked for."""
+    """Checks that the finished data set in OUT is the requested one. Returns its manifest.
+
+    Raises:
+        ShardError: it is another data set, or images were rejected although --strict is given.
+    """
     root, out = arguments.source, arguments.out
-    asked = {"form": form, "seed": arguments.seed, "policy": asdict(policy)}
-    sharding.check_same(out, asked)
+    expected = {"form": form, "seed": arguments.seed, "policy": asdict(policy)}
+    sharding.check_same(out, expected)
     archives = sources.archives(root, form, options)
-    if archives:  # not unpacked again, to be compared
+    if archives:  # compares the archives themselves, to avoid unpacking them again
         sharding.check_same(out, {"archives": archives})
     else:
         sharding.check_same(out, {}, scan(root, form, arguments, options))
@@ -323,14 +348,14 @@ def finished(
     if arguments.strict and rejected:
         raise shards.ShardError(
             f"--strict: {rejected} images were rejected when {out} was made, see its "
-            f"{shards.MANIFEST}; mend the source and start in a new folder, or leave --strict out"
+            f"{shards.MANIFEST}; repair the source and start in a new folder, or leave --strict out"
         )
     say(f"{out} is done, nothing to do")
     return manifest
 
 
 def scan(root: Path, form: str, arguments: argparse.Namespace, options: listing.Options) -> Source:
-    """Lists the source and says what is in it; leaves no empty OUT behind where that fails."""
+    """Lists the source and prints what it holds. Removes an empty OUT if that fails."""
     out = arguments.out
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -352,21 +377,25 @@ def scan(root: Path, form: str, arguments: argparse.Namespace, options: listing.
 
 
 def say_skipped(source: Source) -> None:
-    """Says what was left out, by kind, and warns of images of a kind that is not read."""
+    """Prints what was left out, by kind. Warns if images are in a format that is not read."""
     if not source.skipped:
         return
     kinds = sorted(source.skipped.items(), key=lambda item: (-item[1], item[0]))
     texts = [f"{number:,} {kind}" for kind, number in kinds]
-    more = f", and {len(texts) - 12:,} kinds more" if len(texts) > 12 else ""
+    more = f", and {len(texts) - 12:,} more kinds" if len(texts) > 12 else ""
     files = "file" if source.ignored == 1 else "files"
     say(f"left out {source.ignored:,} {files}: {', '.join(texts[:12])}{more}")
     unread = [text for text, (kind, _) in zip(texts, kinds, strict=True) if kind[1:] in UNREAD]
     if unread:
-        say(f"WARNING: {', '.join(unread)} may be images, but are not read; make JPEGs of them")
+        say(f"WARNING: {', '.join(unread)} may be images, but are not read; convert them to JPEG")
 
 
 def check_md5(root: Path) -> None:
-    """Compares the official archives in `root` with their published sizes and sums."""
+    """Compares the official archives in `root` with their published MD5 sums.
+
+    Raises:
+        ShardError: a sum differs.
+    """
     import hashlib
 
     for name, published in imagenet.MD5.items():
@@ -381,23 +410,24 @@ def check_md5(root: Path) -> None:
                 advance(1, 0)
         if digest.hexdigest() != published:
             raise shards.ShardError(
-                f"{path}: MD5 {digest.hexdigest()}, published {published}: load it anew"
+                f"{path}: its MD5 is {digest.hexdigest()}, but {published} was published: download "
+                "it again"
             )
 
 
 def warn_of_space(source: Source, policy: Policy, out: Path) -> None:
-    """Says how much will be written, and warns where the disk has less."""
+    """Prints how much will be written. Warns if the disk has less free space."""
     size = sum(
         sharding.estimated_bytes(split, listed, policy) for split, listed in source.splits.items()
     )
     free = shutil.disk_usage(out).free
     say(f"about {size / 1e9:,.1f} GB will be written; {free / 1e9:,.1f} GB are free there")
     if size > free:
-        say("WARNING: the disk will most likely be full before the end")
+        say("WARNING: the disk will probably be full before the data set is finished")
 
 
 def report(manifest: dict[str, Any]) -> None:
-    """A table of what was written, and what was not."""
+    """Prints the rejected and re-encoded images, and a table of what was written."""
     table = Table("split", *("images", "classes", "GB", "repaired", "rejected"))
     for split, entry in manifest["splits"].items():
         for item in entry["rejected"][:20]:

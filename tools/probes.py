@@ -1,7 +1,7 @@
-"""The probes of `doctor.py`: what a machine has, how fast its storage is, how fast it trains.
+"""The probes of `doctor.py`: the hardware of a machine, the speed of its storage and of training.
 
-A probe that cannot find something out returns "unknown" and does not raise. The stage `machine` of
-`benchmark.py record` uses the probes of the GPU and of storage too.
+A probe returns "unknown" if it cannot find something out. The stage `machine` of
+`benchmark.py record` also uses the probes of the GPU and of storage.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ Facts = dict[str, Any]  # by name; the name of a quantity ends with its unit
 
 SMI_S = 30  # time limit of nvidia-smi
 STEP_S = 120  # time limit of a trial of training steps
-READ_S = 1.5  # duration of each way of reading
-IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # to read at most
-TARS = 32  # to read from at most
+READ_S = 1.5  # time limit of reading in order, and of reading at random
+IN_ORDER_BYTES, AT_RANDOM_BYTES = 128 << 20, 64 << 20  # the most bytes to read
+TARS = 32  # the most tars to read from
 PIECE_BYTES = 4 << 20
-FOLIO_BYTES = 256 << 10  # the page cache drops whole folios only, and few are larger than this
+FOLIO_BYTES = 256 << 10  # the page cache drops only whole folios; few are larger than this
 NETWORK = (
     "nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "cifs", "smb", "9p", "afs", "panfs",
     "wekafs", "glusterfs", "pvfs", "orangefs", "virtiofs",
@@ -47,7 +47,7 @@ NETWORK = (
 
 
 def text_of(path: Path) -> str:
-    """The content of a small file; "unknown" where it cannot be read."""
+    """Returns the content of a small file; "unknown" if it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, ValueError):
@@ -55,7 +55,7 @@ def text_of(path: Path) -> str:
 
 
 def smi(*arguments: str) -> str:
-    """The output of nvidia-smi; empty where it is missing or fails."""
+    """Returns the output of nvidia-smi; empty if it is missing or fails."""
     command = ["nvidia-smi", *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_S)
@@ -64,23 +64,26 @@ def smi(*arguments: str) -> str:
 
 
 def torch_gpus() -> int:
-    """How many GPUs torch sees."""
+    """Returns the number of GPUs that torch finds."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def major(version: str) -> int:
-    """The first number of a version: 13 for `13.0`, 0 for a text without a number."""
+    """Returns the first number of a version: 13 for `13.0`, and 0 for a text without a number."""
     found = re.match(r"\d+", version)
     return int(found[0]) if found else 0
 
 
 def all_reduce_s(numbers: int, device: Any, times: int) -> float:
-    """Median seconds of adding up so many float32 numbers over all processes.
+    """Times an all-reduce.
 
     Args:
-        times: how often it is timed, after 5 more to warm up.
+        numbers: number of float32 values per rank.
+        times: number of timed calls, after 5 calls to warm up.
+    Returns:
+        The median in seconds.
     """
     import torch
 
@@ -94,24 +97,24 @@ def all_reduce_s(numbers: int, device: Any, times: int) -> float:
 
 
 def same_cuda(torch_cuda: str, dali_cuda: str = "") -> bool | str:
-    """Whether torch and DALI are built for the same CUDA."""
+    """Returns whether torch and DALI are built for the same major version of CUDA."""
     if not major(torch_cuda) or not major(dali_cuda):
         return "unknown (one of them is built without CUDA)"
     return major(torch_cuda) == major(dali_cuda)
 
 
 def cuda_faults(built: Mapping[str, str], driver: str) -> list[str]:
-    """A message for each package that was built for a newer CUDA than the driver has."""
+    """Returns a message for each package that is built for a newer CUDA than the driver has."""
     return [
         f"{name} is built for CUDA {version}, but the driver has CUDA {driver}: update the driver, "
-        'or install what suits it (README.md, "CUDA 12")'
+        'or install packages for its CUDA (README.md, "CUDA 12")'
         for name, version in built.items()
         if major(version) > major(driver)
     ]
 
 
 def link_counts(text: str) -> list[str]:
-    """The kinds of links between pairs of GPUs, such as `["28 x NV18, NVLink"]`.
+    """Counts the links between pairs of GPUs by kind, such as `["28 x NV18, NVLink"]`.
 
     Args:
         text: the output of `nvidia-smi topo -m`.
@@ -126,18 +129,21 @@ def link_counts(text: str) -> list[str]:
 
 
 def interfaces(root: Path = Path("/sys/class/net")) -> dict[str, str]:
-    """The state and speed of network interfaces: `{"eth0": "up, 25,000 Mbit/s"}`, no loopback."""
+    """Returns state and speed of the network interfaces, such as `{"eth0": "up, 25,000 Mbit/s"}`.
+
+    Leaves out the loopback interface.
+    """
     found = {}
     for path in sorted(root.glob("*/operstate")):
         if (name := path.parent.name) != "lo":
-            speed = text_of(path.with_name("speed"))  # -1 where unknown
+            speed = text_of(path.with_name("speed"))  # -1 if the kernel does not know it
             text = f"{int(speed):,} Mbit/s" if speed.isdecimal() else "speed unknown"
             found[name] = f"{text_of(path)}, {text}"
     return found
 
 
 def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """The ports of InfiniBand adapters: `["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
+    """Returns the InfiniBand ports, such as `["mlx5_0 port 1: ACTIVE, 400 Gb/sec (4X NDR)"]`."""
     return [
         f"{port.parent.parent.name} port {port.name}: "
         f"{text_of(port / 'state').rpartition(': ')[2]}, {text_of(port / 'rate')}"
@@ -146,7 +152,11 @@ def infiniband(root: Path = Path("/sys/class/infiniband")) -> list[str]:
 
 
 def quota_in(text: str) -> float | None:
-    """The CPUs that a container's quota allows, from the text of `cpu.max`; None without one."""
+    """Returns the number of CPUs that a container's quota allows; None without a quota.
+
+    Args:
+        text: the content of `cpu.max`.
+    """
     quota, _, period = text.partition(" ")
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
 
@@ -157,18 +167,18 @@ def quota_in(text: str) -> float | None:
 
 
 def num_bytes(splits: Sequence[Split]) -> int:
-    """Bytes of all tars of some splits."""
+    """Returns the size of all tars of these splits, in bytes."""
     return sum(sum(split.shard_bytes) for split in splits)
 
 
 def existing(path: Path) -> Path:
-    """The path if it exists, else the nearest folder above it that exists."""
+    """Returns the path if it exists, otherwise the nearest folder above it that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def cannot_write(folder: Path) -> str:
-    """Why a folder cannot be made or written to; empty if it can."""
+    """Returns why a folder cannot be created or written to; empty if it can."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return ""
@@ -177,35 +187,35 @@ def cannot_write(folder: Path) -> str:
 
 
 def advice(kind: str, data: config.Data, size: int) -> list[str]:
-    """Settings that make reading over a network faster or safer; none for a local disk.
+    """Suggests settings that make reading over a network faster or safer. None for a local disk.
 
     Args:
-        kind: of the file system.
-        size: bytes of all shards.
+        kind: the type of the file system, such as "nfs4".
+        size: size of all shards in bytes.
     """
     if not kind.startswith(NETWORK) or data.stage:
         return []
     fits = size < min(shutil.disk_usage("/dev/shm").free, forecast.available_bytes()) / 2
     folder = "/dev/shm/fasttrain" if fits else "/a/local/disk"
     found = [
-        f"--set data.stage={folder} copies the {size / 1e9:,.1f} GB to each node before it runs"
+        f"--set data.stage={folder} copies the {size / 1e9:,.1f} GB to each node before the run"
     ]
     if data.shuffle == "full":
         found.append("without a copy, --set data.shuffle=blocks reads in large pieces")
     if data.read == "mmap":
-        found.append("without a copy, --set data.read=pread survives files that change")
+        found.append("without a copy, --set data.read=pread does not crash if a file changes")
     return found
 
 
 def forget(file: int, offset: int, size: int) -> None:
-    """Drops a range of a file from the page cache, unless something holds it there."""
+    """Drops a range of a file from the page cache, unless something keeps it there."""
     first = offset - offset % FOLIO_BYTES
     end = -(-(offset + size) // FOLIO_BYTES) * FOLIO_BYTES
     os.posix_fadvise(file, first, end - first, os.POSIX_FADV_DONTNEED)
 
 
 def read_in_order(split: Split) -> Facts:
-    """The time to open a tar and the speed of reading in large pieces, over random tars."""
+    """Measures the time to open a tar in ms, and the speed of reading tars in order in MB/s."""
     done, reading_s, opening_s = 0, 0.0, []
     for path in random.sample(split.shard_paths, min(TARS, len(split.shard_paths))):
         begun = time.perf_counter()
@@ -227,24 +237,29 @@ def read_in_order(split: Split) -> Facts:
 
 
 def read_at_random(split: Split, threads: int) -> Facts:
-    """The speed of reading single images, with as many threads as the loader has."""
+    """Measures the speed of reading single images.
+
+    Args:
+        threads: as many as the loader uses.
+    Returns:
+        The rate in images/s, the median time of one read in ms, and the share of reads that were in
+        the page cache.
+    """
     tars = random.sample(range(len(split.shard_paths)), min(TARS, len(split.shard_paths)))
-    there = np.flatnonzero(np.isin(split.shard, tars)).tolist()
-    samples = random.sample(there, min(1024, len(there)))
-    at_most = max(1, AT_RANDOM_BYTES // int(split.size[samples].mean()))
+    candidates = np.flatnonzero(np.isin(split.shard, tars)).tolist()
+    samples = random.sample(candidates, min(1024, len(candidates)))
+    most_samples = max(1, AT_RANDOM_BYTES // int(split.size[samples].mean()))
     cached: list[bool] = []
     taken: list[float] = []
     with contextlib.ExitStack() as stack:
         files: dict[int, int] = {}
         ranges = []
-        for sample in samples[:at_most]:
+        for sample in samples[:most_samples]:
             shard = int(split.shard[sample])
             if shard not in files:
                 opened = stack.enter_context(split.shard_paths[shard].open("rb", buffering=0))
                 files[shard] = opened.fileno()
-                os.posix_fadvise(
-                    files[shard], 0, 0, os.POSIX_FADV_RANDOM
-                )  # reads no more than is asked for
+                os.posix_fadvise(files[shard], 0, 0, os.POSIX_FADV_RANDOM)  # turns off read-ahead
             ranges.append((files[shard], int(split.offset[sample]), int(split.size[sample])))
             forget(*ranges[-1])
 
@@ -270,7 +285,7 @@ def read_at_random(split: Split, threads: int) -> Facts:
 
 
 def is_cached(file: int, offset: int) -> bool | None:
-    """Whether a byte of a file is in the page cache; None where the file system cannot say."""
+    """Returns whether a byte of a file is in the page cache; None if that cannot be found out."""
     try:
         return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:
@@ -285,7 +300,7 @@ def is_cached(file: int, offset: int) -> bool | None:
 
 
 def on_own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is no part of the launch, but has this one's GPU."""
+    """Returns the environment of a process outside the launch that uses this process's GPU."""
     here = int(environ.get("LOCAL_RANK", "0"))
     visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here + 1)))).split(
         ","
@@ -296,7 +311,14 @@ def on_own_gpu(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_step(job: str, environ: Mapping[str, str]) -> Facts:
-    """Speed and memory of updates as `benchmark.py` measures them; or `failed` with the reason."""
+    """Measures speed and memory of updates with `benchmark.py`, in a process of its own.
+
+    Args:
+        job: a `StepJob` as JSON.
+    Returns:
+        The rate in images/s, the time of a step in ms and the peak of memory in GB; or `failed`
+        with the reason; or `step` if the process did not end in time.
+    """
     script = str(Path(__file__).with_name("benchmark.py"))
     command = [sys.executable, script, "measure", "step", job]
     try:
@@ -306,8 +328,8 @@ def run_step(job: str, environ: Mapping[str, str]) -> Facts:
     except subprocess.TimeoutExpired:
         return {"step": f"unknown (no answer in {STEP_S} s)"}
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": said[-1][:300]}
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": lines[-1][:300]}
     found = json.loads(done.stdout.splitlines()[-1])
     return {
         "step_images_per_s": found["images_per_s"],
@@ -317,6 +339,9 @@ def run_step(job: str, environ: Mapping[str, str]) -> Facts:
 
 
 def smaller_batch(plan: Plan) -> int:
-    """The largest micro-batch of at most half the size that divides the images; 0 for none."""
+    """Returns the largest micro-batch of at most half the size that divides a rank's batch.
+
+    Returns 0 if there is none.
+    """
     images = plan.micro_batch_size * plan.accumulation
     return max((n for n in range(1, plan.micro_batch_size // 2 + 1) if images % n == 0), default=0)

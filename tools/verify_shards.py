@@ -1,10 +1,11 @@
-"""Checks a data set to the last byte, and names what is damaged.
+"""Checks every byte of a data set, and names what is damaged.
 
     python tools/verify_shards.py OUT [--quick]
 
-Checks the manifest, every file's size and sha256, the index tables against the headers, labels and
-crc32 in the tars, and decodes every image (--quick leaves that out). Ends with exit code 0, or 1
-and a table of findings. The last line on standard output is one JSON object.
+Checks the manifest, and the size and sha256 of every file. Compares the index tables with the
+headers, labels and crc32 in the tars. Decodes every image, unless --quick is given. The exit code
+is 0 if nothing is damaged; otherwise it is 1, and a table lists the findings. The last line on
+standard output is one JSON object.
 """
 
 import argparse
@@ -33,14 +34,14 @@ from fasttrain.shards import ShardError, Split
 
 
 class Finding(NamedTuple):
-    """Something that is not as it was written."""
+    """A fault of the data set."""
 
-    place: str
+    place: str  # the file or split; a key of the JSON object
     fault: str
 
 
 class Checked(NamedTuple):
-    """What became of a shard."""
+    """The result of checking a shard."""
 
     samples: int
     num_bytes: int
@@ -58,7 +59,7 @@ def main() -> None:
         type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: the CPUs of this machine, %(default)s)",
+        help="number of processes (default: the CPUs of this machine, %(default)s)",
     )
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def verify(root: Path, decode: bool, workers: int) -> tuple[list[Finding], int]:
-    """All findings in the data set at `root`, and the number of samples that were looked at."""
+    """Returns all findings in the data set at `root`, and the number of checked samples."""
     try:
         manifest = shards.read_manifest(root)
         written = (root / shards.MANIFEST).read_bytes()
@@ -88,8 +89,8 @@ def verify(root: Path, decode: bool, workers: int) -> tuple[list[Finding], int]:
         return [Finding(shards.MANIFEST, str(error))], 0
     except OSError as error:
         return [Finding(shards.MANIFEST_DIGEST, str(error.strerror))], 0
-    if digest != shards.manifest_digest(written):  # then nothing in it can be relied on
-        fault = f"is not what {shards.MANIFEST_DIGEST} says: nothing else was checked"
+    if digest != shards.manifest_digest(written):  # nothing in the manifest can be trusted
+        fault = f"its digest is not the one in {shards.MANIFEST_DIGEST}: nothing else was checked"
         return [Finding(shards.MANIFEST, fault)], 0
     findings: list[Finding] = []
     tasks = []
@@ -110,7 +111,7 @@ def verify(root: Path, decode: bool, workers: int) -> tuple[list[Finding], int]:
 
 
 def check_file(path: Path, size: int, sha256: str) -> Iterator[Finding]:
-    """Whether a file has the size and digest that the manifest gives."""
+    """Yields a finding if a file does not have the size and the sha256 of the manifest."""
     try:
         found = path.stat().st_size
         with path.open("rb") as file:
@@ -121,7 +122,7 @@ def check_file(path: Path, size: int, sha256: str) -> Iterator[Finding]:
     if found != size:
         yield Finding(path.name, f"{found:,} bytes instead of {size:,}")
     elif digest != sha256:
-        yield Finding(path.name, "sha256 is not the manifest's: its bytes have changed")
+        yield Finding(path.name, "its sha256 is not the manifest's: its bytes have changed")
 
 
 def check_shard(root: Path, name: str, number: int, entry: dict[str, Any], decode: bool) -> Checked:
@@ -133,7 +134,7 @@ def check_shard(root: Path, name: str, number: int, entry: dict[str, Any], decod
     findings += check_file(idx, size, entry["idx_sha256"])
     try:
         split = shards.open_split(root, name)
-    except ShardError as error:  # then rows and bytes cannot be compared
+    except ShardError as error:  # the rows cannot be compared with the tar
         return Checked(entry["num_samples"], 0, [*findings, Finding(name, str(error))])
     (rows,) = np.nonzero(split.shard == number)
     if len(rows) != entry["num_samples"]:
@@ -148,11 +149,14 @@ def check_shard(root: Path, name: str, number: int, entry: dict[str, Any], decod
 
 
 def read_labels(idx: Path, tar: np.ndarray) -> dict[int, str]:
-    """The text of every sample's .cls member, by the offset of its image, as DALI would find it."""
+    """Reads the text of every sample's .cls member through DALI's index.
+
+    Returns:
+        The texts by the offset of the sample's image.
+    """
     labels = {}
-    with contextlib.suppress(
-        OSError, ValueError, LookupError
-    ):  # a damaged one was found by its digest
+    # The sha256 has shown already if the index is damaged.
+    with contextlib.suppress(OSError, ValueError, LookupError):
         for line in idx.read_text().splitlines()[1:]:
             words = line.split()
             found = {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in (0, 4)}
@@ -165,7 +169,7 @@ def read_labels(idx: Path, tar: np.ndarray) -> dict[int, str]:
 def check_sample(
     split: Split, sample: int, tar: np.ndarray, labels: dict[int, str], decode: bool
 ) -> Iterator[str]:
-    """Faults of one sample: its headers, label, checksum and pixels."""
+    """Yields the faults of a sample's header, label, checksum and pixels."""
     offset, size = int(split.offset[sample]), int(split.size[sample])
     image = tar[offset : offset + size].tobytes()
     block = tarfile.BLOCKSIZE
@@ -174,24 +178,25 @@ def check_sample(
         if header.size != size:
             yield f"{header.name} has {header.size:,} bytes in its header, {size:,} in the index"
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        yield f"no header of a member: {error}"
+        yield f"the header of the image cannot be read: {error}"
     label, text = int(split.label[sample]), labels.get(offset, "none")
-    # In tars of others, labels may be numbers that are not counted through.
+    # Tars indexed in place may have labels with gaps. Their classes are the padded numbers.
     if not text.strip().isdigit() or (
         int(text) != label and split.classes[label] != f"{int(text):06d}"
     ):
         yield f"label {text!r} in the tar, {label} in the index"
     if zlib.crc32(image) != split.crc32[sample]:
-        yield "crc32 is not the index's: the image's bytes have changed"
+        yield "the image's crc32 is not the one in the index: its bytes have changed"
         return
     if decode:
         try:
             with Image.open(io.BytesIO(image)) as opened:
                 opened.load()
                 if opened.size != (split.width[sample], split.height[sample]):
-                    yield f"is {opened.size} pixels, not what the index says"
+                    indexed = f"{split.width[sample]} x {split.height[sample]}"
+                    yield f"has {opened.width} x {opened.height} pixels, {indexed} in the index"
         except Exception as error:
-            yield f"cannot be decoded: {error}"
+            yield f"the image cannot be decoded: {error}"
 
 
 if __name__ == "__main__":
