@@ -38,7 +38,7 @@ def test_a_run_starts_from_weights_of_other_classes_and_resumes_without_them(
     train.main([str(recipe)])
     said = capsys.readouterr().out
     assert f"starting from {newest(first)}/model.safetensors\nthe last layer is kept for" in said
-    assert "for 2 of 3 classes: the weights have 3 classes, the data 3" in said
+    assert "for 2 of 3 classes, found by name: the weights have 3 classes, the data 3" in said
     for name in ("model", "ema"):
         found = load_file(newest(second) / f"{name}.safetensors")
         for tensor, value in found.items():

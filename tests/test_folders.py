@@ -305,7 +305,7 @@ def test_tars_of_classes(tmp_path: Path) -> None:
     assert len(scan(tmp_path / "train", val_fraction=0.5)[0].splits["val"]) == 1
     put(tmp_path, f"train/{DOG}/{DOG}_2.JPEG")
     with pytest.raises(
-        ShardError, match=f"{DOG}.tar holds 1 images, the folder {DOG}/ beside it holds 2"
+        ShardError, match=f"{DOG}.tar holds 1 images, but the folder {DOG}/ beside it holds 2"
     ):
         scan(tmp_path)
 

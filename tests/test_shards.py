@@ -275,7 +275,7 @@ def test_a_folder_that_is_no_data_set_is_refused(
     assert "it holds shards, but manifest.json is missing; copy that file too" in fault(copy)
     sharding.claim(tmp_path / "begun", listed(folder), Policy(), 0, 11)
     assert fault(tmp_path / "begun").endswith(
-        "begun is not finished: run the command that began it once more (make_shards.py)"
+        "begun is not finished: run the command that began it again (make_shards.py)"
     )
 
 
