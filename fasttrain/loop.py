@@ -94,9 +94,9 @@ class Trainer:
         Args:
             updater: performs the updates of its learner.
             recipe: says when to log and when to save.
-            stop_requested: is called after each update and after each evaluation batch, equally
-                often on every rank. Returns 0 to go on. To stop, returns the exit status, which
-                is the same on every rank.
+            stop_requested: is called once before the first update, after each update and after
+                each evaluation batch, equally often on every rank. Returns 0 to go on. To stop,
+                returns the exit status, which is the same on every rank.
         """
         self.updater, self.plan = updater, plan
         self.inputs, self.outputs, self.recipe = inputs, outputs, recipe

@@ -249,8 +249,9 @@ def test_parts_made_at_the_same_time_equal_one_run(larger: Path, tmp_path: Path)
 WRITE = ((ShardWriter, "_write"),)  # its bytes are buffered: no call of the file system
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, every: int
 ) -> None:
     source = listed(folder)
     for listing in source.splits.values():  # a small build: 8 images in 3 shards
@@ -259,10 +260,10 @@ def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
             setattr(listing, column, getattr(listing, column)[:4])
     expected = tmp_path / "expected"
     sharding.write_dataset(source, expected, build=Build(shard_size=2))
-    number = 0
+    number = 1 - every
     died = True
     while died:
-        number += 1
+        number += every
         out = tmp_path / str(number)
         write = partial(sharding.write_dataset, source, out, build=Build(shard_size=2))
         died = dies_at(number, write, WRITE)
