@@ -44,8 +44,7 @@ ExpandedPath = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Varies:
-    """Marks a field whose value may vary within a run. A new value of any other field needs a new
-    run.
+    """Marks a field whose value may vary within a run. A change of any other field is a new run.
 
     Fields that may vary say where and how the work is done. Two of them may change results
     slightly: `micro_batch_size` changes the groups of BatchNorm, and it follows the number of
@@ -162,8 +161,8 @@ class Data(Section):
     """Number of images, and at most half of all, that each process may replace before the run
     ends."""
     threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
-    """CPU threads that decode, per process; 0 divides the CPUs of this machine among its
-    processes."""
+    """CPU threads that decode, per process; 0 divides the available CPUs among the processes of a
+    machine."""
     queue_depth: Annotated[Positive, ON_RESUME] = 2
     """Number of batches kept ready for the training thread."""
 
@@ -297,7 +296,8 @@ class Train(Section):
     """Seconds without a step after which a run of several processes ends and names the process that
     the others are waiting for. The first step has at least an hour."""
     cpu_threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
-    """Torch's CPU threads per process; 0 divides the CPUs of this machine among its processes."""
+    """Torch's CPU threads per process; 0 divides the available CPUs among the processes of a
+    machine."""
 
     @model_validator(mode="after")
     def _graphs_need_no_scaler(self) -> Self:

@@ -89,7 +89,7 @@ class Heartbeat:
     def counted(self, batches: Iterator[Item]) -> Iterator[Item]:
         """Counts each received batch as progress.
 
-        So a rank that waits for its own input can be told from ranks that wait for it in a
+        This distinguishes a rank that waits for its own input from the ranks that wait for it in a
         collective.
         """
         for batch in batches:

@@ -91,7 +91,7 @@ def on_cpu(environ: Mapping[str, str]) -> bool:
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment without the launchers' variables, for a process of its own."""
+    """Returns the environment without the launchers' variables, for a process without a launch."""
     launchers = ("RANK", "WORLD", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "GROUP_")
     return {key: value for key, value in environ.items() if not key.startswith(launchers)}
 

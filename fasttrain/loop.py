@@ -375,7 +375,7 @@ def evaluate(
     max_batches: int = 0,
     stop_after: Callable[[int], bool] = lambda seen: False,
 ) -> list[dict[str, Any]]:
-    """Evaluates networks on the batches of all ranks. They are in evaluation mode meanwhile.
+    """Evaluates networks on the batches of all ranks, in evaluation mode.
 
     Args:
         batches: this rank's batches. Ranks may have different numbers of them, because the sums

@@ -160,7 +160,7 @@ def run_dir(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def locked(recipe: Recipe) -> Iterator[None]:
-    """Makes the run folder and locks it meanwhile. Only rank 0 calls this.
+    """Makes the run folder, and holds its lock inside the `with` block. Only rank 0 calls this.
 
     Raises:
         ConfigError: another process holds the lock, or the folder cannot be written.

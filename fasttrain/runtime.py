@@ -30,7 +30,7 @@ from fasttrain.launch import LaunchError
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """This process and its place among the ranks."""
+    """This process: its rank, its device and its threads."""
 
     rank: int
     world_size: int
@@ -42,7 +42,7 @@ class Process:
 def accelerator_for(
     precision: str, timeout: timedelta | None = None, cpu: bool = False
 ) -> Accelerator:
-    """Joins the process group. Uses of Accelerate only what the recipe asks for.
+    """Joins the process group, with only those features of Accelerate that the recipe asks for.
 
     Args:
         precision: `train.precision` of the recipe.
