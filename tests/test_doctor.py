@@ -313,7 +313,8 @@ def test_a_step(
         benchmark.main(command[2:])
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
-    def measured(job: steps.StepJob) -> dict[str, float]:
+    def measured(job: steps.StepJob, profile: steps.Profile | None) -> dict[str, float]:
+        assert profile is None
         assert (job.batch, job.px, job.arch, job.width) == (8, 32, "small", 0.35)
         return {"images_per_s": 1000.0, "step_ms": 8.0, "peak_gib": 1.0}
 
