@@ -5,6 +5,7 @@ the weights, the momentum and the moving average for good. The device decides wh
 counts, and all ranks decide alike. The host learns of it when it next calls `Guard.read`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,11 @@ class Skipped(NamedTuple):
     offset: int  # position of the first, from 0, among the updates since the last `read`
     loss: float  # of the first: mean over this rank's images
     gradient_norm: float  # of the first
+
+
+def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    """True if both lists hold tensors of the same values. Waits for the device."""
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 class Guard:
@@ -100,22 +106,30 @@ class Guard:
             assert self.first_gradient.grad is not None
             self.first_gradient.grad += torch.where(self.skip == 0, 0.0, torch.nan)
 
+    @torch.no_grad()
     def _compiled(self) -> Callable[[Tensor], None]:
-        """`_apply_decision` compiled to 6 kernels, or uncompiled if the compiler fails.
+        """`_apply_decision` compiled to 6 kernels; or as it is, if compiling does not work.
 
-        Compiling fails on a machine without a C compiler. The results are the same.
+        Compiling fails if the machine has no C compiler. It may also go wrong without an error:
+        torch 2.11 loses some of the changes to scalar tensors. So both are tried on an accepted
+        and a rejected update, and must leave the same values. Changes nothing.
         """
         compiled = torch.compile(self._apply_decision, dynamic=False)
         changed = [*self._statistics(), *self.tensors()]
-        kept = [tensor.clone() for tensor in changed]
-        try:
-            with torch.no_grad():
-                compiled(torch.zeros_like(self.flat.weights[0]))
-        except Exception:  # the parts of the compiler have no common exception
-            compiled = self._apply_decision
-        for tensor, original in zip(changed, kept, strict=True):
-            tensor.copy_(original)
-        return compiled
+        originals = [tensor.clone() for tensor in changed]
+        left: list[list[Tensor]] = []
+        for function in (self._apply_decision, compiled):
+            try:
+                for gradient_norm in (1.0, math.inf, 2.0):
+                    self.loss.fill_(1.0)
+                    function(torch.full_like(self.flat.weights[0], gradient_norm))
+                left.append([tensor.clone() for tensor in changed])
+            except Exception:  # the parts of the compiler have no common exception
+                left.append([])
+            for tensor, original in zip(changed, originals, strict=True):
+                tensor.copy_(original)
+        plain, found = left
+        return compiled if are_equal(plain, found) else self._apply_decision
 
     def _apply_decision(self, gradient_norm: Tensor) -> None:
         """Decides on the update, and updates statistics, sums and counters accordingly."""
@@ -125,13 +139,13 @@ class Guard:
         # x - x is 0 if x is finite, else NaN. NaN >= y is always false.
         good = (total - total) >= self.excess
         bad = ~good
-        is_first = bad > self.number
+        is_first = bad & (self.number == 0)
         for now, accepted in zip(self._statistics(), self.accepted, strict=True):
-            torch.where(good, now, accepted, out=now)
+            now.copy_(torch.where(good, now, accepted))
             accepted.copy_(now)
         for first, now in zip(self.first, (self.offset, self.loss, gradient_norm), strict=True):
-            torch.where(is_first, now, first, out=first)
-        torch.where(good, self.loss_sum + self.loss, self.loss_sum, out=self.loss_sum)
+            first.copy_(torch.where(is_first, now, first))
+        self.loss_sum.copy_(torch.where(good, self.loss_sum + self.loss, self.loss_sum))
         self.number += bad
         self.excess += bad
         self.skip.copy_(bad)

@@ -62,7 +62,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("train.micro_batch_size=x", ["expected int, got str; for example micro_batch_size = 8"]),
     ("data.root={file}", ["no data set at {file}", "python tools/make_shards.py"]),
     ("data.root=/nowhere", ["no data set at /nowhere", "--set data.root=/path/to/shards"]),
-    ("data.short_side=256", ["asks for images of short side 256, but those at", "--short-side 256"]),
+    (
+        "data.short_side=256",
+        ["asks for images of short side 256, but those at", "--short-side 256"],
+    ),
     ("log.run_dir={file}", ['[log] run_dir = "{file}": cannot be written', "choose another"]),
     ("log.run_dir={file}/run", ["cannot be written (Not a directory)", "choose another with"]),
     ("log.run_dir=/proc/run", ['[log] run_dir = "/proc/run": cannot be written', "choose another"]),

@@ -294,4 +294,4 @@ def test_an_array_makes_shards_and_a_job_after_it_verifies_them(
     job = cluster.submit("--array=2-3", *words)
     for task in (2, 3):
         assert cluster.finish(f"{job}_{task}")["JobState"] == "FAILED"
-    assert "numbered from 1 on without a gap: --array=1-8" in cluster.output(job)
+    assert "from 1 without gaps, such as --array=1-8" in cluster.output(job)

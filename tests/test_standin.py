@@ -22,9 +22,9 @@ OTHERS = ["eager", "compile", "compile_graph", "compile_graph_fuse"]  # compilin
 MODES = ["graph", *(pytest.param(mode, marks=pytest.mark.slow) for mode in OTHERS)]
 # Kernels, copies and fills of an update outside forward and backward, with the launch of
 # the graph itself and with the 2 fills by which PyTorch hands a graph its seed.
-MOST_LAUNCHES = {"eager": 40, "graph": 25, "compile": 40}
+MOST_LAUNCHES = {"eager": 45, "graph": 25, "compile": 45}
 MOST_LAUNCHES |= {"compile_graph": 25, "compile_graph_fuse": 25}
-OLD_TORCH = 8  # launches more: before 2.12 its kernels on lists take fewer tensors each
+OLD_TORCH = 30  # launches more: before 2.12 lists take more kernels, and the guard is not compiled
 
 
 def headers() -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fasttrain import checkpoint, config, determinism, loop, modes
+from fasttrain import checkpoint, config, determinism, guard, loop, modes
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.execution import Updater
@@ -260,6 +260,7 @@ def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
 def main(mode: str, folder: Path) -> None:
     determinism.choose_kernels(deterministic=False)
     EvalSums.result = counted  # type: ignore[method-assign, assignment]
+    guard.are_equal = lambda some, others: len(some) == len(others)  # nothing is computed here
     Guard.read = nothing_skipped  # type: ignore[method-assign, assignment]
     found: dict[str, Any] = {}
     for part in (whole_run, one_update, trials, *([failing_capture] if "graph" in mode else [])):
