@@ -44,7 +44,7 @@ class Guard:
     Under float16 the scaler handles infinite gradients, and the guard checks only the loss and the
     statistics.
 
-    All numbers are float64 on the device. The arithmetic takes few kernels: 25 per update, or 8 if
+    All numbers are float64 on the device. The arithmetic takes few kernels: 32 per update, or 8 if
     it is compiled.
     """
 
