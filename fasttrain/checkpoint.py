@@ -249,7 +249,7 @@ def read_state(folder: Path) -> Saved:
             "install the fasttrain that wrote it"
         )
     if isinstance(state.get("recipe"), dict):  # an earlier version may have written FORMER_KEYS
-        state["recipe"] = config.without_former_keys(state["recipe"])
+        state["recipe"] = config.without_former_keys(state["recipe"], any_value=True)
     try:
         return Saved.model_validate_json(json.dumps(state))
     except ValidationError as error:

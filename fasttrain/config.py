@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -348,11 +348,20 @@ class Recipe(Section):
     log: Log = Log()
 
 
-# Keys of earlier versions, each with its remedy. A recipe file with such a key is refused. Run
-# folders and checkpoints of earlier versions contain these keys too, and can still be opened.
+class FormerKey(NamedTuple):
+    """A recipe key of an earlier version, which is refused unless its value had no effect.
+
+    Run folders and checkpoints of earlier versions contain it too, and can still be opened.
+    """
+
+    no_effect: Any
+    remedy: str
+
+
 FORMER_KEYS = {
-    ("data", "prepare"): (
-        "delete this line; the demo's data set is now made by `python tools/make_digits.py`"
+    ("data", "prepare"): FormerKey(
+        no_effect="none",
+        remedy="delete it; the demo's data set is now made by `python tools/make_digits.py`",
     )
 }
 
@@ -373,7 +382,7 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
     Args:
         overrides: `section.key=value` texts that replace values of the file.
         written_by_run: the file is the `recipe.toml` of a run folder, perhaps of an earlier
-            version. There FORMER_KEYS are ignored; in all other files they are refused.
+            version. There FORMER_KEYS are ignored, whatever their values are.
     Raises:
         ConfigError: the file cannot be read, or values are wrong. Names all faults at once.
     """
@@ -384,9 +393,8 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
         raise ConfigError(f"{path}: cannot read this recipe ({error.strerror}){hint}") from None
     except _NO_TOML as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    if written_by_run:
-        raw = without_former_keys(raw)
     faults = [fault for text in overrides if (fault := _override(raw, text))]
+    raw = without_former_keys(raw, any_value=written_by_run)
     log = raw.setdefault("log", {})
     if isinstance(log, dict):
         log.setdefault("run_dir", str(Path("runs") / path.stem))
@@ -397,14 +405,20 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
     return recipe
 
 
-def without_former_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a recipe's tables (by section, then key) without FORMER_KEYS."""
-    return {
-        section: {key: value for key, value in table.items() if (section, key) not in FORMER_KEYS}
-        if isinstance(table, dict)
-        else table
-        for section, table in tables.items()
+def without_former_keys(tables: Mapping[str, Any], any_value: bool) -> dict[str, Any]:
+    """Returns a copy of a recipe's tables (by section, then key) without FORMER_KEYS.
+
+    Args:
+        any_value: removes the keys whatever their values are, not only those without effect.
+    """
+    left = {
+        name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()
     }
+    for (section, key), former in FORMER_KEYS.items():
+        table = left.get(section)
+        if isinstance(table, dict) and (any_value or table.get(key) == former.no_effect):
+            table.pop(key, None)
+    return left
 
 
 def _recipes_near(path: Path) -> str:
@@ -500,8 +514,8 @@ def _fault(section: str, kind: type[Section], detail: ErrorDetails) -> str:
     if not detail["loc"]:  # from a `model_validator` above, whose message is complete
         return f"[{section}] {detail['msg'].removeprefix('Value error, ')}"
     key = str(detail["loc"][0])
-    if remedy := FORMER_KEYS.get((section, key)):
-        return f"[{section}] {key}: fasttrain no longer has this key; {remedy}"
+    if former := FORMER_KEYS.get((section, key)):
+        return f"[{section}] {key}: fasttrain no longer has this key; {former.remedy}"
     if detail["type"] == "extra_forbidden":
         return f"[{section}] {key}: unknown key{_did_you_mean(key, kind.model_fields)}"
     value, message = detail["input"], detail["msg"].removeprefix("Value error, ")
