@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasttrain.decoder import Decoder
 from fasttrain.sampling import Draw
 
 
@@ -22,6 +23,7 @@ class Placement(NamedTuple):
     device: torch.device
     half: bool  # images as fp16 rather than fp32: see half_images
     threads: int  # that decode on the CPU
+    decoder: Decoder | None = None  # None: the decoder that the recipe names
 
 
 def half_images(on_gpu: bool, precision: str) -> bool:

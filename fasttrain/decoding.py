@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasttrain import config, files, launch, measured, reading
+from fasttrain import config, decoder, files, launch, measured, reading
+from fasttrain.decoder import Decoder
 from fasttrain.faults import Fault
 from fasttrain.shards import Split
 from fasttrain.trials import fastest
@@ -83,8 +84,8 @@ def choose_decoder(
     job: Job,
     environ: Mapping[str, str],
     attempt: Callable[[str], DecoderTrial] | None = None,
-) -> tuple[config.Data, str]:
-    """Sets `decode` and `hw_decoder_load` in `data`; returns it with one sentence on the reason.
+) -> tuple[Decoder, str]:
+    """Chooses the decoder of a run. Returns it with one sentence that gives the reason.
 
     This process itself does not use the GPU.
 
@@ -93,16 +94,17 @@ def choose_decoder(
     Raises:
         DecodeError: the recipe needs a GPU and there is none, or no strategy works.
     """
+    named = decoder.as_recipe_says(data)
     if split.store == "raw":
-        return data, "decode: nothing to decode, the shards hold pixels"
+        return named, "decode: nothing to decode, the shards hold pixels"
     if not job.gpu:
         if data.decode.startswith("gpu"):
             raise DecodeError(
                 f"[data] decode = {data.decode}: this process has no GPU; use cpu or auto"
             )
-        return data.model_copy(update={"decode": "cpu"}), "decode: cpu, as there is no GPU"
+        return replace(named, strategy="cpu"), "decode: cpu, as there is no GPU"
     if data.decode != "auto":
-        return data, f"decode: {data.decode}, as the recipe says"
+        return named, f"decode: {data.decode}, as the recipe says"
 
     def trial(strategy: str) -> DecoderTrial:
         return try_in_a_process(split, data, strategy, job, environ)
@@ -112,16 +114,9 @@ def choose_decoder(
     if best is None:
         faults = "\n  ".join(str(trial) for trial in tried)
         raise DecodeError(f"[data] decode = auto: no way of decoding works here:\n  {faults}")
-    chosen: dict[str, Any] = {"decode": best.strategy}
-    if best.load is not None:
-        chosen["hw_decoder_load"] = best.load
+    load = named.load if best.load is None else best.load
     why = f"decode: {best.strategy} ({'; '.join(str(trial) for trial in tried)})"
-    return data.model_copy(update=chosen), why
-
-
-def surest(chosen: Sequence[str]) -> str:
-    """The most reliable of the strategies that the ranks chose; all ranks then use it."""
-    return min(chosen, key=("cpu", "gpu_full", "gpu_window", "auto").index)
+    return Decoder(best.strategy, load), why
 
 
 def _trials_of_this_node(
@@ -162,11 +157,11 @@ def try_in_a_process(
     split: Split, data: config.Data, strategy: str, job: Job, environ: Mapping[str, str]
 ) -> DecoderTrial:
     """Tries one strategy in a fresh interpreter."""
-    settings = data.model_copy(update={"decode": strategy, "root": split.root})
-    command = [sys.executable, "-m", "fasttrain.decoding", settings.model_dump_json()]
+    where = [str(split.root), split.name]
+    command = [sys.executable, "-m", "fasttrain.decoding", strategy, *where, json.dumps(job)]
     try:
         done = subprocess.run(
-            [*command, split.name, json.dumps(job)],
+            [*command, data.model_dump_json()],
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -220,9 +215,7 @@ def differences_of(ours: "Tensor", theirs: "Tensor") -> list[float]:
 
 def loads_to_try(settings: config.Data, threads: int) -> list[float]:
     """The recipe's `hw_decoder_load`; for `auto` the estimate, half of it and twice as much."""
-    from fasttrain import pipeline
-
-    load = pipeline.load_of(settings, threads)
+    load = decoder.as_recipe_says(settings).load_for(threads)
     if settings.hw_decoder_load != "auto":
         return [load]
     return [load, round(load / 2, 2), min(0.9, round(2 * load, 2))]
@@ -244,7 +237,7 @@ def fastest_load(loads: Sequence[float], rate_of: Callable[[float], float]) -> t
 
 
 def try_here(split: Split, settings: config.Data, job: Job, placement: "Placement") -> DecoderTrial:
-    """Tries the strategy `settings.decode` in this process. A bad decoder may crash the process."""
+    """Tries the decoder of `placement` in this process. A bad decoder may crash the process."""
     import torch
 
     from fasttrain import loaders, schedule
@@ -253,13 +246,14 @@ def try_here(split: Split, settings: config.Data, job: Job, placement: "Placemen
     batch_size = min(job.batch_size, split.num_samples)
     train = config.Train(global_batch_size=batch_size, epochs=1000)
     plan = schedule.make_plan(train, config.Optim(), split.num_samples, 1)
-    on_cpu = Placement(torch.device("cpu"), half=False, threads=job.threads)
-    plain = settings.model_copy(update={"decode": "cpu"})
+    assert placement.decoder
+    strategy = placement.decoder.strategy
+    on_cpu = Placement(torch.device("cpu"), False, job.threads, Decoder("cpu"))
     # Augmented images would differ more: the operations round differently on a GPU.
-    unchanged: dict[str, Any] = {"augment": "none", "color_jitter": (0, 0, 0, 0), "erase": 0.0}
+    plain: dict[str, Any] = {"augment": "none", "color_jitter": (0, 0, 0, 0), "erase": 0.0}
+    unchanged = settings.model_copy(update=plain)
     pair = [
-        loaders.train_batches(split, each.model_copy(update=unchanged), plan, 0, where, 0)
-        for each, where in ((settings, placement), (plain, on_cpu))
+        loaders.train_batches(split, unchanged, plan, 0, where, 0) for where in (placement, on_cpu)
     ]
     differences: list[float] = []
     for _ in range(CHECKED):
@@ -269,23 +263,24 @@ def try_here(split: Split, settings: config.Data, job: Job, placement: "Placemen
         batches.close()  # type: ignore[attr-defined]
     mean = sum(differences) / len(differences)
     if fault := verdict(differences):
-        return DecoderTrial(settings.decode, 0.0, mean, fault)
+        return DecoderTrial(strategy, 0.0, mean, fault)
 
     def rate_of(load: float) -> float:
-        loaded = settings.model_copy(update={"hw_decoder_load": load})
-        return loaders.measure(split, loaded, plan, 0, placement, seconds=MEASURED_S)[0]
+        loaded = placement._replace(decoder=Decoder(strategy, load))
+        return loaders.measure(split, settings, plan, 0, loaded, seconds=MEASURED_S)[0]
 
-    on_gpu = settings.decode.startswith("gpu") and placement.device.type == "cuda"
+    on_gpu = strategy.startswith("gpu") and placement.device.type == "cuda"
     loads = loads_to_try(settings, job.threads) if on_gpu else [0.0]
     load, rate = fastest_load(loads, rate_of)
-    return DecoderTrial(settings.decode, rate, mean, load=load if on_gpu else None)
+    return DecoderTrial(strategy, rate, mean, load=load if on_gpu else None)
 
 
 def _main(argv: list[str]) -> None:
     """The program of the fresh interpreter.
 
     Args:
-        argv: settings as JSON, the split's name, the job as JSON.
+        argv: the strategy, the data set's folder, the split's name, the job and the recipe's
+            section [data], both as JSON.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash would dump gigabytes of core
     import torch
@@ -294,11 +289,12 @@ def _main(argv: list[str]) -> None:
     from fasttrain.batch import Placement
 
     reading.raise_file_limit()
-    text, name, job_text = argv
-    settings, job = config.Data.model_validate_json(text), Job(*json.loads(job_text))
+    strategy, root, name, job_text, data_text = argv
+    job, data = Job(*json.loads(job_text)), config.Data.model_validate_json(data_text)
     device = torch.device("cuda", 0) if job.gpu else torch.device("cpu")
-    placement = Placement(device, job.half, job.threads)
-    trial = try_here(shards.open_split(settings.root, name), settings, job, placement)
+    chosen = replace(decoder.as_recipe_says(data), strategy=strategy)
+    placement = Placement(device, job.half, job.threads, chosen)
+    trial = try_here(shards.open_split(Path(root), name), data, job, placement)
     sys.stdout.write(json.dumps(asdict(trial)) + "\n")
 
 

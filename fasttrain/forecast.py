@@ -146,7 +146,7 @@ def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
     """Describes the input: `these shards (JPEG, 112 KB and 198,920 pixels an image), decoded on...`
 
     Args:
-        decode: as `makers.decoder_of` names it.
+        decode: the strategy of `makers.decoder_of`.
         threads: that decode, per process.
     """
     num_bytes = sum(split.shard_bytes)

@@ -9,6 +9,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fasttrain import config, sampling
+from fasttrain import config, decoder, sampling
 from fasttrain.batch import Batch, Placement
+from fasttrain.decoder import Decoder
 from fasttrain.feed import Feed, MakeReader
 from fasttrain.gather import Packer
 from fasttrain.lane import Lane, pinned
@@ -37,21 +39,22 @@ from fasttrain.sampling import Draw
 from fasttrain.shards import Split
 
 
-def decoder_of(split: Split, data: config.Data, placement: Placement) -> str:
-    """The way to decode a split's images: `raw`, `cpu`, or a strategy of the GPU."""
+def decoder_of(split: Split, data: config.Data, placement: Placement) -> Decoder:
+    """The decoder of a split's images. Its strategy is `raw`, `cpu`, or one of the GPU's."""
     if split.store == "raw":
-        return "raw"
-    if data.decode == "auto":  # a guess without trials: `decoding` makes them
-        return "gpu_full" if placement.device.type == "cuda" else "cpu"
-    return data.decode
+        return Decoder("raw")
+    chosen = placement.decoder or decoder.as_recipe_says(data)
+    if chosen.strategy == "auto":  # a guess without trials: `decoding` makes them
+        return replace(chosen, strategy="gpu_full" if placement.device.type == "cuda" else "cpu")
+    return chosen
 
 
 def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | KernelMaker":
     """The fastest maker for these images, settings and device."""
-    decoder = decoder_of(order.split, order.data, placement)
-    if decoder == "raw" and kernel_works(order.data, placement, order.training):
+    strategy = decoder_of(order.split, order.data, placement).strategy
+    if strategy == "raw" and kernel_works(order.data, placement, order.training):
         return KernelMaker(order, placement)
-    on_cpu = placement.device.type == "cpu" and decoder in ("cpu", "raw")
+    on_cpu = placement.device.type == "cpu" and strategy in ("cpu", "raw")
     # On a CPU, DALI's resizing would take most of the time: see `resize`.
     if order.training and on_cpu and not sampling.augmented(order.data):
         return WindowMaker(order, placement)
@@ -95,7 +98,7 @@ class DaliMaker:
         self.placement = placement
         self.kind = kind
         self.decoder = decoder_of(order.split, order.data, placement)
-        self.raw = self.decoder == "raw"
+        self.raw = self.decoder.strategy == "raw"
         self.windows_only = self.raw and order.training
         self.make_reader: MakeReader = ShardReader
         self.current: tuple[Feed, threading.Event] | None = None  # the arguments of `run`
@@ -167,7 +170,7 @@ class DaliMaker:
             images = pipeline.pixels_of(views, self.split.width[draw.ids].tolist())
             y = np.zeros_like(y) if self.kind == "train" else y  # the feed has cut the rows
         else:
-            if self.decoder.startswith("gpu"):
+            if self.decoder.strategy.startswith("gpu"):
                 views = [plain_grey(view) for view in views]
             images = pipeline.bytes_of(views)
         return images, np.stack([y, x], 1), np.stack([h, w], 1)

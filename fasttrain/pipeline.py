@@ -12,6 +12,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU, TensorListGPU
 from torch import Tensor
 
 from fasttrain import augment, config
+from fasttrain.decoder import Decoder
 from fasttrain.resize import MEAN, STD
 from fasttrain.sampling import Augment
 
@@ -20,7 +21,7 @@ class Form(NamedTuple):
     """Which graph to build."""
 
     kind: str  # `train`, `val` or `windows`: see `_graph`
-    decode: str  # `raw` if the shards hold pixels, else as `data.decode`
+    decoder: Decoder  # its strategy is not `auto`
     largest: tuple[int, int]  # height and width of the largest image: memory for the decoder
 
 
@@ -68,7 +69,7 @@ def graph_of(
         settings=settings,
         mixed={
             "device": "mixed",
-            "hw_decoder_load": load_of(settings, target.threads),
+            "hw_decoder_load": form.decoder.load_for(target.threads),
             "jpeg_fancy_upsampling": settings.jpeg_fancy_upsampling,
             "preallocate_height_hint": form.largest[0],
             "preallocate_width_hint": form.largest[1],
@@ -76,7 +77,7 @@ def graph_of(
             # cores.
             "affine": False,
         }
-        if gpu and form.decode.startswith("gpu")
+        if gpu and form.decoder.strategy.startswith("gpu")
         else {},
         gpu=gpu,
         half=target.half,
@@ -144,17 +145,6 @@ def tensor_of(images: TensorListCPU | TensorListGPU) -> Tensor:
     return torch.from_dlpack(tensor.__dlpack__(stream=-1))
 
 
-def load_of(settings: config.Data, threads: int) -> float:
-    """The fraction of a batch for the GPU's hardware JPEG decoder, if it has one.
-
-    `auto` means 7 / (7 + threads): 0.30 with 16 threads, 0.10 with 64. This is an estimate: a
-    Hopper GPU's hardware decoder does the work of about seven CPU threads that decode with the
-    GPU's cores.
-    """
-    load = settings.hw_decoder_load
-    return round(7 / (7 + threads), 2) if load == "auto" else load
-
-
 @pipeline_def
 def _graph(
     source: Callable[[int], Any],
@@ -179,7 +169,7 @@ def _graph(
     Returns:
         Normalised images `(B, S, S, 3)`; or windows uint8 `(h, w, 3)`.
     """
-    kind, decode, _ = form
+    kind, decode = form.kind, form.decoder.strategy
     source_type = types.FLOAT if kind == "val" else types.INT32  # of the windows
     extra = augment.inputs(settings) if kind == "train" else {}
     inputs = [(types.UINT8, 3 if decode == "raw" else 1), (source_type, 1), (source_type, 1)]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from fasttrain import (
     alike,
     checkpoint,
-    config,
+    decoder,
     decoding,
     display,
     forecast,
@@ -40,6 +40,7 @@ from fasttrain import (
 )
 from fasttrain.batch import Batch, Placement, half_images
 from fasttrain.config import Recipe
+from fasttrain.decoder import Decoder
 from fasttrain.execution import Updater
 from fasttrain.forecast import Forecast, Rate, Stages
 from fasttrain.heartbeat import Heartbeat
@@ -79,14 +80,14 @@ def read_weights(recipe: Recipe, classes: tuple[str, ...]) -> Weights | None:
     return found
 
 
-def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[config.Data, str]:
+def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[Decoder, str]:
     """Tries the decoders and chooses the fastest one that works.
 
     Each decoder is tried in its own process, because it may crash. Call this before this process
     uses the GPU.
 
     Returns:
-        The loader's settings with that decoder, and one sentence that gives the reason.
+        The decoder, and one sentence that gives the reason.
     Raises:
         DecodeError: no decoder works on this machine.
     """
@@ -129,11 +130,11 @@ class Session:
     def device_name(self) -> str:
         return runtime.device_name(self.process.device)
 
-    @property
-    def placement(self) -> Placement:
+    def placement(self, chosen: Decoder) -> Placement:
+        """Where this rank makes its batches, with the decoder that was chosen for the run."""
         device, threads = self.process.device, self.process.data_threads
         half = half_images(device.type == "cuda", self.recipe.train.precision)
-        return Placement(device, half, threads)
+        return Placement(device, half, threads, chosen)
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint stores about its run, except for the mode of execution."""
@@ -171,13 +172,13 @@ def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -
     return Session(recipe, plan, data_set, accelerator, process, view, stop)
 
 
-def agree_on_decoder(settings: config.Data, why: str) -> tuple[config.Data, str]:
+def agree_on_decoder(chosen: Decoder, why: str) -> tuple[Decoder, str]:
     """Makes all ranks use the same decoder. Takes and returns what `try_decoders` returns."""
-    decode = decoding.surest(gather_object([settings.decode]))
-    if decode == settings.decode:
-        return settings, why
-    why += f"; but all ranks use {decode}, because it works on each of them"
-    return settings.model_copy(update={"decode": decode}), why
+    strategy = decoder.surest(gather_object([chosen.strategy]))
+    if strategy == chosen.strategy:
+        return chosen, why
+    why += f"; but all ranks use {strategy}, because it works on each of them"
+    return replace(chosen, strategy=strategy), why
 
 
 @contextmanager
@@ -303,18 +304,19 @@ def start_updates(session: Session, module: MobileNetV3, resume: Resume) -> tupl
 class Input:
     """The batches of a run, and the forecast of its input speed."""
 
-    def __init__(self, session: Session, data_set: DataSet, settings: config.Data) -> None:
+    def __init__(self, session: Session, data_set: DataSet, placement: Placement) -> None:
         """
         Args:
             data_set: what the loaders read: the copy on this node if the data set is staged.
-            settings: the loaders' settings, with the decoder that was chosen.
+            placement: where the loaders make the batches, and with which decoder.
         """
-        self.session, self.data_set, self.settings = session, data_set, settings
+        self.session, self.data_set, self.placement = session, data_set, placement
+        self.settings = session.recipe.data
         self.stages = Stages()
         plan, process = session.plan, session.process
         self.eval_batches = loaders.eval_loader(
-            data_set.val, settings, plan.micro_batch_size, process.rank, process.world_size,
-            session.placement,
+            data_set.val, self.settings, plan.micro_batch_size, process.rank, process.world_size,
+            placement,
         )  # fmt: skip
 
     def train_batches(self, step: int) -> Iterator[Batch]:
@@ -322,7 +324,7 @@ class Input:
         session = self.session
         rank = session.process.rank
         order = TrainingOrder(self.data_set.train, self.settings, session.plan, rank, step)
-        return iter(loaders.Loader(order, session.placement, self.stages))
+        return iter(loaders.Loader(order, self.placement, self.stages))
 
     def samples_of(self, step: int) -> list[str]:
         """Describes where each sample of update `step` is stored, for all ranks."""
@@ -335,22 +337,22 @@ class Input:
     def start_forecast(self) -> Forecast:
         """Measures the input speed, unless an earlier run has done so, and prints it."""
         process, train = self.session.process, self.data_set.train
-        keys, placement = self._keys(), self.session.placement
+        keys = self._keys()
         rate = forecast.recall_rate(keys["input"])  # images/s of all ranks together
         if not all(gather_object([rate is not None])):
             rate = self._measure(keys["input"])
         assert rate
-        decoder = makers.decoder_of(train, self.settings, placement)
+        strategy = makers.decoder_of(train, self.settings, self.placement).strategy
         speed_forecast = Forecast(
             input=rate,
             step=forecast.recall_rate(keys["step"]),
             stages=self.stages,
-            advice=forecast.advice_for(train, decoder, process.data_threads),
+            advice=forecast.advice_for(train, strategy, process.data_threads),
             say=self.session.view.say,
             remember=lambda what, images_per_s: forecast.remember_rate(keys[what], images_per_s),
         )
         threads, world_size = process.data_threads, process.world_size
-        speed_forecast.start(forecast.describe(train, decoder, threads, world_size))
+        speed_forecast.start(forecast.describe(train, strategy, threads, world_size))
         return speed_forecast
 
     def _keys(self) -> dict[str, str]:
@@ -359,7 +361,9 @@ class Input:
         threads = process.data_threads, process.cpu_threads
         machine = (process.world_size, str(process.device), *threads)
         return {
-            "input": forecast.input_key(self.data_set.train, self.settings, *machine),
+            "input": forecast.input_key(
+                self.data_set.train, self.settings, str(self.placement.decoder), *machine
+            ),
             "step": measured.key_of(
                 "updates", recipe.model, recipe.optim, recipe.train, self.settings.crop_px,
                 self.session.plan.micro_batch_size, os.uname().nodename, *machine,
@@ -372,7 +376,7 @@ class Input:
         session.view.say("measuring the input")
         found = loaders.measure(
             self.data_set.train, self.settings, session.plan, session.process.rank,
-            session.placement, MEASURED_S,
+            self.placement, MEASURED_S,
         )  # fmt: skip
         rates = gather_object([found])
         rate = Rate(sum(images_per_s for images_per_s, _ in rates))

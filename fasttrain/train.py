@@ -73,11 +73,11 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
     gpus.check_launch(recipe, os.environ)
     _say(*gpus.idle_gpus(os.environ))
     start = session.read_weights(recipe, data_set.train.classes)
-    settings, why_decoder = session.try_decoders(recipe, plan, data_set.train)
+    decoder, why_decoder = session.try_decoders(recipe, plan, data_set.train)
 
     # ---- the processes
     run = session.join(recipe, plan, data_set, start)
-    settings, why_decoder = session.agree_on_decoder(settings, why_decoder)
+    decoder, why_decoder = session.agree_on_decoder(decoder, why_decoder)
     with session.staged(run) as staged_set:
         heartbeat = session.watch(run)
 
@@ -88,7 +88,7 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
         mode, updater = session.start_updates(run, network, resume)
 
         # ---- the data
-        run_input = session.Input(run, staged_set, settings)
+        run_input = session.Input(run, staged_set, run.placement(decoder))
         inputs = session.inputs_for(run, run_input, heartbeat)
         outputs = session.outputs_for(run, run_input, mode, updater.learner, resume)
 

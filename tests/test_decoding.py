@@ -6,13 +6,14 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 
-from fasttrain import config, decoding, loaders
+from fasttrain import config, decoder, decoding, loaders, makers, shards
 from fasttrain.batch import Placement
+from fasttrain.decoder import Decoder
 from fasttrain.decoding import DecodeError, DecoderTrial, Job
 from fasttrain.shards import Split
 
@@ -28,7 +29,7 @@ def choose(
     chosen, why = decoding.choose_decoder(
         split, given, JOB._replace(gpu=gpu), {}, trials.__getitem__
     )
-    return chosen.decode, chosen.hw_decoder_load, why
+    return chosen.strategy, chosen.load, why
 
 
 def test_the_fastest_decoder_that_works_is_chosen(split: Split) -> None:
@@ -55,6 +56,18 @@ def test_without_a_gpu_or_a_choice_no_decoder_is_tried(split: Split) -> None:
         choose(split, False, {}, decode="gpu_window")
 
 
+def test_a_chosen_decoder_comes_before_the_recipes(split: Split, raw: Path) -> None:
+    data = config.Data(decode="cpu", hw_decoder_load=0.7)
+    on_gpu = CPU._replace(device=torch.device("cuda", 0))
+    chosen = Decoder("gpu_window", 0.1)
+    assert makers.decoder_of(split, data, on_gpu._replace(decoder=chosen)) == chosen
+    assert makers.decoder_of(split, data, on_gpu) == Decoder("cpu", 0.7)
+    guessed = [makers.decoder_of(split, config.Data(), where) for where in (on_gpu, CPU)]
+    assert guessed == [Decoder("gpu_full"), Decoder("cpu")]
+    pixels = shards.open_split(raw, "train")
+    assert makers.decoder_of(pixels, data, on_gpu._replace(decoder=chosen)) == Decoder("raw")
+
+
 def test_a_decoder_that_failed_is_tried_again(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,8 +88,8 @@ def test_a_decoder_that_failed_is_tried_again(
 
 
 def test_processes_agree_on_a_decoder_that_works_on_all() -> None:
-    assert decoding.surest(["gpu_window", "gpu_full"]) == "gpu_full"
-    assert decoding.surest(["gpu_full", "cpu", "gpu_window"]) == "cpu"
+    assert decoder.surest(["gpu_window", "gpu_full"]) == "gpu_full"
+    assert decoder.surest(["gpu_full", "cpu", "gpu_window"]) == "cpu"
 
 
 def test_one_ruined_image_is_seen() -> None:
@@ -103,25 +116,25 @@ def test_loads_are_tried_while_there_is_time(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("strategy", ["gpu_full", "gpu_window"])
 def test_a_trial_compares_images_and_measures(
-    split: Split, strategy: Literal["gpu_full", "gpu_window"], monkeypatch: pytest.MonkeyPatch
+    split: Split, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "MEASURED_S", 0.2)
-    settings = config.Data(root=split.root, crop_px=32, decode=strategy, erase=1.0)
-    trial = decoding.try_here(split, settings, ON_CPU, CPU)
+    settings = config.Data(root=split.root, crop_px=32, erase=1.0)
+    placement = CPU._replace(decoder=Decoder(strategy))
+    trial = decoding.try_here(split, settings, ON_CPU, placement)
     assert not trial.fault and trial.images_per_s > 0 and trial.difference < 0.5
     assert trial.load is None  # on a CPU, nothing has a load
 
     made = loaders.train_batches
 
-    def ruined(split: Split, settings: config.Data, *arguments: Any, **more: Any) -> Any:
-        batches = made(split, settings, *arguments, **more)
-        for batch in batches:
-            if settings.decode == strategy:
+    def ruined(*arguments: Any) -> Any:
+        for batch in made(*arguments):
+            if placement in arguments:
                 batch.images[7] = 9.0
             yield batch
 
     monkeypatch.setattr(loaders, "train_batches", ruined)
-    trial = decoding.try_here(split, settings, ON_CPU, CPU)
+    trial = decoding.try_here(split, settings, ON_CPU, placement)
     assert "more than 12 in" in trial.fault and trial.images_per_s == 0
 
 
@@ -146,6 +159,6 @@ def test_a_crash_dumps_no_core(split: Split, monkeypatch: pytest.MonkeyPatch) ->
     limits = []
     monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
     monkeypatch.setattr(decoding, "try_here", lambda *_: DecoderTrial("cpu", 1.0, 0.0))
-    settings = config.Data(root=split.root).model_dump_json()
-    decoding._main([settings, "train", json.dumps(ON_CPU)])
+    data = config.Data().model_dump_json()
+    decoding._main(["cpu", str(split.root), "train", json.dumps(ON_CPU), data])
     assert limits[0] == (resource.RLIMIT_CORE, (0, 0))

@@ -36,7 +36,7 @@ ROWS = (
     {"imagenet", "spool"},
     {"archives"},
     {"listing"},
-    {"settled"},
+    {"decoder", "settled"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "rng"},
     {"arguments", "faults", "trials"},
@@ -46,7 +46,7 @@ TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_f
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
-TORCH_FREE |= {"arguments", "faults", "files", "measured", "settled", "trials"}
+TORCH_FREE |= {"arguments", "faults", "decoder", "files", "measured", "settled", "trials"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

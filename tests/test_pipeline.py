@@ -17,6 +17,7 @@ from nvidia.dali import backend, types
 
 from fasttrain import config, decoding, loaders, pipeline
 from fasttrain.batch import Batch, Placement
+from fasttrain.decoder import Decoder
 from fasttrain.pipeline import Form
 from fasttrain.schedule import make_plan
 from fasttrain.shards import Split
@@ -62,8 +63,13 @@ def test_no_generated_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A graph with conditions is Python that DALI writes and imports."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {name for name in sys.modules if "autograph_generated" in name}
-    nodes_of(Form("train", "cpu", (99, 99)), CPU, augment="rand", color_jitter=(0.1, 0.1, 0.1, 0))
-    nodes_of(Form("train", "raw", (99, 99)), CPU, augment="trivial")
+    nodes_of(
+        Form("train", Decoder("cpu"), (99, 99)),
+        CPU,
+        augment="rand",
+        color_jitter=(0.1, 0.1, 0.1, 0),
+    )
+    nodes_of(Form("train", Decoder("raw"), (99, 99)), CPU, augment="trivial")
     assert not [*tmp_path.iterdir()]
     made = {name for name in sys.modules if "autograph_generated" in name}
     assert made > before or before  # converted functions are kept by DALI
@@ -83,7 +89,9 @@ GRAPHS += [("train", "raw", "all", False)]
 
 @pytest.mark.parametrize(("kind", "decode", "change", "half"), GRAPHS)
 def test_graphs_for_a_gpu_fit_the_schema(kind: str, decode: str, change: str, half: bool) -> None:
-    nodes = nodes_of(Form(kind, decode, (500, 400)), GPU._replace(half=half), **CHANGES[change])
+    nodes = nodes_of(
+        Form(kind, Decoder(decode), (500, 400)), GPU._replace(half=half), **CHANGES[change]
+    )
     for node in nodes:
         schema = node.schema
         assert node.device in schema.GetSupportedBackends(), node.name
@@ -105,7 +113,7 @@ def test_graphs_for_a_gpu_fit_the_schema(kind: str, decode: str, change: str, ha
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_conversion_to_float16_is_the_last_operator(change: str) -> None:
     # On a GPU fewer operators take float16 than on a CPU: `Erase` does not, and a CPU cannot tell.
-    form, place = Form("train", "gpu_full", (500, 400)), GPU._replace(half=True)
+    form, place = Form("train", Decoder("gpu_full"), (500, 400)), GPU._replace(half=True)
     nodes = nodes_of(form, place, **CHANGES[change])
     used = {name for node in nodes for name, _ in node.inputs}
     half = [n for n in nodes if n.arguments.get("dtype") == str(int(types.FLOAT16))]
@@ -114,13 +122,16 @@ def test_the_conversion_to_float16_is_the_last_operator(change: str) -> None:
 
 
 def test_what_a_decoder_on_a_gpu_is_told() -> None:
-    form, settings = Form("train", "gpu_window", (500, 400)), {"jpeg_fancy_upsampling": True}
+    form, settings = (
+        Form("train", Decoder("gpu_window"), (500, 400)),
+        {"jpeg_fancy_upsampling": True},
+    )
     (decoder,) = (n for n in nodes_of(form, GPU, **settings) if n.device == "mixed")
     assert decoder.name == "decoders__ImageSlice"
     told = decoder.arguments
     assert told["preallocate_height_hint"] == "500" and told["preallocate_width_hint"] == "400"
     assert told["affine"] == "False" and told["jpeg_fancy_upsampling"] == "True"
-    assert float(told["hw_decoder_load"]) == pipeline.load_of(config.Data(), GPU.threads) == 0.64
+    assert float(told["hw_decoder_load"]) == form.decoder.load_for(GPU.threads) == 0.64
     assert not [n for n in nodes_of(form, CPU, **settings) if n.device != "cpu"]
 
 
@@ -226,4 +237,4 @@ def test_on_a_gpu_a_decoder_is_chosen(split: Split, monkeypatch: pytest.MonkeyPa
         split, config.Data(root=split.root, crop_px=64), job, environ
     )
     print(why)
-    assert chosen.decode in decoding.STRATEGIES
+    assert chosen.strategy in decoding.STRATEGIES

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ from fasttrain import (
     alike,
     caches,
     config,
+    decoder,
     decoding,
     forecast,
     gpus,
@@ -117,8 +119,8 @@ class Doctor:
         self.splits: list[Split] = []  # train and val; empty if they cannot be opened
         self.plan: Plan | None = None
         self.threads = 1  # for decoding
-        self.decode, self.why_decode = "cpu", "unknown"
-        self.chosen = recipe.data
+        self.decoder = replace(decoder.as_recipe_says(recipe.data), strategy="cpu")
+        self.why_decode = "unknown"
         self.step: Facts = {"step": "not tried without a GPU"}
         self.accelerator: Accelerator | None = None
         self.process: Process | None = None  # None if the processes cannot join
@@ -375,10 +377,9 @@ class Doctor:
                 train = self.recipe.train
                 micro = train.micro_batch_size or max(1, train.global_batch_size // self.world.size)
                 job = decoding.Job(gpu, self.threads, micro, half)
-                self.chosen, self.why_decode = decoding.choose_decoder(
+                self.decoder, self.why_decode = decoding.choose_decoder(
                     split, settings, job, self.environ
                 )
-                self.decode = self.chosen.decode
 
     def precision(self) -> Facts:
         """Times some passes in bfloat16 and in float32. Faults a CPU that is slow in bfloat16."""
@@ -459,9 +460,10 @@ class Doctor:
 
     def input(self) -> Facts:
         """Measures the input and compares its rate with that of the training steps."""
-        self.decode = decoding.surest(self.gather(self.decode))
+        decode = decoder.surest(self.gather(self.decoder.strategy))
+        self.decoder = replace(self.decoder, strategy=decode)
         rates = self.gather(attempt(self.measure))
-        facts: Facts = {"decode": self.decode, "why": self.why_decode.removeprefix("decode: ")}
+        facts: Facts = {"decode": decode, "why": self.why_decode.removeprefix("decode: ")}
         known = [rate for rate in rates if isinstance(rate, float)]
         if len(known) < len(rates):
             return {**facts, "input": next(r for r in rates if r not in known), **self.step}
@@ -470,7 +472,7 @@ class Doctor:
         facts["input_images_per_s"] = input_rate
         if len(known) < size:
             facts["measured"] = f"in {len(known)} of {size} processes; the total is extrapolated"
-        decode = "raw" if train_set.store == "raw" else self.decode
+        decode = "raw" if train_set.store == "raw" else decode
         facts["of"] = forecast.describe(train_set, decode, self.threads, size)
         facts |= self.step
         if step_rate := self.step.get("step_images_per_s", 0.0) * size:
@@ -501,9 +503,9 @@ class Doctor:
             plan, rank = schedule.make_plan(some, config.Optim(), train_set.num_samples, 1), 0
         device = self.process.device if self.process else torch.device("cpu")
         half = half_images(device.type == "cuda", self.recipe.train.precision)
-        settings = self.chosen.model_copy(update={"decode": self.decode})
-        placement = Placement(device, half, self.threads)
-        return loaders.measure(train_set, settings, plan, rank or 0, placement, seconds=1.0)[0]
+        placement = Placement(device, half, self.threads, self.decoder)
+        data = self.recipe.data
+        return loaders.measure(train_set, data, plan, rank or 0, placement, seconds=1.0)[0]
 
     # ---- the run and the job
 

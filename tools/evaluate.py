@@ -112,14 +112,14 @@ def evaluate(arguments: argparse.Namespace, split: shards.Split, network: Networ
     threads = runtime.data_threads(settings, os.environ)
     half = half_images(gpu, precision)
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
-    settings, _ = decoding.choose_decoder(split, settings, job, os.environ)
+    decoder, _ = decoding.choose_decoder(split, settings, job, os.environ)
     accelerator = runtime.accelerator_for(precision)
     process = runtime.start(accelerator, recipe, os.environ)
     model.to(process.device).to(memory_format=torch.channels_last).eval()
     why = ""
     if precision == "bf16" and not gpu and not arguments.precision:
         why = avoid_slow_bf16(accelerator, model, settings.eval_crop_px)
-    placement = Placement(process.device, half, process.data_threads)
+    placement = Placement(process.device, half, process.data_threads, decoder)
     batches: Iterable[Batch] = loaders.eval_loader(
         split, settings, arguments.batch_size, process.rank, process.world_size, placement
     )
