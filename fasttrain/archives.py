@@ -1,12 +1,13 @@
 """Lists the members of tars with the offsets of their bytes. Extracts nothing."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fasttrain.listing import Scan, kind_of
+from fasttrain.listing import Scan, is_clutter, kind_of
 from fasttrain.shards import ShardError
 
 MAX_IMAGE_BYTES = 1 << 30  # ImageNet's largest image has 16 MB
@@ -18,6 +19,27 @@ _COMPRESSED = {  # first bytes -> method, command that unpacks
     b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
 }
 _LFS = b"version https://git-lfs"
+_PACKED = re.compile(r".+\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)", re.IGNORECASE)
+
+
+def plain_tars(folder: Path) -> list[Path]:
+    """Returns the files in `folder` that are named .tar or .TAR, by name, without clutter."""
+    found = (path for path in folder.glob("*.[tT][aA][rR]") if not is_clutter(path.name))
+    return sorted(found)
+
+
+def packed_tars(folder: Path) -> list[Path]:
+    """Returns the files in `folder` that are named like compressed tars, by name."""
+    found = (path for path in folder.iterdir() if not is_clutter(path.name))
+    return sorted(path for path in found if _PACKED.fullmatch(path.name))
+
+
+def unpack_command(path: Path) -> str:
+    """Returns a command that unpacks a compressed tar to a plain tar beside it."""
+    end = path.name[path.name.lower().rindex(".t") :]
+    method = next((m for m in ("bz", "xz", "zst", "lz4") if m in end.lower()), "gzip")
+    tool = {"bz": "bzip2", "zst": "zstd"}.get(method, method)
+    return f"{tool} -dc < {path.name} > {path.name.removesuffix(end)}.tar"
 
 
 class _Window(io.RawIOBase):

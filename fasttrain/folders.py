@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from fasttrain import imagenet
+from fasttrain.archives import packed_tars, plain_tars
 from fasttrain.imagenet import LabelOf
 from fasttrain.listing import (
     Found,
@@ -87,16 +88,24 @@ def is_at(root: Path) -> bool:
     found = [path for paths in split_folders(root).values() for path in paths]
     if any(not _holds_only_tars(path) for path in found):
         return True
-    return not any(map(_is_other_tar, root.glob("*.tar"))) and holds_classes(root)
+    return not any(map(_is_other_tar, plain_tars(root))) and holds_classes(root)
 
 
 def _holds_only_tars(folder: Path) -> bool:
-    tars = list(folder.glob("*.tar"))
-    return bool(tars) and not children(folder) and any(map(_is_other_tar, tars))
+    """Returns whether a folder holds tars that are not named like classes, and no folders."""
+    if children(folder):
+        return False
+    if any(map(_is_other_tar, plain_tars(folder))):
+        return True
+    return bool(packed_tars(folder)) and not _has_images(folder)
+
+
+def _has_images(folder: Path) -> bool:
+    return any(is_image(path.name) for path in islice(folder.iterdir(), _PEEK))
 
 
 def _is_other_tar(path: Path) -> bool:
-    return not is_clutter(path.name) and not imagenet.is_class_tar(path)
+    return not imagenet.is_class_tar(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def _what_is_missing(root: Path, split: str, has_splits: bool) -> str:
             f"{root}: there is no folder train/; expected train/<class>/ and val/<class>/\n"
             "--val-only makes a data set to evaluate on"
         )
-    classes = [path.name for path in children(root)] or [p.stem for p in root.glob("*.tar")]
+    classes = [path.name for path in children(root)] or [p.stem for p in plain_tars(root)]
     some = ", ".join(sorted(classes)[:3]) + (", ..." if len(classes) > 3 else "")
     return (
         f"{root} holds classes ({some}) and no splits\n--val-fraction 0.1 draws a tenth of every "
@@ -210,6 +219,8 @@ def _scan_split(split: str, folder: Path, scan: Scan, label_roots: Iterable[Path
     for path in tars:
         _add_tar(path, found, scan)
     _check_depth(folder, found)
+    if label_of:
+        _check_sorted(found, label_of, folder)
     for images in found.values():
         scan.splits[split] += images
     if flat:
@@ -222,14 +233,48 @@ def _scan_class(split: str, folder: Path, scan: Scan) -> list[Found]:
     if not images and split == scan.wanted[0]:
         scan.check_links()
         if len(scan.dangling) == dangling_before:
-            tar = next(folder.glob("*.tar"), None)
+            tar = next(iter(plain_tars(folder)), None)
             raise ShardError(
                 f"{tar} lies too deep: move it up, as tars must lie in {folder.parent} itself"
                 if tar
                 else f"{folder} holds no images; remove the class or fill it"
             )
         scan.say(f"the class {folder.name} is left out: all its links lead nowhere")
+    elif not images:
+        scan.say(f"WARNING: {folder} holds no images")
     return images
+
+
+def _check_sorted(found: dict[str, list[Found]], label_of: LabelOf, folder: Path) -> None:
+    """Checks images that were sorted into classes while their table of labels was kept.
+
+    Args:
+        found: the images of each class, and under "" those that lie in the folder images/.
+    Raises:
+        ShardError: the table gives another class, or the image lies in images/ too.
+    """
+    unsorted = {Path(item.name).name for item in found.get("", [])}
+    for name, images in found.items():
+        for item in images if name else []:
+            path = item.container / item.name
+            if path.name in unsorted:
+                raise ShardError(
+                    f"{path} also lies in {folder / 'images'}, and would count twice: remove that "
+                    "folder, or the folders of classes beside it"
+                )
+            label = _row(label_of, item.name)
+            if label not in (None, name):
+                raise ShardError(
+                    f"{path} lies in the class {name}, but {imagenet.TINY_LABELS} says {label}: "
+                    "move the image, or remove the file if the folders are right"
+                )
+
+
+def _row(label_of: LabelOf, name: str) -> str | None:
+    try:
+        return label_of(name)
+    except ShardError:  # it was renamed, or added
+        return None
 
 
 def _labelled(item: Found, label_of: LabelOf) -> Found:

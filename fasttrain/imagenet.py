@@ -25,7 +25,7 @@ _DOUBLED = re.compile(r"_(n\d{8})$")  # the class, which Hugging Face appends to
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_TINY_LABELS = "val_annotations.txt"
+TINY_LABELS = "val_annotations.txt"
 
 LabelOf = Callable[[str], str]  # file name of an image -> its class
 
@@ -104,7 +104,7 @@ def tiny_labels(root: Path) -> LabelOf | None:
     Raises:
         ShardError: a line has no class.
     """
-    path = root / _TINY_LABELS
+    path = root / TINY_LABELS
     if not path.exists():
         return None
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
@@ -155,7 +155,7 @@ def is_official(root: Path) -> bool:
 
 def is_class_tar(path: Path) -> bool:
     """Returns whether a file is named like one of the 1,000 tars in the official train archive."""
-    return path.suffix == ".tar" and bool(WNID.fullmatch(path.stem))
+    return path.suffix.lower() == ".tar" and bool(WNID.fullmatch(path.stem))
 
 
 def class_tar(path: Path, scan: Scan) -> Iterator[Found]:

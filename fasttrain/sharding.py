@@ -327,6 +327,7 @@ def _index_shard(task: _Task) -> Progress:
         index.append(" ".join(f"{end} {m.offset} {m.size} {m.name}" for m, end in members) + "\n")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _check_mtime(file.fileno(), path, int(task.images.mtime[0]))
     text = "".join([f"v1.2 {len(index)}\n", *index]).encode()
     part.write(task, path.stat().st_size, digest, text)
     return Progress(len(task.images), path.stat().st_size)
@@ -432,6 +433,7 @@ def _finish(
         **({"archives": source.archives} if source.archives else {}),
         "seed": build.seed,
         "policy": asdict(policy),
+        **({"in_place": _tar_times(source)} if build.in_place else {}),
         "ignored_files": source.ignored,
         "classes": list(source.classes),
         "splits": splits,
@@ -452,7 +454,7 @@ def check_out(out: Path, in_place: bool = False) -> None:
         return
     if (out / MANIFEST).exists():
         raise ShardError(
-            f"{out} already holds a finished data set; remove it or choose another folder"
+            f"{out} already holds a finished data set; {_how_to_start_again(out, in_place)}"
         )
     if found and not in_place:
         raise ShardError(
@@ -500,8 +502,17 @@ def check_same(out: Path, expected: Mapping[str, Any], source: Source | None = N
     if changed:
         raise ShardError(
             "\n  ".join([f"{out} already holds another finished data set:", *changed])
-            + "\nremove it or choose another folder"
+            + f"\n{_how_to_start_again(out, 'in_place' in manifest)}"
         )
+
+
+def _how_to_start_again(out: Path, in_place: bool) -> str:
+    """Says what to remove. The tars of a data set that was made in place are the user's own."""
+    if not in_place:
+        return f"remove {out} and start again, or choose another folder"
+    found = [name for name in (MANIFEST, UNFINISHED) if (out / name).exists()]
+    found += [f"*{PART}"] if any(out.glob(f"*{PART}")) else []
+    return f"keep the tars, remove {', '.join(found)} in {out} and start again"
 
 
 def claim(
@@ -539,15 +550,15 @@ def claim(
             lines = [f"{key}: {change}" for key, change in changed.items() if key not in _SOURCE]
             raise ShardError(
                 "\n  ".join([f"{out} was begun with other options:", *lines])
-                + "\nuse the old options to finish it, or remove the folder"
+                + f"\nuse the old options to finish it; or {_how_to_start_again(out, in_place)}"
             )
         if changed:
             what = "files or sizes" if "source" in changed else "modification times"
             raise ShardError(
                 f"{out} was begun when the source had other {what} (newest now: "
-                f"{_newest(source)}):\nold and new images would be mixed; remove {out} and start "
-                "again. If parts read copies of the source, these must keep the times (cp -p, "
-                "rsync -t)"
+                f"{_newest(source)}):\nold and new images would be mixed; "
+                f"{_how_to_start_again(out, in_place)}. If parts read copies of the source, these "
+                "must keep the times (cp -p, rsync -t)"
             )
         return
     files.write_bytes(out / UNFINISHED, json.dumps(options, indent=1).encode())
@@ -579,6 +590,15 @@ def _times(source: Source) -> str:
     for listing in source.splits.values():
         digest.update(listing.mtime.tobytes())
     return digest.hexdigest()
+
+
+def _tar_times(source: Source) -> dict[str, int]:
+    """Returns the modification time of every tar of a source, in ns, by name."""
+    return {
+        listing.containers[container].name: mtime
+        for listing in source.splits.values()
+        for container, mtime in zip(listing.container.tolist(), listing.mtime.tolist(), strict=True)
+    }
 
 
 def _newest_time(source: Source) -> int:
@@ -696,7 +716,8 @@ class _Archives:
 
 _CHANGED = (
     "{} was changed since it was listed: old and new images would be mixed;\n"
-    "remove the folder of the new shards and start again"
+    "remove the folder of the new shards and start again (after --in-place, only its *.part files "
+    "and UNFINISHED)"
 )
 
 

@@ -19,6 +19,7 @@ import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Self
@@ -117,6 +118,7 @@ class _Manifest(_Entry):
     policy: _Policy
     classes: Annotated[list[str], Field(min_length=1, max_length=_INDEX_LIMIT)]
     splits: Annotated[dict[str, _Split], Field(min_length=1)]
+    in_place: dict[str, int] = {}  # modification time of each tar in ns, if made in place
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:
@@ -311,6 +313,28 @@ def open_split(
         shard_bytes=tuple(sizes.tolist()),
         **columns,
     )
+
+
+def check_unchanged(root: Path) -> None:
+    """Checks that the tars of a data set that was made in place are those that were indexed.
+
+    A tar with other labels often has the same size, because tars are padded. So times are compared.
+
+    Raises:
+        ShardError: there is no data set, or a tar has another modification time.
+    """
+    for name, mtime in read_manifest(root).get("in_place", {}).items():
+        found = (root / name).stat().st_mtime_ns if (root / name).exists() else mtime
+        if found != mtime:
+            times = [
+                f"{datetime.fromtimestamp(ns / 1e9):%Y-%m-%d %H:%M:%S}" for ns in (found, mtime)
+            ]
+            raise ShardError(
+                f"{root / name} is of {times[0]}, but make_shards.py --in-place indexed it when it "
+                f"was of {times[1]}: its labels may have changed\nremove {root / MANIFEST} and run "
+                "make_shards.py --in-place again; or, if it is a copy, copy it with its time (cp "
+                "-p, rsync -t)"
+            )
 
 
 def _check_file(path: Path, size: int) -> None:

@@ -138,25 +138,47 @@ def recognise(root: Path) -> str:
         ShardError: no form is recognised. The message lists all forms.
     """
     if root.is_dir():
+        _check_arrow(root)
         for name, form in FORMS.items():
             if form.is_at(root):
                 return name
         for path in folders.children(root):
+            _check_arrow(path)
             if any(form.is_at(path) for form in FORMS.values()):
                 raise ShardError(
                     f"{root} holds none of the forms that are recognised; did you mean {path}?"
                 )
-        packed = sorted(path for end in ("*.tar.gz", "*.tgz", "*.zip") for path in root.glob(end))
-        if packed:
+        if packed := wds.packed(root):
+            raise ShardError(wds.fault_of_packed(packed[0]))
+        if zipped := sorted(root.glob("*.zip")):
             raise ShardError(
-                f"{packed[0]} is compressed and does not allow random access; unpack it first "
-                "(WebDataset shards to plain tars, with gunzip)"
+                f"{zipped[0]} is compressed and does not allow random access; unpack it first"
             )
     missing = "\n".join(f"  {name}: {f.description}: {f.sign}" for name, f in FORMS.items())
     what = "holds none of the forms that are recognised" if root.is_dir() else "is not a folder"
     if root.parent.is_dir() and not root.is_dir() and (root.exists() or set("{*") & set(root.name)):
         what += f"; name the folder that holds the files ({root.parent})"
     raise ShardError(f"{root} {what}:\n{missing}")
+
+
+def _check_arrow(root: Path) -> None:
+    """Raises ShardError if `root` holds Arrow files of Hugging Face's datasets, not parquet."""
+    homes = [root, *(path for path in folders.children(root) if splits.words(path.name))]
+    found = next((path for home in homes for path in sorted(home.glob("*.arrow"))), None)
+    if found is None:
+        return
+    if (found.parent / "state.json").exists():
+        what, load = "what save_to_disk of Hugging Face's datasets writes", "load_from_disk"
+        is_dict = found.parent != root
+        write = "[d.to_parquet(f'NEW/{s}.parquet') for s, d in data.items()]"
+        write = write if is_dict else "data.to_parquet('NEW/train.parquet')"
+        then = "give the folder NEW" + ("" if is_dict else " with --val-fraction 0.1")
+        command = f"from datasets import {load}; data = {load}({str(root)!r}); {write}"
+        remedy = f'make parquet files of it:\n    python -c "{command}"\nthen {then}'
+    else:
+        what = "the cache of Hugging Face's datasets"
+        remedy = "save each split that you load as a file: data.to_parquet('NEW/train.parquet')"
+    raise ShardError(f"{root} holds {what} ({found.name}), which is not read: {remedy}")
 
 
 def scan(

@@ -49,10 +49,12 @@ def open_data(data: config.Data) -> DataSet:
     """Opens the training and validation splits.
 
     Raises:
-        ShardError: a split is missing or damaged.
+        ShardError: a split is missing or damaged, or its tars changed after they were indexed.
         DataError: this process may not open enough files.
     """
     look = os.environ.get("LOCAL_RANK", "0") == "0"
+    if look:
+        shards.check_unchanged(data.root)
     train_set = shards.open_split(data.root, "train", data.short_side, look)
     val_set = shards.open_split(data.root, "val", check_tars=look)
     reading.check_open_files(train_set, val_set)

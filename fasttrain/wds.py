@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from fasttrain import classes
-from fasttrain.archives import LINKS, Member, members
+from fasttrain.archives import LINKS, Member, members, packed_tars, plain_tars, unpack_command
 from fasttrain.imagenet import is_class_tar, is_official
-from fasttrain.listing import Found, Scan, is_clutter, is_image, kind_of
+from fasttrain.listing import Found, Options, Scan, is_image, kind_of
 from fasttrain.shards import SPLITS, ShardError
 from fasttrain.splits import SPLIT_OF, one_word_each, settle_test, word_of, words
 
@@ -32,21 +32,19 @@ class WdsSample(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 
-def wds_samples(
-    path: Path, label_key: str | None = None, scan: Scan | None = None
-) -> Iterator[WdsSample]:
+def wds_samples(path: Path, scan: Scan | None = None) -> Iterator[WdsSample]:
     """Yields the samples of a tar. The key of a member ends at the first dot of its name.
 
     Leaves out hidden members, such as ._x.jpg, which a Mac adds.
 
     Args:
-        label_key: the suffix of the members that hold labels, or a key of the .json members; None
-            takes the .cls members.
-        scan: counts what is left out.
+        scan: counts what is left out. Its option `label_key` is the suffix of the members that hold
+            labels, or a key of the .json members; None takes the .cls members.
     Raises:
         ShardError: the tar is damaged, an image has no label, or a label has no image.
     """
     scan = scan or Scan()
+    label_key = scan.options.label_key
     for key, group in itertools.groupby(_visible(path, scan), _key_of):
         listed = list(group)
         images = [member for member in listed if is_image(member.name)]
@@ -56,7 +54,7 @@ def wds_samples(
         elif pairs := _pairs(images, labels):
             yield from pairs
         elif images or labels:
-            raise ShardError(_fault(path, key, listed, label_key))
+            raise ShardError(_fault(path, key, listed, scan.options))
         else:
             scan.skip("members without an image or a label", len(listed))
 
@@ -103,10 +101,11 @@ def _pairs(images: list[Member], labels: list[Member]) -> list[WdsSample]:
     return [WdsSample(image, by_stem[stem]) for image, stem in zip(images, stems, strict=True)]
 
 
-def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) -> str:
+def _fault(path: Path, key: str, sample: list[Member], options: Options) -> str:
     """Says what is wrong with a sample, which members it has, and what to do."""
     name = key.removeprefix("/").removeprefix("./")
     found = ", ".join(f".{_ending(member)}" for member in sample[:6])
+    label_key = options.label_key
     label = ".cls" if label_key is None else f".{label_key} or .json"
     scan = Scan()
     groups = [group for group, _ in itertools.groupby(_visible(path, scan), _key_of)]
@@ -123,12 +122,13 @@ def _fault(path: Path, key: str, sample: list[Member], label_key: str | None) ->
             "tar --hard-dereference --dereference"
         )
     if label_key is None:
-        text += _where_labels_are(path, sample)
+        text += _where_labels_are(path, sample, options.in_place)
     return text
 
 
-def _where_labels_are(path: Path, sample: list[Member]) -> str:
+def _where_labels_are(path: Path, sample: list[Member], in_place: bool) -> str:
     """Suggests a --label-key if other members of the sample may hold its label."""
+    instead = " (with a folder OUT in place of --in-place)" if in_place else ""
     with path.open("rb") as file:
         # The .json first: a .txt beside it is more often a caption than a label.
         for member in sorted(sample, key=lambda member: not _ends_with(member, "json")):
@@ -139,10 +139,14 @@ def _where_labels_are(path: Path, sample: list[Member]) -> str:
                 found = f"has the keys {', '.join(keys[:8])}" if keys else "has no keys"
                 return (
                     f"\n{_short(member)} {found}: --label-key {example} takes the labels from there"
+                    f"{instead}"
                 )
             if _ends_with(member, "txt"):
                 text = data[:40].decode(errors="replace")
-                return f"\n{_short(member)} holds {text!r}: --label-key txt takes that as the class"
+                return (
+                    f"\n{_short(member)} holds {text!r}: --label-key txt takes that as the class"
+                    f"{instead}"
+                )
     return ""
 
 
@@ -218,11 +222,45 @@ def _parsed(text: str, location: str) -> Label:
 
 def tars(root: Path) -> list[Path]:
     """Returns the tars in `root` and in its folders that are named like splits."""
+    found = [path for folder in _folders(root) for path in plain_tars(folder)]
+    return sorted(path for path in found if not is_class_tar(path))
+
+
+def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    folders = [root, *(path for path in root.iterdir() if words(path.name) and path.is_dir())]
-    found = [path for folder in folders for path in folder.glob("*.tar")]
-    return sorted(path for path in found if not (is_clutter(path.name) or is_class_tar(path)))
+    return [root, *(path for path in root.iterdir() if words(path.name) and path.is_dir())]
+
+
+def packed(root: Path) -> list[Path]:
+    """Returns the compressed tars in `root` and in its folders that are named like splits."""
+    return sorted(path for folder in _folders(root) for path in packed_tars(folder))
+
+
+def check_packed(root: Path, scan: Scan) -> None:
+    """Checks that no compressed tar holds a part of the data.
+
+    Compressed tars that no name gives to a split are left out and counted, and so are those that
+    were unpacked beside themselves.
+
+    Raises:
+        ShardError: there is another one.
+    """
+    for path in packed(root):
+        plain = path.name[: path.name.lower().rindex(".t")].lower() + ".tar"
+        is_unpacked = plain in {other.name.lower() for other in plain_tars(path.parent)}
+        if is_unpacked or not any(map(words, path.relative_to(root).parts)):
+            scan.skip("compressed tars")
+        else:
+            raise ShardError(fault_of_packed(path))
+
+
+def fault_of_packed(path: Path) -> str:
+    """Says that a compressed tar cannot be read, and how to unpack it."""
+    return (
+        f"{path} is compressed and does not allow random access; unpack it and the others like it "
+        f"to plain tars first: {unpack_command(path)}"
+    )
 
 
 def is_at(root: Path) -> bool:
@@ -232,6 +270,7 @@ def is_at(root: Path) -> bool:
 
 def _by_split(root: Path, scan: Scan) -> dict[str, list[Path]]:
     """Returns the tars of the wanted splits."""
+    check_packed(root, scan)
     by_word: dict[str | None, list[Path]] = {}
     for path in tars(root):
         if not path.exists():
@@ -278,7 +317,8 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     if scan.options.in_place and deeper:
         raise ShardError(
             f"--in-place: {deeper[0]} lies in a folder below {root}, but the tars must lie in "
-            f"{root} itself: move them up, or name a folder OUT"
+            f"{root} itself: name a folder OUT, or move them up under names with their split, such "
+            f"as {'-'.join(deeper[0].relative_to(root).parts)}"
         )
 
 
@@ -290,7 +330,7 @@ def scan_webdataset(root: Path, scan: Scan) -> None:
         found[split] = []
         for path in paths:
             with path.open("rb") as file:
-                for sample in wds_samples(path, label_key, scan):
+                for sample in wds_samples(path, scan):
                     label = _label(path, file, sample.label, label_key)
                     item = Found(path, sample.image.offset, sample.image.size, "", _name(sample))
                     found[split].append((item, label))

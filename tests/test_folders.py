@@ -291,6 +291,34 @@ def test_tiny_imagenet_as_downloaded(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
+def test_tiny_imagenet_sorted_in_part(tmp_path: Path) -> None:
+    put(tmp_path, *(f"train/{c}/images/{c}_0.png" for c in ("n1", "n2")))
+    put(tmp_path, "val/n1/val_0.png", "val/images/val_1.png", "val/images/val_2.png")
+    (tmp_path / "val/val_annotations.txt").write_text(
+        "val_0.png\tn1\nval_1.png\tn2\nval_2.png\tn1\n"
+    )
+    source, said = scan(tmp_path)
+    assert names(source)["val"] == ["n1/val_0.png", "n1/val_2.png", "n2/val_1.png"] and not said
+    put(tmp_path, "val/n2/val_1.png")
+    with pytest.raises(ShardError, match=r"val/n2/val_1.png also lies in .*val/images, and would"):
+        scan(tmp_path)
+    (tmp_path / "val/images/val_1.png").unlink()
+    put(tmp_path, "val/n2/renamed.png")
+    assert len(scan(tmp_path)[0].splits["val"]) == 4
+    (tmp_path / "val/n2/val_1.png").rename(tmp_path / "val/n1/val_1.png")
+    with pytest.raises(ShardError, match=r"val_1.png lies in the class n1, but .* says n2: move"):
+        scan(tmp_path)
+
+
+def test_a_class_of_val_without_images_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/0.png")
+    (tmp_path / "val/b").mkdir()
+    assert scan(tmp_path)[1] == [f"WARNING: {tmp_path / 'val/b'} holds no images"]
+    (tmp_path / "train/c").mkdir()
+    with pytest.raises(ShardError, match=r"train/c holds no images; remove the class or fill it"):
+        scan(tmp_path)
+
+
 def test_tars_of_classes(tmp_path: Path) -> None:
     tar_of_images(tmp_path / f"train/{CAT}.tar", f"{CAT}_1.JPEG", f"{CAT}_2.JPEG")
     tar_of_images(tmp_path / f"train/{DOG}.tar", f"{DOG}_1.JPEG")

@@ -1,6 +1,7 @@
 """make_shards.py: its options, and what it does where a data set is finished."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -95,7 +96,7 @@ def test_a_rerun_with_a_changed_source(
     change(root)
     code, said, _ = make(root, tmp_path / "out")
     assert code == 2 and "already holds another finished data set:\n  source: " in said
-    assert "remove it or choose another folder" in said
+    assert f"\nremove {tmp_path / 'out'} and start again, or choose another folder\n" in said
 
 
 @pytest.mark.parametrize("form", ["parquet", "hf-tar"])
@@ -121,6 +122,47 @@ def test_a_rerun_in_place(tmp_path: Path, make: Make) -> None:
     assert make(tmp_path, "--in-place")[0] == 0
     code, said, _ = make(tmp_path, "--in-place")
     assert code == 0 and "is done, nothing to do" in said
+
+
+def labelled(path: Path, *labels: int) -> Path:
+    """Writes a tar of JPEGs with these labels."""
+    members = [
+        (f"{n}.{end}", (str(label).encode() if end == "cls" else photo()))
+        for n, label in enumerate(labels)
+        for end in ("cls", "jpg")
+    ]
+    forms.put(path, forms.tar(members))
+    return path
+
+
+def test_tars_that_change_after_they_were_indexed_in_place(tmp_path: Path, make: Make) -> None:
+    """The new tar has the size of the old one. The remedy keeps the tars."""
+    train, _ = (labelled(tmp_path / f"{name}-0.TAR", 0, 1) for name in ("train", "val"))
+    assert make(tmp_path, "--in-place")[0] == 0
+    shards.check_unchanged(tmp_path)
+    size, mtime = train.stat().st_size, train.stat().st_mtime_ns
+    labelled(train, 1, 0)
+    os.utime(train, ns=(mtime, mtime + 10**9))
+    assert train.stat().st_size == size
+    with pytest.raises(
+        shards.ShardError,
+        match=r"train-0.TAR is of .* its labels may have changed\nremove .*json and",
+    ):
+        shards.check_unchanged(tmp_path)
+    code, said, _ = make(tmp_path, "--in-place")
+    assert code == 2 and f"\nkeep the tars, remove manifest.json in {tmp_path} and start" in said
+    (tmp_path / "manifest.json").unlink()
+    assert make(tmp_path, "--in-place")[0] == 0
+    assert shards.open_split(tmp_path, "train").label.tolist() == [1, 0]
+    shards.check_unchanged(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "UNFINISHED").write_text("{}")
+    code, said, _ = make(tmp_path, "--in-place")
+    assert code == 2 and f"keep the tars, remove UNFINISHED in {tmp_path} and start again" in said
+
+
+def test_options_may_stand_between_the_folders(root: Path, tmp_path: Path, make: Make) -> None:
+    assert make(root, "--seed", 1, tmp_path / "out")[0] == 0
 
 
 def photo() -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,25 @@ def test_a_file_of_another_format_is_refused(content: bytes, message: str, tmp_p
     (root / VAL).write_bytes(content)
     text = fault(root)
     assert text.startswith(f"{root / VAL} {message}") and "\n" not in text
+
+
+def test_arrow_files_are_named(tmp_path: Path) -> None:
+    both, one, cached = (tmp_path / name for name in ("both", "one", "cached"))
+    for folder in (both / "train", both / "validation", one):
+        folder.mkdir(parents=True)
+        for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+            (folder / name).write_bytes(b"")
+    cached.mkdir()
+    (cached / "imagefolder-train.arrow").write_bytes(b"")
+    saved = r"holds what save_to_disk of .*, which is not read: make parquet files of it:\n.*"
+    for root, message in (
+        (both, rf"both {saved}load_from_disk\('{both}'\); \[.* then give the folder NEW$"),
+        (one, rf"one {saved}data.to_parquet\('NEW/train.parquet'\).* with --val-fraction 0.1$"),
+        (cached, r"cached holds the cache of .* \(imagefolder-train.arrow\), .*: save each split"),
+        (tmp_path, rf"both {saved}"),
+    ):
+        with pytest.raises(ShardError, match=re.compile(message, re.DOTALL)):
+            sources.recognise(root)
 
 
 def test_a_table_beside_folders_is_not_taken_for_images(tmp_path: Path) -> None:

@@ -76,7 +76,15 @@ def test_tables_beside_the_tars_are_no_images(tmp_path: Path) -> None:
 def test_in_place_the_tars_lie_side_by_side(tmp_path: Path) -> None:
     tar(tmp_path / "train/0.tar", samples(0))
     tar(tmp_path / "val/0.tar", samples(0))
-    with pytest.raises(ShardError, match=r"--in-place: .*train/0.tar lies in a folder below"):
+    with pytest.raises(ShardError, match=r"--in-place: .*train/0.tar lies .*, such as train-0.tar"):
+        scan(tmp_path, in_place=True)
+
+
+def test_in_place_labels_must_be_in_cls(tmp_path: Path) -> None:
+    pair(tmp_path, [("0.png", image()), ("0.json", b'{"label": 1}')])
+    with pytest.raises(
+        ShardError, match=r"from there \(with a folder OUT in place of --in-place\)$"
+    ):
         scan(tmp_path, in_place=True)
 
 
@@ -159,6 +167,48 @@ def test_compressed_tars(tmp_path: Path, end: str) -> None:
         ShardError, match=rf"train-0{end} is compressed.*does not allow random access"
     ):
         scan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-1.tar.gz", "train/1.tar.zst", "TRAIN-1.TGZ"])
+def test_a_compressed_tar_beside_plain_tars_is_not_forgotten(tmp_path: Path, name: str) -> None:
+    pair(tmp_path, samples(0))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        ShardError, match=rf"{name} is compressed .*: (gzip|zstd) -dc < \S*{name[-7:]}"
+    ):
+        scan(tmp_path)
+    (tmp_path / name).rename(tmp_path / "train-0.tar.gz")  # unpacked beside itself
+    if "/" in name:
+        (tmp_path / "train").rmdir()
+    (tmp_path / "captions.tar.gz").write_bytes(b"")
+    assert scan(tmp_path)[0].skipped == {"compressed tars": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("train/0.tar.gz", "gzip -dc < 0.tar.gz > 0.tar"),
+        ("train-0.tar.xz", "xz -dc < train-0.tar.xz > train-0.tar"),
+        ("train.0.TBZ2", "bzip2 -dc < train.0.TBZ2 > train.0.tar"),
+    ],
+)
+def test_only_compressed_tars(tmp_path: Path, name: str, command: str) -> None:
+    for path in (tmp_path / name, tmp_path / name.replace("train", "val")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    with pytest.raises(
+        ShardError, match=f"{name} is compressed .* to plain tars first: {command}$"
+    ):
+        scan(tmp_path)
+
+
+def test_the_suffix_of_a_tar_may_be_in_capitals(tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", samples(0))
+    tar(tmp_path / "train-1.TAR", samples(1))
+    tar(tmp_path / "val-0.Tar", samples(1))
+    source, _ = scan(tmp_path)
+    assert [len(source.splits[split]) for split in ("train", "val")] == [2, 1]
 
 
 def test_sparse_members_and_pointers(tmp_path: Path) -> None:

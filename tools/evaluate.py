@@ -74,6 +74,7 @@ def main() -> None:
     try:
         launch.settle(os.environ, "no")  # the precision comes from the checkpoint
         launch.check_processes(os.environ)
+        shards.check_unchanged(arguments.data)
         split = shards.open_split(arguments.data, "val")
         network = open_network(arguments, split)
         joined = True

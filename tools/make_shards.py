@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
     add_folders(parser.add_argument)
     add_source(parser.add_argument)
     add_images(parser.add_argument)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand between SOURCE and OUT
     if fault := fault_in(arguments):
         parser.error(fault)
     arguments.out = arguments.out or arguments.source
@@ -202,7 +202,9 @@ def fault_in(arguments: argparse.Namespace) -> str:
     if in_place and (arguments.short_side or arguments.store == "raw"):
         return "--in-place: leaves images as they are; name an OUT to re-encode them"
     if in_place and (arguments.val_fraction or arguments.label_key):
-        return "--in-place: leaves tars as they are; name an OUT for other splits or labels"
+        return (
+            "--in-place: leaves tars as they are; name an OUT instead, for other splits or labels"
+        )
     if arguments.val_only and arguments.val_fraction:
         return "--val-only: all of SOURCE becomes val; leave out --val-fraction"
     if arguments.seed < 0:
