@@ -309,7 +309,7 @@ def test_arrow_files_are_named(tmp_path: Path) -> None:
     (cached / "imagefolder-train.arrow").write_bytes(b"")
     saved = r"holds what save_to_disk of .*, which is not read: make parquet files of it:\n.*"
     for root, message in (
-        (both, rf"both {saved}load_from_disk\('{both}'\); \[.* then give the folder NEW$"),
+        (both, rf"both {saved}load_from_disk\('{both}'\); \[.*then give the folder NEW$"),
         (one, rf"one {saved}data.to_parquet\('NEW/train.parquet'\).* with --val-fraction 0.1$"),
         (cached, r"cached holds the cache of .* \(imagefolder-train.arrow\), .*: save each split"),
         (tmp_path, rf"both {saved}"),
