@@ -9,6 +9,7 @@
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop
+    moving                  says what is being moved aside; removed when that is complete
     before-20261124T.../    what a start with `checkpoint.resume` has moved aside
 
 `step` in a line is the 0-based index of the last update that the line describes.
@@ -36,6 +37,7 @@ CHECKPOINTS = "checkpoints"
 DONE = "DONE"
 LOCK = "lock"
 STOP = "stop"
+MOVING = "moving"
 STEP = re.compile(r"step_(\d{8,})")  # a complete checkpoint, named by its number of updates
 WORDS = ("auto", "force", "anew")  # any other checkpoint.resume is the path of a checkpoint
 LOCK_WAIT_S = 30.0  # the process of a stopped job may need so long to end
@@ -71,6 +73,11 @@ class ResumeRule:
     def named(self) -> Path | None:
         """Continue from this checkpoint, and move aside later ones (a path)."""
         return None if self.text in WORDS else Path(self.text)
+
+    @property
+    def after_restart(self) -> "ResumeRule":
+        """The rule when a launcher starts the same job again: the work of the job is kept."""
+        return ResumeRule("auto")
 
     @property
     def expects_same_run(self) -> bool:
@@ -109,7 +116,7 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
             f'[checkpoint] resume = "{resume.text}": there is no such checkpoint; must be '
             f"{', '.join(WORDS)}, or the folder of a checkpoint"
         )
-    if not resume.expects_same_run:
+    if not resume.expects_same_run or _moves_all(folder):
         return None
     _check_same_run(folder, recipe)
     return _closing_event(folder, recipe.train.max_steps)
@@ -130,7 +137,7 @@ def _check_same_run(folder: Path, recipe: Recipe) -> None:
 
 def _closing_event(folder: Path, max_steps: int | None) -> dict[str, Any] | None:
     """Reads `DONE`. Returns None if there is no such file, or if `max_steps` was raised since."""
-    if not (folder / DONE).exists():
+    if not (folder / DONE).exists() or (folder / MOVING).exists():
         return None
     try:
         done: dict[str, Any] = json.loads((folder / DONE).read_bytes())
@@ -146,8 +153,9 @@ def _closing_event(folder: Path, max_steps: int | None) -> dict[str, Any] | None
 
 def weights_to_read(recipe: Recipe) -> Path | None:
     """`model.weights` if the run starts from them; None if it resumes from a checkpoint."""
-    resume = resume_of(recipe)
-    found = any(STEP.fullmatch(p.name) for p in (run_dir(recipe) / CHECKPOINTS).glob("step_*"))
+    folder, resume = run_dir(recipe), resume_of(recipe)
+    steps = [] if _moves_all(folder) else (folder / CHECKPOINTS).glob("step_*")
+    found = any(STEP.fullmatch(path.name) for path in steps)
     resumes = found if resume.newest else not resume.anew
     return None if resumes else recipe.model.weights
 
@@ -161,6 +169,8 @@ def run_dir(recipe: Recipe) -> Path:
 @contextlib.contextmanager
 def locked(recipe: Recipe) -> Iterator[None]:
     """Makes the run folder, and holds its lock inside the `with` block. Only rank 0 calls this.
+
+    If an earlier start was killed while it moved files aside, this moves the rest.
 
     Raises:
         ConfigError: another process holds the lock, or the folder cannot be written.
@@ -179,6 +189,8 @@ def locked(recipe: Recipe) -> Iterator[None]:
         ) from None
     try:
         _take(file, folder)
+        if resume_of(recipe).newest:  # any other rule moves files by itself
+            _move_aside(folder)
         yield
     finally:
         os.close(file)
@@ -211,8 +223,8 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     folder, resume = run_dir(recipe), resume_of(recipe)
     files.clear(folder)
     if not resume.newest:
-        _put_aside(folder, resume.named)
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        _plan_move(folder, resume.named)
+        _move_aside(folder)
     (folder / DONE).unlink(missing_ok=True)
     # `resume` is meant for one start. Without it, a later start has the default, `auto`.
     files.write_text(folder / RECIPE, config.dumps(recipe, leave_out=("checkpoint.resume",)))
@@ -234,24 +246,50 @@ def write_done(folder: Path, record: dict[str, Any]) -> None:
     files.write_text(folder / DONE, json.dumps(record) + "\n")
 
 
-def _put_aside(folder: Path, named: Path | None) -> None:
-    """Moves the files of an earlier run aside. If `named` is a checkpoint of this folder, moves
-    only what is later than it."""
-    aside = folder / f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
-    aside.mkdir()
-    if named and named.resolve().parent == (folder / CHECKPOINTS).resolve():
+def _plan_move(folder: Path, named: Path | None) -> None:
+    """Writes into `MOVING` what will be moved aside: the names of the target and of a checkpoint.
+
+    If `named` is a checkpoint of this folder, only what is later is moved; else there is no second
+    name, and everything is moved.
+    """
+    own = named is not None and named.resolve().parent == (folder / CHECKPOINTS).resolve()
+    target = f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
+    files.write_text(folder / MOVING, f"{target}\n{named.name if named and own else ''}\n")
+
+
+def _moves_all(folder: Path) -> bool:
+    """True if a start was killed while it moved all files of an earlier run aside."""
+    plan = folder / MOVING
+    return plan.exists() and not plan.read_text().splitlines()[1]
+
+
+def _move_aside(folder: Path) -> None:
+    """Moves the files of an earlier run aside as `MOVING` says, if there is such a file.
+
+    Files are moved one after the other, and the process may be killed in between. `MOVING` is
+    removed last, so a later start does not take the rest of the earlier run for its own.
+    """
+    if not (folder / MOVING).exists():
+        return
+    target, named = (folder / MOVING).read_text().splitlines()
+    aside = folder / target
+    aside.mkdir(exist_ok=True)
+    if named:
         for path in folder.glob("*.jsonl"):  # copied, as `cut_lines` removes the later lines
             files.write_bytes(aside / path.name, path.read_bytes())
-        (aside / CHECKPOINTS).mkdir()
-        later = [path for path in (folder / CHECKPOINTS).iterdir() if path.name > named.name]
+        (aside / CHECKPOINTS).mkdir(exist_ok=True)
+        later = [path for path in (folder / CHECKPOINTS).iterdir() if path.name > named]
         files.move(later, aside / CHECKPOINTS)
-        return
-    # `DONE` is moved first, then the checkpoints. If the process is killed between two moves, no
-    # `DONE` remains without its checkpoints; a start with `auto` would take that run for complete.
-    names = [path.name for path in folder.iterdir()]
-    moved = [name for name in names if name != LOCK and not name.startswith("before-")]
-    moved.sort(key=lambda name: (name != DONE, name != CHECKPOINTS, name))
-    files.move([folder / name for name in moved], aside)
+        (folder / DONE).unlink(missing_ok=True)
+    else:
+        stays = {LOCK, MOVING}
+        if (aside / CHECKPOINTS).exists():
+            stays.add(CHECKPOINTS)  # an empty folder that `locked` made after the kill
+        names = sorted(path.name for path in folder.iterdir())
+        moved = [name for name in names if name not in stays and not name.startswith("before-")]
+        files.move([folder / name for name in moved], aside)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    (folder / MOVING).unlink()
 
 
 def cut_lines(folder: Path, first_step: int, last_eval: int) -> None:

@@ -6,7 +6,7 @@ one sentence for each field that it changed.
 
 from collections.abc import Mapping
 
-from fasttrain import launch
+from fasttrain import launch, run_folder
 from fasttrain.config import Recipe
 
 
@@ -18,12 +18,14 @@ def for_training(recipe: Recipe, environ: Mapping[str, str]) -> tuple[Recipe, li
     """
     remarks = []
     restarts = launch.number_in(environ, "SLURM_RESTART_COUNT", 0)
-    if restarts and recipe.checkpoint.resume != "auto":
+    resume = run_folder.resume_of(recipe)
+    kept = resume.after_restart if restarts else resume
+    if kept != resume:
         remarks.append(
-            f'checkpoint.resume = "{recipe.checkpoint.resume}" becomes "auto": SLURM has started '
+            f'checkpoint.resume = "{resume.text}" becomes "{kept.text}": SLURM has started '
             f"this job again (SLURM_RESTART_COUNT = {restarts}), and its work is kept"
         )
-        recipe = _with(recipe, "checkpoint", resume="auto")
+        recipe = _with(recipe, "checkpoint", resume=kept.text)
     if recipe.train.deterministic and recipe.data.decode == "auto":
         remarks.append(
             'data.decode = "auto" becomes "cpu": train.deterministic is true, and decoding on a '

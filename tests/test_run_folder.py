@@ -14,6 +14,7 @@ from crashes import dies_at, loses_power_at
 from fasttrain import config, files, run_folder
 from fasttrain.config import Recipe
 
+NOT_READ = (run_folder.LOCK, run_folder.MOVING)
 CLOSING = {"event": "done", "step": 7, "schedule_steps": 8}
 
 
@@ -40,10 +41,30 @@ def start(folder: Path, resume: str) -> None:
         files.write_text(folder / run_folder.DONE, json.dumps(CLOSING))
 
 
+def check_one_run(folder: Path, resume: str) -> None:
+    """A start with `auto` finds the whole earlier run, or nothing of it that was to be moved."""
+    recipe = recipe_for(folder)
+    done = run_folder.check(recipe)
+    with run_folder.locked(recipe):
+        pass
+    assert run_folder.check(recipe) == done
+    assert not (folder / run_folder.MOVING).exists()
+    steps = sorted(path.name for path in (folder / run_folder.CHECKPOINTS).glob("step_*"))
+    if steps == ["step_00000004", "step_00000008"]:
+        assert done == CLOSING
+        return
+    assert steps == (["step_00000004"] if resume == "named" else [])
+    ended = (folder / run_folder.DONE).exists()  # the start itself ended before the crash
+    assert done == (CLOSING if ended else None)
+    (aside,) = folder.glob("before-*")
+    assert len((aside / run_folder.METRICS).read_text().splitlines()) == 8
+    assert not ended or resume == "named" or (aside / run_folder.DONE).exists()
+
+
 def check_whole(folder: Path) -> None:
     """No file that a person or a start reads is empty or cut."""
     for path in folder.rglob("*"):
-        if path.is_dir() or path.name == run_folder.LOCK or path.name.endswith(files.TEMPORARY):
+        if path.is_dir() or path.name in NOT_READ or path.name.endswith(files.TEMPORARY):
             continue
         text = path.read_text()
         assert text, f"{path} is empty"
@@ -75,6 +96,8 @@ def test_a_crash_at_any_file_system_call_of_a_start(
         more = (folder,) if crash is loses_power_at else ()
         crashed = crash(number, partial(start, folder, how), *more)
         check_whole(folder)
+        if resume != "auto":
+            check_one_run(folder, resume)
         run_folder.check(recipe_for(folder, how))
         start(folder, how)
         check_whole(folder)
@@ -116,6 +139,7 @@ def test_what_each_way_to_resume_means(
     assert (resume.newest, resume.forced, resume.anew) == (newest, forced, anew)
     assert (resume.named and resume.named.name) == named
     assert resume.expects_same_run == expects_same_run
+    assert resume.after_restart == run_folder.ResumeRule("auto")
 
 
 def test_weights_are_read_only_by_a_run_that_begins(tmp_path: Path) -> None:
