@@ -95,7 +95,7 @@ class Trainer:
             updater: performs the updates of its learner.
             recipe: says when to log and when to save.
             stop_requested: is called once before the first update, after each update and after
-                each evaluation batch, equally often on every rank. Returns 0 to go on. To stop,
+                each evaluation batch, equally often on every rank. Returns 0 to continue. To stop,
                 returns the exit status, which is the same on every rank.
         """
         self.updater, self.plan = updater, plan

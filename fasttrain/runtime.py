@@ -83,7 +83,7 @@ def start(
     """Sets the threads, kernels, seeds and limits of this process.
 
     Args:
-        patience: how long this process may go on after its launcher has ended.
+        patience: how long this process may continue after its launcher has ended.
     Raises:
         LaunchError: Accelerate sees other processes than the launcher started.
     """

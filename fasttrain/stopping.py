@@ -50,7 +50,7 @@ def _lose_terminal() -> None:
 
 
 class Patience:
-    """How long this process may go on after its launcher has ended."""
+    """How long this process may continue after its launcher has ended."""
 
     def __init__(self) -> None:
         self.slowest_s = 0.0  # longest time from one update or evaluation batch to the next
@@ -96,7 +96,7 @@ class StopRequest:
         self.file = file
         self.looked_at = 0.0  # time when the file was last looked for
         self.received = 0  # exit status of a request that this rank received; 0 for none
-        self.decision = 0  # exit status that all ranks agreed on; 0 to go on
+        self.decision = 0  # exit status that all ranks agreed on; 0 to continue
         self.interrupted = False  # True after a Ctrl-C
         self.called_at = 0.0  # time of the last call of `agreed`
         self.patience = patience or Patience()

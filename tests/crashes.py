@@ -1,4 +1,4 @@
-"""Crashes of a forked process at any call of the file system, for tests of what is written."""
+"""Kills a forked process at any call of the file system, for tests of what is written."""
 
 import io
 import os

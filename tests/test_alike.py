@@ -1,4 +1,4 @@
-"""Processes that were launched together must fit together."""
+"""Processes that do not belong to one run are refused when they join."""
 
 import copy
 import shutil

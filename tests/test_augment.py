@@ -1,4 +1,4 @@
-"""Augmentation in the pipeline: pixels beside torchvision's, erasing, and nothing when off."""
+"""Augmented images equal torchvision's, erasing works, and without settings nothing changes."""
 
 from pathlib import Path
 from typing import Any

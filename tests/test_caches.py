@@ -1,4 +1,4 @@
-"""Caches of a home that cannot be written go elsewhere, and it is said once."""
+"""If the home folder cannot be written, caches go elsewhere, and one line says so."""
 
 import errno
 import getpass

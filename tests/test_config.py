@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, overrides, and the message of every kind of fault."""
+"""The shipped recipes load, `--set` changes them, and each kind of fault gets its message."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Choosing how to decode: the fastest that works, and a crash is a finding, not the end."""
+"""The fastest decoder that works is chosen, and a decoder that crashes does not end the run."""
 
 import json
 import os

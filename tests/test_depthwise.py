@@ -1,4 +1,4 @@
-"""The depthwise convolution against `nn.Conv2d`, values and gradients."""
+"""The depthwise convolution has the values and gradients of `nn.Conv2d`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The live view: what it shows, and that it fits a narrow terminal."""
+"""The live view shows what the run does, and fits a narrow terminal."""
 
 import io
 import re

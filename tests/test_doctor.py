@@ -1,4 +1,4 @@
-"""doctor.py tells what a node and a job would train with, and names what would stop the run."""
+"""doctor.py reports what a run would use on this node, and what would stop the run."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""evaluate.py: what a run measured, by class name, in the precision that it says."""
+"""evaluate.py gives the result that the run measured, by class name, in the stated precision."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Every way to carry out an update gives the same weights; which one is taken, and why."""
+"""All ways to carry out an update give the same weights, and the fastest one is chosen."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""What the tools say of wrong words on their command lines."""
+"""The tools refuse wrong arguments with a message that says what to change."""
 
 import os
 from pathlib import Path

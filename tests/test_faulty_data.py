@@ -1,4 +1,4 @@
-"""What is said of a damaged data set: the fault, the file, the remedy.
+"""A damaged data set is refused with the fault, the file and the remedy.
 
 More of sources is in test_sharding.py and test_sources.py.
 """

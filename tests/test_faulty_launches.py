@@ -1,4 +1,4 @@
-"""What is said of a wrong launch, and by which of the launched processes."""
+"""A wrong launch is refused, and the right number of its processes print the message."""
 
 import json
 import signal

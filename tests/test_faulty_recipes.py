@@ -1,4 +1,4 @@
-"""What is said of a wrong recipe or setting: the fault, the place, the remedy.
+"""A wrong recipe or setting is refused with the fault, the place and the remedy.
 
 More is in test_config.py.
 """

@@ -1,4 +1,4 @@
-"""What is said of a damaged checkpoint or run folder: the fault, the file, the remedy."""
+"""A damaged checkpoint or run folder is refused with the fault, the file and the remedy."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Runs that start from weights: another last layer, frozen stages, and going on afterwards."""
+"""Runs that start from weights: another last layer, frozen stages, and resuming such a run."""
 
 import json
 import shutil

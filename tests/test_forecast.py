@@ -1,4 +1,4 @@
-"""The forecast: what it says of an input that is fast enough, of one that is not, and of epochs."""
+"""The forecast says whether the input is fast enough, and what limits each epoch."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole batches of raw images in one buffer: the bytes of the tars, or an error."""
+"""The buffer of a batch of raw images holds the bytes of the tars, or an error is raised."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a launch asks of the GPUs of this machine."""
+"""GPUs that a launch leaves idle are named, and each spelling of ACCELERATE_USE_CPU counts."""
 
 import pytest
 import torch

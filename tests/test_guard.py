@@ -1,4 +1,4 @@
-"""An update that is not finite changes nothing, in any way of carrying it out."""
+"""An update that is not finite changes nothing, however updates are carried out."""
 
 import copy
 import math

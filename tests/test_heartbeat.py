@@ -1,4 +1,4 @@
-"""A run of several processes that stops moving is ended, and the one at fault is named."""
+"""A run whose processes stop making progress is ended, and the process at fault is named."""
 
 import os
 import re

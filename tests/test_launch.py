@@ -1,4 +1,4 @@
-"""Nothing that Accelerate reads from the environment changes what is trained."""
+"""Variables that Accelerate reads from the environment do not change what is trained."""
 
 import os
 import re

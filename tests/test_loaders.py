@@ -1,4 +1,4 @@
-"""The pipeline on the CPU: pixels, layout, order, resuming, and damaged bytes."""
+"""On the CPU the loader gives the right pixels in the right order, and finds damaged bytes."""
 
 import shutil
 import sys

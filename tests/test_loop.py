@@ -1,4 +1,4 @@
-"""The loop on lists of batches: no files, no DALI pipeline."""
+"""The training loop works on lists of batches, without files and without DALI."""
 
 import json
 import math
@@ -295,7 +295,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(
 
 
 def test_an_evaluation_is_cut_short(tmp_path: Path) -> None:
-    """And is made up for before anything else when the run goes on."""
+    """The run that resumes makes up for it before it does anything else."""
     asked = iter([0, 0, 0, 0, 0, 0, 75])
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The demo's data set: its photographs, a second run, a run that goes on, and its errors."""
+"""The demo's data set: its photographs, a second run, an interrupted run, and its errors."""
 
 import sys
 from pathlib import Path

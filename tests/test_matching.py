@@ -1,4 +1,4 @@
-"""Class names of a network and of a data set: which row of the last layer means which class."""
+"""Rows of the last layer are mapped to the data set's classes by name."""
 
 import pytest
 

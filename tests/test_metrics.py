@@ -1,4 +1,4 @@
-"""Every meter against a count by hand."""
+"""Every meter equals a count by hand."""
 
 import time
 

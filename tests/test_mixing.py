@@ -1,4 +1,4 @@
-"""MixUp and CutMix: what is mixed is in the labels, and is a function of the seed alone."""
+"""MixUp and CutMix mix images and labels alike, and depend on the seed alone."""
 
 import random
 from typing import Any

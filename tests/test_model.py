@@ -1,4 +1,4 @@
-"""The networks against an independent reading of their description."""
+"""The networks equal an independent implementation of their description."""
 
 import math
 import warnings

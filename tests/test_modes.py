@@ -1,4 +1,4 @@
-"""Which way to carry out updates is taken, and why; and what is done where it fails."""
+"""The mode of execution is chosen by trials, and a mode that fails is replaced by another."""
 
 from collections.abc import Callable
 from pathlib import Path

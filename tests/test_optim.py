@@ -1,4 +1,4 @@
-"""Parameter groups, the moving average, and the averaging of BatchNorm's statistics."""
+"""Parameter groups, the weights' moving average and BatchNorm's statistics are right."""
 
 import pytest
 import torch

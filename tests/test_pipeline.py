@@ -1,4 +1,4 @@
-"""DALI's graphs: built for a GPU without one and held against DALI's schema; and run on a GPU."""
+"""DALI's graphs fit DALI's schema for a GPU, and on a GPU they give the CPU's pixels."""
 
 import json
 import re

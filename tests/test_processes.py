@@ -1,4 +1,4 @@
-"""Runs on several processes: the same batches as one process, and no process left behind."""
+"""Several processes train on the batches of one process, and none is left behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What holds for any recipe, any data set and any number of processes."""
+"""Random recipes, data sets and world sizes keep the promises of the design."""
 
 import dataclasses
 import datetime

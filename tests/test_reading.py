@@ -1,4 +1,4 @@
-"""Bytes of the shards: equal by every way of reading, guarded, and faults that name the place."""
+"""Every way of reading gives the same bytes, and a fault names the tar and the place."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The README pages: a test runs each command, and all that a page names exists.
+"""Every command of the README pages runs, and all files that they name exist.
 
 A command that cannot run here is checked as far as it goes: its options, settings and recipe.
 """

@@ -1,4 +1,4 @@
-"""benchmark.py record: it writes as it goes, survives failures, and continues a record."""
+"""benchmark.py record writes each result at once, survives failures, and adds what is missing."""
 
 import argparse
 import json

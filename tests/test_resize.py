@@ -1,4 +1,4 @@
-"""Resizing on the CPU: PIL's pixels, memory that is used again but never too early."""
+"""Resizing on the CPU gives PIL's pixels, and memory is not reused too early."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""The kernel for raw images, in Triton's interpreter and on a GPU: the CPU's pixels."""
+"""The kernel for raw images gives the CPU's pixels, in Triton's interpreter and on a GPU."""
 
 import importlib.util
 import shutil

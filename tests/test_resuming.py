@@ -285,7 +285,7 @@ def test_resume_may_be_forced_or_anew_or_name_a_checkpoint(
     assert len(lines(aside / "metrics.jsonl", "train")) == 3
 
     output = go("train.max_steps=3", "train.seed=2", "checkpoint.resume=anew")
-    assert "going on" not in output and steps() == [2]
+    assert "resuming" not in output and steps() == [2]
     assert [p.name for p in checkpoint.find(root)] == ["step_00000003"]
     assert len([*folder.glob("before-*")]) == 2
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # as the same command when it is requeued

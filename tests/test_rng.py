@@ -1,4 +1,4 @@
-"""The counter-based draws, pinned: changing them would change every run."""
+"""The counter-based draws keep their values, because other values would change every run."""
 
 import numpy as np
 

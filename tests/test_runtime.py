@@ -1,4 +1,4 @@
-"""The process and the CPUs that it uses."""
+"""A process runs on the CPUs of the node that its GPU belongs to."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Order, windows and flips: pure, the same for every world size, spread as torchvision's."""
+"""Order, windows and flips are the same for every world size, and spread as torchvision's."""
 
 import dataclasses
 from pathlib import Path

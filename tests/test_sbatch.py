@@ -1,4 +1,4 @@
-"""The logic of train.sbatch, with stand-ins for srun, scontrol and the launcher: in seconds."""
+"""train.sbatch makes the right calls; stand-ins replace srun, scontrol and the launcher."""
 
 import os
 import signal

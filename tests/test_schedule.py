@@ -1,4 +1,4 @@
-"""The arithmetic of a run, step by step."""
+"""The plan of a run has the right steps, epochs, learning rates and image sizes."""
 
 import math
 

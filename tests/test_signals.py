@@ -1,4 +1,4 @@
-"""A run that is told to stop, by a signal or a file, saves and ends."""
+"""A run that a signal or a file asks to stop saves a checkpoint and ends."""
 
 import json
 import os

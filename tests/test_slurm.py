@@ -1,4 +1,4 @@
-"""train.sbatch on a real SLURM cluster of two nodes, which live on this machine.
+"""train.sbatch trains on a real SLURM cluster of two nodes, which run on this machine.
 
 apt-get install slurm-wlm slurm-wlm-basic-plugins munge iproute2 bubblewrap
 python -m pytest -n 0 -m slurm tests/test_slurm.py

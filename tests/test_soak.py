@@ -1,4 +1,4 @@
-"""Half an hour of training, evaluating, saving and random kills: nothing may grow."""
+"""In half an hour of training, evaluating, saving and random kills, nothing grows."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Copies of the shards on the nodes: whole or in part, checked, resumed, shared and freed."""
+"""Copies of the shards on a node are checked, resumed, shared between runs and removed."""
 
 import re
 import shutil

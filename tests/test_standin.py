@@ -1,4 +1,4 @@
-"""Every mode of execution over a stand-in for CUDA: PyTorch's host code as on a GPU, no numbers.
+"""Every mode of execution runs PyTorch's host code as on a GPU, over a stand-in for CUDA.
 
 See standin/standin.cpp for what it forbids and counts, and standin/story.py for what is run.
 """
@@ -120,7 +120,7 @@ def test_each_mode_trains_on_the_stand_in_for_cuda(
     assert trial["fault"] == "" and trial["tensors"] == 0
     assert trial["taken"] <= 4 << 20  # tensors that stay lie in other pieces of 2 MiB than before
 
-    # A capture that fails is left, and the run goes on in a simpler mode.
+    # A capture that fails is left, and the run continues in a simpler mode.
     if "graph" in mode:
         run = told["failing_capture"]
         assert run["mode"] == ("compile" if "compile" in mode else "eager")

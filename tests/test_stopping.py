@@ -1,4 +1,4 @@
-"""Requests to stop, and how long a process works on without its launcher."""
+"""Requests to stop are obeyed, and a process ends soon after its launcher."""
 
 import os
 import signal

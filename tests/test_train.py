@@ -1,4 +1,4 @@
-"""What the entry point refuses before it trains."""
+"""The entry point refuses faults before it trains."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two machines launched by hand, as the README says: two network namespaces of this one.
+"""Two machines that are launched by hand, as the README says, train one network.
 
 Needs root and iproute2: python -m pytest -n 0 -s -m slow tests/test_two_machines.py
 """

@@ -1,4 +1,4 @@
-"""Files of weights as people have them: read safely, unwrapped, compared, mapped by class."""
+"""Files of weights are read safely, unwrapped, compared, and mapped by class name."""
 
 import argparse
 import warnings

@@ -455,7 +455,7 @@ class Doctor:
             return list(gather_object([value]))
         except Exception as error:
             self.fault(f"the processes cannot exchange data ({reason(error)}): see network above")
-            self.process = None  # goes on without the others
+            self.process = None  # continue without the others
             return [value]
 
     def input(self) -> Facts:

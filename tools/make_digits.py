@@ -68,7 +68,7 @@ def write_photographs(folder: Path) -> None:
     """Writes the digits as an ImageFolder: `folder`/<split>/<digit>/<number>.jpg.
 
     Leaves a complete file alone. Its modification time must not change, because a sharding that was
-    killed only continues if the source is unchanged.
+    killed resumes only if the source is unchanged.
 
     Raises:
         ShardError: scikit-learn is missing.

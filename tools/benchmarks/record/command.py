@@ -3,8 +3,8 @@
 Within --minutes it measures the machine, the tests that need a GPU, updates, kernels, input, loop,
 train.py and Imagenette. Each measurement runs in its own process with a time limit. One that fails
 is recorded and does not end the others. DIR/record.jsonl has every result as soon as it is known,
-and DIR/record.md has tables for RECORDS.md. A record goes on with what is there: --stages, --arch,
---batch and --modes choose a part, and other calls add the rest.
+and DIR/record.md has tables for RECORDS.md. A later call adds to the record what is missing:
+--stages, --arch, --batch and --modes choose a part.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the record; an existing record is continued",
+        help="folder of the record; what an existing record lacks is added",
     )
     part.add_argument(
         "--scratch", type=Path, metavar="DIR", help="for pictures and runs (default: that of --out)"

@@ -119,4 +119,4 @@ class Skip(Exception):
 
 
 class Failed(Exception):
-    """A stage cannot go on, because a measurement failed that is in the record already."""
+    """A stage cannot continue, because a measurement failed; the record already says so."""
