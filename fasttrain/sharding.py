@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from fasttrain import files, rng
+from fasttrain import files, rng, shards
 from fasttrain.archives import MAX_IMAGE_BYTES
 from fasttrain.listing import Listing, Source
 from fasttrain.shards import (
@@ -530,6 +530,7 @@ def claim(
     """
     options = {
         "version": FORMAT_VERSION,
+        "reading_rules": shards.READING_RULES,
         "form": source.form,
         "source": _digest(source),
         "times": _times(source),
@@ -547,6 +548,12 @@ def claim(
             begun = {}
         changed = {k: f"{begun.get(k)} -> {v}" for k, v in options.items() if begun.get(k) != v}
         if changed.keys() - _SOURCE:
+            if "reading_rules" in changed:
+                raise ShardError(
+                    f"{out} was begun by a fasttrain that reads sources in another way (reading "
+                    f"rules {changed['reading_rules']}): finish it with that version; or "
+                    f"{_how_to_start_again(out, in_place)}"
+                )
             lines = [f"{key}: {change}" for key, change in changed.items() if key not in _SOURCE]
             raise ShardError(
                 "\n  ".join([f"{out} was begun with other options:", *lines])

@@ -41,6 +41,9 @@ from fasttrain.faults import Fault
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "UNFINISHED"  # holds the options; is there until the last file is written
+# Raise this number when a change makes the same source give other images, names, labels or bytes.
+# What an earlier version left unfinished is then not mixed with what this version makes.
+READING_RULES = 1
 MANIFEST_DIGEST = "manifest.sha256"
 SPLITS = ("train", "val")
 DIGITS = Path("data/digits")  # the demo's data set, which tools/make_digits.py makes

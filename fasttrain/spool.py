@@ -6,7 +6,8 @@
 
 Both files are written atomically, so a kill loses at most the file that is being unpacked. Unpacked
 images are used again only if the state of NAME is the same: its size, modification time and last
-bytes. The .bin gets the modification time of NAME, because a sharding compares those times.
+bytes, and the version of the rules by which fasttrain reads it. The .bin gets the modification time
+of NAME, because a sharding compares those times.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain import files
+from fasttrain import files, shards
 from fasttrain.listing import Found, Options, Scan
 from fasttrain.shards import SPLITS, ShardError
 
@@ -109,13 +110,13 @@ def _paths(job: Job, folder: Path) -> tuple[Path, Path]:
 
 
 def _state(job: Job) -> list[Any]:
-    """Returns values of JSON types that change if the file or the choice of columns changes."""
+    """Returns values of JSON types that change if the file or the way of reading it changes."""
     with job.path.open("rb") as file:
         found = os.fstat(file.fileno())
         # A gzip file ends with its checksum, a parquet file with a list of all its parts.
         file.seek(max(0, found.st_size - _TAIL_BYTES))
         tail = hashlib.sha256(file.read(_TAIL_BYTES)).hexdigest()
-    return [found.st_size, found.st_mtime_ns, tail, list(job.columns)]
+    return [found.st_size, found.st_mtime_ns, tail, list(job.columns), shards.READING_RULES]
 
 
 def _digest(jobs: Sequence[Job], options: Options) -> str:
@@ -126,7 +127,7 @@ def _digest(jobs: Sequence[Job], options: Options) -> str:
     draw = options.val_fraction and (options.val_fraction, options.seed)
     found: list[Any] = [options.val_only, draw, options.classes, options.by_number]
     for job in jobs:
-        size, _, tail, columns = _state(job)
+        size, _, tail, columns, _ = _state(job)
         found.append([job.name, job.split, size, tail, columns])
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

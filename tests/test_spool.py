@@ -13,7 +13,7 @@ from forms import Photo
 from PIL import Image
 from shard_files import expected_samples
 
-from fasttrain import shards, spool
+from fasttrain import sharding, shards, spool
 from fasttrain.shards import ShardError
 from fasttrain.spool import Item, Job
 
@@ -113,6 +113,24 @@ def test_an_unpacked_archive_is_reused_only_if_the_file_is_unchanged(tmp_path: P
     assert unpack(other, reader(b"fine", calls), out) == b"fine"
     next(out.glob("*.bin")).write_bytes(b"half")  # another file under the name
     assert unpack(other, reader(b"fine!", calls), out) == b"fine!" and len(calls) == 5
+
+
+def test_images_read_by_other_rules_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer fasttrain reads sources in another way, and finds what an older one left."""
+    (tmp_path / "x.gz").write_bytes(b"1")
+    job, calls = Job(tmp_path, "x.gz", "train"), list[str]()
+    assert unpack(job, reader(b"old", calls), tmp_path) == b"old"
+    root = tmp_path / "in"
+    root.mkdir()
+    put("hf-tar", root, photos("red"))
+    source = listed(root, tmp_path)
+    sharding.claim(tmp_path / "out", source, sharding.Policy(), 0, 1000)
+    monkeypatch.setattr(shards, "READING_RULES", shards.READING_RULES + 1)
+    assert unpack(job, reader(b"new", calls), tmp_path) == b"new"
+    with pytest.raises(ShardError, match=r"out was begun by .* \(reading rules \d+ -> "):
+        sharding.claim(tmp_path / "out", source, sharding.Policy(), 0, 1000)
 
 
 def test_files_of_one_name_in_two_folders_are_unpacked_apart(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The entry point refuses faults before it trains."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import run
 
-from fasttrain import train
+from fasttrain import forecast, loaders, modes, train
 
 
 def test_fp16_without_a_gpu_is_refused(
@@ -16,6 +17,40 @@ def test_fp16_without_a_gpu_is_refused(
         train.main([str(tiny(train={"precision": "fp16"}))])
     assert status.value.code == 2
     assert "precision = fp16: needs a GPU; use bf16 or no" in capsys.readouterr().err
+
+
+def test_the_slow_part_is_named_before_it_starts(
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = str(tiny())
+    with monkeypatch.context() as patch:
+        patch.delattr("fasttrain.gpus", raising=False)
+        patch.setitem(sys.modules, "fasttrain.gpus", None)  # importing it fails
+        with pytest.raises(ImportError):
+            train.main([recipe])
+    assert capsys.readouterr().out == "loading torch and DALI\n"
+
+    said: list[str] = []
+
+    class Reached(Exception):
+        pass
+
+    def slow(*_: object, **__: object) -> None:
+        said.append(capsys.readouterr().out)
+        raise Reached
+
+    for module, name, mode, line in (
+        (modes, "try_mode", "auto", "timing a few updates"),
+        (loaders, "measure", "eager", "measuring the input"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, slow)
+            patch.setattr(forecast, "recall_rate", lambda key: None)
+            with pytest.raises(Reached):
+                train.main([recipe, "--set", f"train.execution={mode}"])
+        assert said[-1].rstrip().endswith(line)
 
 
 FAULTS = [
