@@ -1,5 +1,6 @@
 """Every way of reading gives the same bytes, and a fault names the tar and the place."""
 
+import gc
 import io
 import os
 import resource
@@ -256,12 +257,17 @@ def test_grey_images_reach_a_gpu_with_plain_sampling_factors() -> None:
 
 @pytest.fixture
 def limit() -> Iterator[Callable[[int, int], None]]:
-    """Sets the soft limit of this process to so many files more than are open; -1: none more."""
+    """Sets the soft limit of this process, so that it may open at most so many files more.
+
+    The limit is on the numbers of descriptors, and not on how many there are. A new file gets the
+    lowest free number, so the limit counts from there: other tests may leave gaps.
+    """
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def set_limit(more: int, hard: int = before[1]) -> None:
-        soft = len(os.listdir("/proc/self/fd")) + more
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        gc.collect()  # else it may close files, and so make gaps, while the test runs
+        os.close(free := os.open(os.devnull, os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
 
     yield set_limit
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -297,8 +303,12 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_refused(
 
 def test_running_out_of_file_handles_is_explained(split: Split, limit: Callable) -> None:
     feed = feed_for(split, 2, read="pread")
+    high = [os.dup(0) for _ in range(8)]
+    for file in high[:-1]:  # makes gaps below the last one
+        os.close(file)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit(0, hard)
     with pytest.raises(DataError, match="tars must be open at once, but a process may open only"):
         feed(0)
+    os.close(high[-1])
     feed.close()
