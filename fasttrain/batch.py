@@ -27,7 +27,7 @@ class Placement(NamedTuple):
 
 
 def half_images(on_gpu: bool, precision: str) -> bool:
-    """Whether images are fp16: on a GPU under automatic mixed precision.
+    """True if images are fp16, which they are on a GPU under automatic mixed precision.
 
     Args:
         precision: `train.precision` of the recipe.

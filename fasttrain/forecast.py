@@ -115,7 +115,7 @@ class Forecast:
         loader_s = spent.storage_s + spent.decode_s + spent.full_s
         total = max(loader_s, 1e-9)
         limit = "compute"
-        # A loader whose queue is mostly full is not the limit, although the updates waited.
+        # If the queue is mostly full, the loader is not the limit, even if updates waited.
         if data_wait >= STALLED and spent.full_s < total / 2:
             limit = "storage" if spent.storage_s > spent.decode_s else "decode"
         if limit != self.limit:

@@ -2,7 +2,7 @@
 
 One forward pass over a bad image, or one step that is too long, would spoil BatchNorm's statistics,
 the weights, the momentum and the moving average for good. The device decides whether an update
-counts, and all ranks decide alike. The host learns of it when it next calls `Guard.read`.
+counts, and all ranks decide the same. The host learns of it when it next calls `Guard.read`.
 """
 
 import math

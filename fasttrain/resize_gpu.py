@@ -1,7 +1,7 @@
 """Turns windows of raw images into a normalised batch, by one Triton kernel on the GPU.
 
 Like PIL and `resize`, the kernel first resizes along rows and rounds to whole steps of 1/255, then
-resizes along columns. So a value differs from theirs only if a sum lies on the border between two
+resizes along columns. So a value differs from theirs only if a sum is halfway between two
 steps.
 """
 

@@ -168,7 +168,7 @@ class Split:
         return tuple(np.bincount(self.shard, minlength=len(self.shard_paths)).tolist())
 
     def describe(self, sample: int) -> str:
-        """Says where a sample lies: `train-000003.tar, key 000003017 at byte 1536`."""
+        """Names the location of a sample: `train-000003.tar, key 000003017 at byte 1536`."""
         path, offset = self.shard_paths[self.shard[sample]], int(self.offset[sample])
         try:
             with path.open("rb") as file:

@@ -42,7 +42,7 @@ FIGURES = ("images_per_s", "cpu_ms_per_image", "first_batch_s", "peak_rss_gib", 
 
 
 class Stored(NamedTuple):
-    """The size of a data set as it lies on disk."""
+    """The size of a data set on disk."""
 
     files: list[Path]
     bytes_per_image: int

@@ -33,18 +33,18 @@ def counts(text: str) -> list[int]:
     return [positive(word) for word in text.split(",")]
 
 
-def choose_device(asked: str | None) -> Literal["cpu", "gpu"]:
+def choose_device(wanted: str | None) -> Literal["cpu", "gpu"]:
     """The device that --device names; without it, a GPU if there is one.
 
     Raises:
         ConfigError: --device gpu, and torch finds none.
     """
-    if asked == "cpu":
+    if wanted == "cpu":
         return "cpu"
     import torch
 
     found = torch.cuda.is_available()
-    if asked == "gpu" and not found:
+    if wanted == "gpu" and not found:
         raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
     return "gpu" if found else "cpu"
 

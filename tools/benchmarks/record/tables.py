@@ -237,7 +237,7 @@ def _train(lines: Sequence[Line]) -> Iterator[str]:
                 f"{x['of_steps']} updates in all"
                 if x["resumed_s"] else "nothing, as all was done when it stopped"
             )  # fmt: skip
-            yield f"- stopped {x['stopping_s']} s after it was asked; started again: {resumed}"
+            yield f"- ended {x['stopping_s']} s after the request to stop; started again: {resumed}"
         for text in x.get("said", ()):
             yield f"- {text}"
 

@@ -47,20 +47,20 @@ class Training:
 
     def start(self, stop_when: Callable[[], bool] = lambda: False) -> Launched:
         """Launches train.py, and asks it to stop as soon as `stop_when` returns True."""
-        begun, asked = time.monotonic(), 0.0
+        begun, stopped_at = time.monotonic(), 0.0
 
         def look() -> None:
-            nonlocal asked
-            if not asked and stop_when():
+            nonlocal stopped_at
+            if not stopped_at and stop_when():
                 (self.folder / "run" / run_folder.STOP).touch()
-                asked = time.monotonic()
+                stopped_at = time.monotonic()
 
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         command = [*launcher, str(REPO / "fasttrain" / "train.py"), str(self.recipe)]
         environ = {} if self.run.gpu else {"ACCELERATE_USE_CPU": "true"}
         (code,) = wait_for([Logged(command, self.log, **environ)], self.run.left_s(), look)
         now = time.monotonic()
-        return Launched(code, now - begun, now - asked if asked else None)
+        return Launched(code, now - begun, now - stopped_at if stopped_at else None)
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         """The complete lines of an event in metrics.jsonl."""
