@@ -231,7 +231,7 @@ def test_raw_and_jpeg_shards_give_the_same_validation_images(raw: Path, dataset:
 
 
 def test_grey_images_reach_a_gpu_with_plain_sampling_factors() -> None:
-    """And decode to the same pixels; what is plain already is not copied."""
+    """They decode to the same pixels. An image with plain factors is not copied."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (37, 53, 3)).astype(np.uint8)
     for mode in ("L", "RGB"):

@@ -44,11 +44,11 @@ def wait_for(
             time.sleep(0.1)
             look()
             codes = [process.poll() for process in processes]
-        begun = time.monotonic()
+        ended = time.monotonic()
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-        while any(p.poll() is None for p in processes) and time.monotonic() - begun < GRACE_S:
+        while any(p.poll() is None for p in processes) and time.monotonic() - ended < GRACE_S:
             time.sleep(0.1)
         return codes
     finally:
