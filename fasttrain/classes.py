@@ -1,6 +1,7 @@
 """Reads class names and settles their order, which gives the labels."""
 
 import json
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,9 +101,15 @@ def name_numbers(
     by_wnid = None not in known and known == sorted(set(known), key=str)
     if listed is not None and not (by_wnid and set(known) <= set(listed)):
         if labels and labels[-1] >= len(listed):
+            from_one = labels[0] == 1 and labels[-1] == len(listed)
             raise ShardError(
                 f"label {labels[-1]}: the list of classes ends at {len(listed) - 1}; "
-                "give the whole list (--classes FILE)"
+                + (
+                    "the labels seem to count from 1: put a line for label 0, such as unused, "
+                    "first in the list"
+                    if from_one
+                    else "give the whole list (--classes FILE)"
+                )
             )
         names = {label: listed[label] for label in labels}
     elif by_wnid:
@@ -131,6 +138,7 @@ def settle(root: Path, scan: Scan) -> tuple[str, ...]:
     """
     first = "train" if "train" in scan.wanted else "val"
     own = {item.label for item in scan.splits[first]}
+    _check_names(root, own)
     listed = scan.options.classes or (tuple(scan.classes) if scan.classes is not None else None)
     if listed is not None:
         if scan.options.by_number:
@@ -142,6 +150,7 @@ def settle(root: Path, scan: Scan) -> tuple[str, ...]:
             scan.say(f"{missing:,} of the {len(listed):,} classes have no image in {first}")
         return listed
     _check(root, scan, own, "train does not have")
+    _say_alike(scan, own)
     numbers = all(name.isdecimal() for name in own)
     if scan.options.by_number:
         if not numbers:
@@ -157,6 +166,25 @@ def settle(root: Path, scan: Scan) -> tuple[str, ...]:
     return ordered
 
 
+def _check_names(root: Path, names: set[str]) -> None:
+    """Raises ShardError if a class name cannot be kept as a line of UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    for name in sorted(names):
+        if encoding != "utf-8" and not name.isascii():
+            raise ShardError(
+                f"{root}: the class {name!a} was read as {encoding}, as the locale of this process "
+                "says: set PYTHONUTF8=1"
+            )
+        # Python keeps bytes that are no UTF-8 as surrogates, which become question marks here.
+        is_text = name.encode(errors="replace").decode() == name
+        if not is_text or len(name.splitlines()) != 1:
+            raise ShardError(
+                f"{root}: the class {name!a} "
+                + ("has a line break in its name" if is_text else "has a name that is not UTF-8")
+                + ": rename its folder (convmv renames many), or change the label"
+            )
+
+
 def _replace_numbers(scan: Scan, listed: tuple[str, ...]) -> None:
     for images in scan.splits.values():
         for position, item in enumerate(images):
@@ -170,8 +198,22 @@ def _replace_numbers(scan: Scan, listed: tuple[str, ...]) -> None:
 
 def _same(one: str, other: str) -> bool:
     """Returns whether two names differ only in case, blanks, or Unicode form (as on Macs)."""
-    forms = (unicodedata.normalize("NFKC", name).casefold().split() for name in (one, other))
-    return next(forms) == next(forms)
+    return _plain(one) == _plain(other)
+
+
+def _plain(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _say_alike(scan: Scan, names: set[str]) -> None:
+    """Warns of two classes whose names look the same."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        other = seen.setdefault(_plain(name), name)
+        if other != name:
+            scan.say(
+                f"WARNING: {other!a} and {name!a} are two classes; if they are one, rename one"
+            )
 
 
 def _check(root: Path, scan: Scan, classes: set[str], why_unknown: str) -> None:

@@ -585,7 +585,8 @@ def _digest(source: Source) -> str:
     digest = hashlib.sha256("\0".join(source.classes).encode())
     for split, listing in source.splits.items():
         digest.update(f"\1{split}\1".encode())
-        digest.update("\0".join(listing.names).encode())
+        # File names of other systems may hold bytes that are no UTF-8.
+        digest.update("\0".join(listing.names).encode("utf-8", "surrogateescape"))
         digest.update(listing.labels.tobytes())
         digest.update(listing.size.tobytes())
     return digest.hexdigest()

@@ -45,8 +45,12 @@ def wds_samples(path: Path, scan: Scan | None = None) -> Iterator[WdsSample]:
     """
     scan = scan or Scan()
     label_key = scan.options.label_key
+    seen: set[str] = set()
     for key, group in itertools.groupby(_visible(path, scan), _key_of):
         listed = list(group)
+        if key in seen:
+            raise ShardError(_fault(path, key, listed, scan.options))
+        seen.add(key)
         images = [member for member in listed if is_image(member.name)]
         labels = [member for member in listed if _is_label(member, listed, label_key)]
         if len(images) == len(labels) == 1:
@@ -112,9 +116,9 @@ def _fault(path: Path, key: str, sample: list[Member], options: Options) -> str:
     text = f"{path}: sample {name} holds {found}; expected one image and its label ({label})"
     if groups.count(key) > 1:
         return (
-            f"{path} is not sorted: the members of sample {name} are not adjacent, as WebDataset "
-            "readers need\nmake it again from sorted files: mkdir x && tar -xf "
-            f"{path.name} -C x && tar --sort=name -cf {path.name} -C x ."
+            f"{path} is not sorted, or was appended to: the members of sample {name} are not "
+            "adjacent, as WebDataset readers need\nmake it again from sorted files: mkdir x && tar "
+            f"-xf {path.name} -C x && tar --sort=name -cf {path.name} -C x ."
         )
     if scan.skipped[LINKS]:
         text += (

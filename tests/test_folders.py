@@ -310,6 +310,21 @@ def test_tiny_imagenet_sorted_in_part(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
+def test_a_locale_without_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, *(f"{s}/{c}/0.png" for s in ("train", "val") for c in ("Übung", "dog")))
+    assert scan(tmp_path)[0].classes == ("dog", "Übung")
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(ShardError, match=r"'\\xdcbung' was read as iso8859-1, .*UTF8=1"):
+        scan(tmp_path)
+
+
+def test_two_classes_whose_names_look_the_same(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{s}/{c}/0.png" for s in ("train", "val") for c in ("Cat", "cat", "dog")))
+    assert scan(tmp_path)[1] == [
+        "WARNING: 'Cat' and 'cat' are two classes; if they are one, rename one"
+    ]
+
+
 def test_a_class_of_val_without_images_is_named(tmp_path: Path) -> None:
     put(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/0.png")
     (tmp_path / "val/b").mkdir()

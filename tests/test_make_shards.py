@@ -161,6 +161,39 @@ def test_tars_that_change_after_they_were_indexed_in_place(tmp_path: Path, make:
     assert code == 2 and f"keep the tars, remove UNFINISHED in {tmp_path} and start again" in said
 
 
+def test_names_that_are_not_utf8(root: Path, tmp_path: Path, make: Make) -> None:
+    """File names may be any; names of classes are kept as text."""
+    name = os.fsdecode(b"caf\xe9")
+    for file in (name, "new\nline"):
+        (root / f"train/cat/{file}.png").write_bytes(image(3))
+    code, _, result = make(root, tmp_path / "out")
+    assert code == 0 and result["splits"]["train"]["samples"] == 8
+    for bad, fault in ((name, "a name that is not UTF-8"), ("a\nb", "a line break in its name")):
+        for split in shards.SPLITS:
+            (root / split / "dog").rename(root / split / bad)
+        code, said, _ = make(root, tmp_path / "other")
+        assert code == 2 and f"the class {bad!a} has {fault}: rename its folder" in said
+        for split in shards.SPLITS:
+            (root / split / bad).rename(root / split / "dog")
+
+
+def test_images_of_val_that_are_also_in_train_are_named(
+    root: Path, tmp_path: Path, make: Make
+) -> None:
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        path.write_bytes(image(10 * number))
+    assert "WARNING" not in make(root, tmp_path / "one")[1]
+    (root / "val/dog/1.png").write_bytes((root / "train/cat/2.png").read_bytes())
+    said = make(root, tmp_path / "two")[1]
+    assert "WARNING: 1 of the 6 images of val are also in train, the first: " in said
+
+
+def test_out_may_not_lie_among_the_classes(root: Path, make: Make) -> None:
+    code, said, _ = make(root, root / "train/shards")
+    assert code == 2 and f"OUT ({root}/train/shards) lies inside SOURCE ({root}), where it" in said
+    assert not (root / "train/shards").exists() and make(root, root / "shards")[0] == 0
+
+
 def test_options_may_stand_between_the_folders(root: Path, tmp_path: Path, make: Make) -> None:
     assert make(root, "--seed", 1, tmp_path / "out")[0] == 0
 

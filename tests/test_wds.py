@@ -132,7 +132,11 @@ def test_each_fault_of_a_sample_is_named(tmp_path: Path) -> None:
         (
             (
                 plain[::2] + plain[1::2],
-                r"train-0.tar is not sorted: the members of sample 0000 are not adjacent",
+                r"train-0.tar is not sorted, .*: the members of sample 0000 are not adjacent",
+            ),
+            (
+                [*plain, *samples(1)],  # tar --append with another label
+                r"or was appended to: the members of sample 0000 are not adjacent",
             ),
             (plain[:1], r"sample 0000 holds \.png; expected one image and its label \(\.cls\)$"),
             (plain[1:2], r"sample 0000 holds \.cls; expected one image"),
@@ -296,6 +300,16 @@ def test_labels_of_json_that_are_neither(tmp_path: Path, value: Any) -> None:
     members = sample("0", json.dumps({"label": value}), "json")
     with pytest.raises(ShardError, match=r"0.json: 'label' is .* \(\w+\); expected a whole number"):
         scan(pair(tmp_path, members), label_key="label")
+
+
+def test_labels_that_count_from_one(tmp_path: Path) -> None:
+    pair(tmp_path, samples(1, 2))
+    assert scan(tmp_path)[0].splits["train"].labels.tolist() == [0, 1]
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    with pytest.raises(ShardError, match=r"label 2: .* count from 1: put a line for label 0"):
+        scan(tmp_path)
+    (tmp_path / "classes.txt").write_text("unused\nant\nbee\n")
+    assert names(scan(tmp_path)[0])["val"] == ["ant/0000.JPEG"]
 
 
 def test_a_label_below_zero(tmp_path: Path) -> None:

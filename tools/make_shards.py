@@ -31,10 +31,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain import classes, display, imagenet, listing, sharding, shards, sources
+from fasttrain import classes, display, folders, imagenet, listing, sharding, shards, sources
 from fasttrain.arguments import positive
 from fasttrain.listing import UNREAD_SUFFIXES as UNREAD
 from fasttrain.listing import Source
@@ -71,6 +72,7 @@ def main() -> None:
             for split, entry in manifest["splits"].items()
         }
         report(manifest)
+        say_shared(arguments.out, manifest)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -287,6 +289,8 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise shards.ShardError(f"--in-place: {root} holds {form}, not WebDataset tars")
     check_options(root, form, options)
     say(f"{root}: {sources.FORMS[form].description} ({form})")
+    if form == "imagefolder":
+        check_outside(root, out)
     if arguments.check_md5:
         check_md5(root)
     if sharding.is_finished(out):
@@ -313,6 +317,17 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 workers=arguments.workers,
             ),
             on_progress=lambda done: advance(done.images, done.num_bytes),
+        )
+
+
+def check_outside(root: Path, out: Path) -> None:
+    """Raises ShardError if OUT lies where a class or a split is expected."""
+    parents = out.resolve().parents
+    has_splits = bool(folders.split_folders(root))
+    if root.resolve() in parents and not (has_splits and out.resolve().parent == root.resolve()):
+        raise shards.ShardError(
+            f"OUT ({out}) lies inside SOURCE ({root}), where it would count as a class; choose a "
+            "folder outside"
         )
 
 
@@ -443,8 +458,26 @@ def report(manifest: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
+def say_shared(out: Path, manifest: dict[str, Any]) -> None:
+    """Warns if images of val are also in train, byte for byte, as accuracy is too high then."""
+    if len(manifest["splits"]) < 2:
+        return
+    train, val = (shards.open_split(out, name, check_tars=False) for name in shards.SPLITS)
+    # Sizes and checksums agree by chance once in 5,000 data sets as large as ImageNet.
+    keys = [split.crc32.astype(np.uint64) << 32 | split.size for split in (train, val)]
+    (shared,) = np.nonzero(np.isin(keys[1], keys[0]))
+    if len(shared):
+        twin = int(np.argmax(keys[0] == keys[1][shared[0]]))
+        say(
+            f"WARNING: {len(shared):,} of the {val.num_samples:,} images of val are also in train, "
+            f"the first: {val.describe(int(shared[0]))} = {train.describe(twin)}: remove them from "
+            "one split, or accuracy will be too high"
+        )
+
+
 def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    """Prints a line. File names in it may hold bytes that are no UTF-8."""
+    sys.stderr.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 
 if __name__ == "__main__":
