@@ -75,7 +75,10 @@ def fault_of(folder: Path) -> str:
 
 
 def _wanted() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("XDG_CACHE_HOME")
+    if not home:
+        # With an empty HOME, expanduser gives /.cache.
+        home = "~/.cache" if os.environ.get("HOME") == "" else os.path.expanduser("~/.cache")
     return Path(home) / "fasttrain"
 
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import signal
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -610,7 +611,13 @@ def _tar_times(source: Source) -> dict[str, int]:
 
 
 def _newest_time(source: Source) -> int:
-    return max(int(listing.mtime.max()) for listing in source.splits.values())
+    """Returns the newest modification time, in ns. Leaves out times in the future.
+
+    A clock that was set back, or a camera, gives such times. They do not tell when a file changed.
+    """
+    now = time.time_ns()
+    times = [listing.mtime[listing.mtime <= now] for listing in source.splits.values()]
+    return max((int(found.max()) for found in times if len(found)), default=0)
 
 
 def _newest(source: Source) -> str:

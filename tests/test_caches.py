@@ -67,6 +67,9 @@ def test_without_a_home_a_temporary_folder_is_the_cache(
 ) -> None:
     """As for a user without a name in a container."""
     monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "")
+    assert caches.cache_dir().parent == tmp_path / "tmp"
+    monkeypatch.delenv("HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert caches.cache_dir().parent == tmp_path / "tmp"
     assert "it is not an absolute path; HOME may not be set" in caches.remarks()[0]

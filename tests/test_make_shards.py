@@ -194,6 +194,16 @@ def test_out_may_not_lie_among_the_classes(root: Path, make: Make) -> None:
     assert not (root / "train/shards").exists() and make(root, root / "shards")[0] == 0
 
 
+def test_a_rerun_with_times_in_the_future(root: Path, tmp_path: Path, make: Make) -> None:
+    """As after a clock was set back."""
+    later = time.time() + 10_000
+    os.utime(root / "train/cat/0.png", (later, later))
+    for _ in range(2):
+        code, said, _ = make(root, tmp_path / "out")
+        assert code == 0
+    assert "is done, nothing to do" in said
+
+
 def test_options_may_stand_between_the_folders(root: Path, tmp_path: Path, make: Make) -> None:
     assert make(root, "--seed", 1, tmp_path / "out")[0] == 0
 
