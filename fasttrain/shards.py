@@ -121,7 +121,7 @@ class _Manifest(_Entry):
     policy: _Policy
     classes: Annotated[list[str], Field(min_length=1, max_length=_INDEX_LIMIT)]
     splits: Annotated[dict[str, _Split], Field(min_length=1)]
-    in_place: dict[str, int] = {}  # modification time of each tar in ns, if made in place
+    in_place: dict[_FileName, int] = {}  # modification time of each tar in ns, if made in place
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:
