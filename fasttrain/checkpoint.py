@@ -98,8 +98,8 @@ def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
 def _prune(root: Path, keep: int, written: Path) -> None:
     """Removes all but the newest `keep` checkpoints, as long as two good ones remain.
 
-    Reads checkpoints only until it knows two good ones. `written` counts as good unread, so it
-    usually reads one.
+    Reads checkpoints only until it knows two good ones. `written` counts as good without being
+    read, so usually one checkpoint is read.
     """
     found, good = find(root), 0
     for number, folder in enumerate(found if len(found) > keep else ()):
@@ -148,7 +148,7 @@ def faults_of(folder: Path) -> list[str]:
 def choose_checkpoint(
     root: Path, resume: str, about: dict[str, Any], warn: Callable[[str], None]
 ) -> Path | None:
-    """Chooses the checkpoint to resume from. Returns None if the run begins.
+    """Chooses the checkpoint to resume from. Returns None if the run starts from step 0.
 
     Args:
         root: the folder of the run's checkpoints.
@@ -188,7 +188,7 @@ def _check_fits(
         changes.insert(0, f"its classes differ: {class_changes}")
     another_layer = len(saved.classes) != len(about["classes"])
     if another_layer or (changes and not force):
-        remedy = "use those, or another folder with --set log.run_dir=..."
+        remedy = "use the old values, or another folder with --set log.run_dir=..."
         if class_changes:
             remedy = (
                 "to start a new run from its weights: --set log.run_dir=NEW --set "
@@ -313,7 +313,7 @@ def restore(
 
     Args:
         folder: the checkpoint that `choose_checkpoint` returned.
-        about: of this start, as for `save`.
+        about: describes this start, as for `save`.
         warn: receives a line if the number of CPU threads changed.
     Raises:
         CheckpointError: the checkpoint has another format, or its optimizer state does not fit.
@@ -326,7 +326,7 @@ def restore(
             "results on a CPU then agree up to rounding, not bit for bit"
         )
     load_weights(folder / MODEL, learner.module)
-    if learner.ema:  # a forced resume may have added it; it then starts from the network
+    if learner.ema:  # a forced resume may have switched it on; then it starts from the network
         average = folder / EMA
         load_weights(average if average.exists() else folder / MODEL, learner.ema.module)
     try:

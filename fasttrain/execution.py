@@ -3,7 +3,7 @@
 eager    PyTorch as usual: forward, backward with DistributedDataParallel, optimizer, averages
 compile  the same, but torch.compile compiles forward, loss and backward
 graph    one CUDA graph holds the whole update, so that the host launches one graph instead of a
-         thousand kernels; one all-reduce of a flat gradient replaces DDP's buckets
+         thousand kernels. One all-reduce of a flat gradient replaces DDP's buckets
 compile_graph  a CUDA graph of the compiled update
 ..._fuse       the compiler recomputes cheap results instead of storing them: compiling.FUSE
 
@@ -77,7 +77,7 @@ class Eager:
         self.guard.add(loss, len(labels))
 
     def update(self, lr: float) -> None:
-        """Updates weights, BatchNorm's statistics and the weight average, unless the guard rejects.
+        """Updates weights, BatchNorm's statistics and the weight average, if the guard accepts.
 
         Args:
             lr: learning rate, before each parameter group's `lr_factor`.
@@ -163,9 +163,9 @@ def _is_frozen(layer: nn.Module) -> bool:
 class Graphed:
     """Carries out updates as CUDA graphs: one per image size, or two with gradient accumulation.
 
-    A graph reads and writes fixed addresses. So everything that changes from update to update lies
-    in tensors that are never replaced: images, labels, learning rates and the weight with which the
-    network enters its moving average. All gradients are views of one flat tensor.
+    A graph reads and writes fixed addresses. So the values that change from update to update are in
+    tensors that are never replaced. These are images, labels, learning rates, and the weight with
+    which the network enters its moving average. All gradients are views of one flat tensor.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class Graphed:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """Reduces the gradients over the ranks, and updates the network unless it is rejected."""
+        """Reduces the gradients over the ranks. Updates the network, if the guard accepts."""
         learner = self.learner
         if self.world_size > 1:
             if self.exchange_bf16:
@@ -315,7 +315,7 @@ class Graphed:
             learner.ema.update(learner.flat, self.guard.kept(self.ema_weight))
 
     def _last_micro_and_step(self, key: Any) -> None:
-        """The last micro-batch and the update: one graph."""
+        """Carries out the last micro-batch and the update, which form one graph."""
         self._backward(key)
         self._step()
 
@@ -371,7 +371,7 @@ def _arrange_buckets(accelerator: Accelerator, model: nn.Module) -> None:
     three or more ranks, the bucket layout decides in which order gradients are summed. If the first
     updates after a restart had another layout, the run would not end bit for bit equal.
     """
-    model.eval()  # changes no statistics and draws nothing
+    model.eval()  # changes no statistics and draws no random numbers
     image = torch.zeros(1, 3, 32, 32, device=accelerator.device)
     for _ in range(3):
         with accelerator.autocast():

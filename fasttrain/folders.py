@@ -1,7 +1,8 @@
 """Lists folders of images: train/<class>/ and val/<class>/, and common variants of them.
 
-A split may be a folder of class folders, a folder of class tars, a flat folder with labels beside
-it, or an official archive. If there are classes and no splits, a share of each class becomes val.
+A split may be a folder of class folders, a folder of class tars, or an official archive. It may
+also be a flat folder with labels beside it. If there are classes and no splits, a share of each
+class becomes val.
 """
 
 from collections.abc import Iterable
@@ -42,8 +43,8 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
     """Returns the folders in `root` that are named like splits, by split.
 
     A name is a whole word such as `train`, in any case. If no folder has such a name, a name that
-    contains one such word counts too (`training_set`). Then train must be among them, and no class
-    may lie beside them.
+    contains one such word counts too (`training_set`). In this case one folder must be train, and
+    `root` must not hold classes too.
     """
     folders = children(root) if root.is_dir() else []
     exact = {path: path.name.lower() for path in folders if path.name.lower() in SPLIT_OF}
@@ -118,7 +119,7 @@ def scan_imagefolder(root: Path, scan: Scan, label_roots: Iterable[Path] = ()) -
 
     Args:
         label_roots: folders that may hold the labels of a flat val. By default these are `root` and
-            three folders above it, because Kaggle's CLS-LOC lies three deep.
+            three folders above it, because Kaggle's CLS-LOC is three folders deep.
     Raises:
         ShardError: a split, a class or a label is missing, or names are ambiguous.
     """
@@ -235,7 +236,7 @@ def _scan_class(split: str, folder: Path, scan: Scan) -> list[Found]:
         if len(scan.dangling) == dangling_before:
             tar = next(iter(plain_tars(folder)), None)
             raise ShardError(
-                f"{tar} lies too deep: move it up, as tars must lie in {folder.parent} itself"
+                f"{tar} is too deep: move it up, because tars must be in {folder.parent} itself"
                 if tar
                 else f"{folder} holds no images; remove the class or fill it"
             )
@@ -249,9 +250,9 @@ def _check_sorted(found: dict[str, list[Found]], label_of: LabelOf, folder: Path
     """Checks images that were sorted into classes while their table of labels was kept.
 
     Args:
-        found: the images of each class, and under "" those that lie in the folder images/.
+        found: the images of each class, and under "" those in the folder images/.
     Raises:
-        ShardError: the table gives another class, or the image lies in images/ too.
+        ShardError: the table gives another class, or the image is in images/ too.
     """
     unsorted = {Path(item.name).name for item in found.get("", [])}
     for name, images in found.items():
@@ -259,21 +260,21 @@ def _check_sorted(found: dict[str, list[Found]], label_of: LabelOf, folder: Path
             path = item.container / item.name
             if path.name in unsorted:
                 raise ShardError(
-                    f"{path} also lies in {folder / 'images'}, and would count twice: remove that "
+                    f"{path} is also in {folder / 'images'} and would count twice: remove that "
                     "folder, or the folders of classes beside it"
                 )
             label = _row(label_of, item.name)
             if label not in (None, name):
                 raise ShardError(
-                    f"{path} lies in the class {name}, but {imagenet.TINY_LABELS} says {label}: "
-                    "move the image, or remove the file if the folders are right"
+                    f"{path} is in the class {name}, but {imagenet.TINY_LABELS} says {label}: move "
+                    f"the image, or remove {imagenet.TINY_LABELS} if the folders are right"
                 )
 
 
 def _row(label_of: LabelOf, name: str) -> str | None:
     try:
         return label_of(name)
-    except ShardError:  # it was renamed, or added
+    except ShardError:  # the image was renamed or added
         return None
 
 
@@ -282,7 +283,7 @@ def _labelled(item: Found, label_of: LabelOf) -> Found:
 
 
 def _add_tar(path: Path, found: dict[str, list[Found]], scan: Scan) -> None:
-    """Adds the images of the tar of a class, unless the class was unpacked beside it."""
+    """Adds the images of a class's tar, unless a folder beside it holds them unpacked."""
     images = list(imagenet.class_tar(path, scan))
     unpacked = found.get(path.stem)
     if unpacked is None:
@@ -339,7 +340,7 @@ def _flat(
         )
         if SPLIT_OF.get(folder.name.lower()) == "test":
             remedy += "; or draw val from train with --val-fraction 0.1"
-    raise ShardError(f"{folder / unlabelled[0]} lies outside any class folder: {remedy}")
+    raise ShardError(f"{folder / unlabelled[0]} is outside any class folder: {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------

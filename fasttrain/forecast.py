@@ -13,9 +13,9 @@ import numpy as np
 from fasttrain import config, measured
 from fasttrain.shards import Split
 
-STALLED = 0.03  # fraction of time spent waiting for data from which on the input is the limit
+STALLED = 0.03  # if updates wait for data in this fraction of the time, the input may be the limit
 HEADROOM = 1.2  # the input should be faster than the updates by this factor, because both vary
-LONG_S = 20.0  # an epoch's speed is kept for later runs if it lasted at least so long
+LONG_S = 20.0  # an epoch's speed is kept for later runs if the epoch took at least so long
 FRESH_S = 30 * 86_400.0  # a kept speed that is older is measured again
 
 
@@ -60,8 +60,8 @@ class Forecast:
     """Compares the speed of the input with that of the updates, and prints the result.
 
     It compares at the start if an earlier run has measured the updates, else after the first
-    updates of this run. It also prints what limited an epoch if that has changed. Only whole epochs
-    are kept for later runs, because the first updates may be disturbed.
+    updates of this run. It also prints what limited an epoch if that has changed. Only the speeds
+    of whole epochs are kept for later runs, because the first updates may be disturbed.
     """
 
     input: Rate  # of all ranks together
@@ -147,7 +147,7 @@ def describe(split: Split, decode: str, threads: int, world_size: int) -> str:
 
     Args:
         decode: the strategy of `makers.decoder_of`.
-        threads: that decode, per process.
+        threads: the threads of each process that decode.
     """
     num_bytes = sum(split.shard_bytes)
     per_image = num_bytes / split.num_samples
@@ -185,9 +185,9 @@ def advice_for(split: Split, decode: str, threads: int) -> dict[str, str]:
             f"need none, and with --short-side 256 they take {raw_gb(split, 256):,.3g} GB"
         )
     return {
-        "decode": f"what would raise it: {'; '.join(remedies)}",
-        "storage": "what would raise it: a copy of the shards on a local disk or in /dev/shm, more "
-        'data.read_threads and data.read_ahead, or data.shuffle = "blocks"',
+        "decode": f"to make the input faster: {'; '.join(remedies)}",
+        "storage": "to make the input faster: a copy of the shards on a local disk or in /dev/shm, "
+        'more data.read_threads and data.read_ahead, or data.shuffle = "blocks"',
     }
 
 

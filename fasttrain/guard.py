@@ -1,8 +1,8 @@
 """Rejects an update whose loss or gradient is not finite, so that it changes nothing.
 
-One forward pass over a bad image, or one step that is too long, would spoil BatchNorm's statistics,
-the weights, the momentum and the moving average for good. The device decides whether an update
-counts, and all ranks decide the same. The host learns of it when it next calls `Guard.read`.
+One bad image or one step that is too large would spoil the weights, BatchNorm's statistics, the
+momentum and the moving average for good. The device decides whether an update counts, and all ranks
+decide the same. The host learns of a rejected update when it next calls `Guard.read`.
 """
 
 import math
@@ -44,8 +44,8 @@ class Guard:
     Under float16 the scaler handles infinite gradients, and the guard checks only the loss and the
     statistics.
 
-    All numbers are float64 on the device. The arithmetic takes few kernels: 32 per update, or 8 if
-    it is compiled.
+    All sums and counters are float64 on the device. The arithmetic takes few kernels: 32 per
+    update, or 8 if it is compiled.
     """
 
     def __init__(
@@ -108,11 +108,12 @@ class Guard:
 
     @torch.no_grad()
     def _compiled(self) -> Callable[[Tensor], None]:
-        """`_apply_decision` compiled to 6 kernels; or as it is, if compiling does not work.
+        """Returns `_apply_decision`, compiled to 6 kernels if the compiler works.
 
         Compiling fails if the machine has no C compiler. It may also go wrong without an error:
-        torch 2.11 loses some of the changes to scalar tensors. So both are tried on an accepted
-        and a rejected update, and must leave the same values. Changes nothing.
+        torch 2.11 loses some of the changes to scalar tensors. So the plain and the compiled
+        function are tried on accepted and rejected updates, and must leave the same values. All
+        tensors are restored afterwards.
         """
         compiled = torch.compile(self._apply_decision, dynamic=False)
         changed = [*self._statistics(), *self.tensors()]

@@ -4,7 +4,7 @@ Every rank writes signs of life into the launcher's key-value store: the number 
 tick count that its thread increments. A rank reads the signs of the others only when its own steps
 stop. A rank without new ticks is frozen, or its machine is gone. If all ranks tick, the rank with
 the fewest steps is stuck, and it prints its stack. The timeouts of NCCL and gloo name no rank, or
-the rank that waited.
+only a rank that waited.
 """
 
 import faulthandler
@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 
 STATUS = 124  # exit status of a run that hung; the command `timeout` uses the same
 START_S = 3600.0  # limit for the first step, which includes compiling and slow storage
-LOST_S = 300.0  # after so long without a step or an answer of the store, rank 0's machine is lost
-INTERVAL_S = 5.0  # longest time between two signs of life; else a tenth of the timeout
+LOST_S = 300.0  # without a step or an answer from the store for so long, rank 0's machine is lost
+INTERVAL_S = 5.0  # the most time between two signs of life; with a short timeout, a tenth of it
 
 
 class Sign(NamedTuple):
@@ -184,7 +184,7 @@ def culprits(
         found = {rank for rank, sign in last.items() if sign.steps == fewest}
         why = "these ranks are stuck, and all others are waiting for them:"
         if len(found) == world_size:
-            why = "all ranks are alive in the same step; one never ends it, or the network fails:"
+            why = "all ranks are alive and in the same step; one is stuck, or the network fails:"
     described = {rank: f"{last[rank].process}, last at {last[rank].position}" for rank in found}
     return dict(sorted(described.items())), why
 

@@ -1,4 +1,4 @@
-"""The listing of a source: its images, their labels, where their bytes lie, and what was left out.
+"""The listing of a source: its images, their labels and locations, and what was left out.
 
 This module also walks through folders. It counts what it leaves out: hidden files, folders that
 tools leave among images, files of other kinds, and broken links.
@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm".split()
 )
 UNREAD_SUFFIXES = frozenset(".heic .heif .avif .jxl .jp2 .jpx .svg .psd .dng .cr2 .nef".split())
-_CLUTTER = frozenset(  # folders that file servers and tools leave, beside hidden ones
+_CLUTTER = frozenset(  # names of folders that file servers and tools make
     "@eadir @recycle @recently-snapshot #recycle #snapshot __macosx __pycache__ $recycle.bin "
     "lost+found".split()
 ) | {"system volume information"}
@@ -81,9 +81,9 @@ class Options:
     in_place: bool = False  # index the tars of the source, and write no others
     val_only: bool = False  # the source has no train split
     val_fraction: float | None = None  # the share of every class of train that becomes val
-    seed: int = 0  # of the draw of that share
+    seed: int = 0  # with which that share is drawn
     classes: tuple[str, ...] | None = None  # all classes, in the order of their labels
-    by_number: bool = False  # class names are numbers: sort them so, or look them up in `classes`
+    by_number: bool = False  # class names are numbers: sort by value, or look up in `classes`
     label_key: str | None = None  # for WebDataset tars: the member or JSON key with the label
     image_column: str | None = None  # for parquet files
     label_column: str | None = None  # for parquet files

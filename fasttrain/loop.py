@@ -38,7 +38,7 @@ from fasttrain.schedule import Plan
 class Inputs:
     """What a run trains and evaluates on."""
 
-    train_batches: Callable[[int], Iterator[Batch]]  # step -> this rank's micro-batches from there
+    train_batches: Callable[[int], Iterator[Batch]]  # step -> this rank's micro-batches from it on
     eval_batches: Iterable[Batch]  # of this rank
     num_eval_samples: int  # of all ranks together
     mix: Mix | None = None  # mixes the images and labels of a micro-batch
@@ -63,7 +63,7 @@ class Outputs:
 
 
 class NonFiniteLoss(Fault, RuntimeError):
-    """More updates had a loss or gradient that is not finite than the recipe allows to skip."""
+    """Too many updates had a loss or gradient that is not finite. The recipe gives the limit."""
 
     raised_on_every_rank = True
 
@@ -293,7 +293,7 @@ class Trainer:
         images_per_s, plan, step = self.clock.mean(), self.plan, self.state.step
         if not images_per_s:
             return None
-        # Until an evaluation was timed: a forward pass takes about a third of an update.
+        # Until an evaluation was timed, assume that a forward pass takes a third of an update.
         images = self.inputs.num_eval_samples * (2 if self.learner.ema else 1)
         eval_s = float(self.state.last_eval.get("eval_s", images / (3 * images_per_s)))
         updates_s = (plan.total_steps - step) * plan.global_batch_size / images_per_s
@@ -310,7 +310,7 @@ class Trainer:
         """Saves a checkpoint.
 
         Raises:
-            Unsaved: the save failed, and it was the last one or too many saves in a row failed.
+            Unsaved: the last save failed, or too many saves in a row have failed.
         """
         with self.clock.paused():
             self._report_skipped()

@@ -9,8 +9,8 @@
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop
-    moving                  says what is being moved aside; removed when that is complete
-    before-20261124T.../    what a start with `checkpoint.resume` has moved aside
+    moving                  says what is being moved aside; removed when the move is complete
+    before-20261124T.../    the files that a start with `checkpoint.resume` moved aside
 
 `step` in a line is the 0-based index of the last update that the line describes.
 """
@@ -40,7 +40,7 @@ STOP = "stop"
 MOVING = "moving"
 STEP = re.compile(r"step_(\d{8,})")  # a complete checkpoint, named by its number of updates
 WORDS = ("auto", "force", "anew")  # any other checkpoint.resume is the path of a checkpoint
-LOCK_WAIT_S = 30.0  # the process of a stopped job may need so long to end
+LOCK_WAIT_S = 30.0  # the process of a stopped job may take this long to end
 
 
 def samples_file(rank: int) -> str:
@@ -123,7 +123,7 @@ def check(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _check_same_run(folder: Path, recipe: Recipe) -> None:
-    # Without a checkpoint there is nothing to mix up: the earlier start may have been refused.
+    # Without a checkpoint there is no run to protect: the earlier start may have been refused.
     if not (folder / RECIPE).exists() or not any((folder / CHECKPOINTS).glob("step_*")):
         return
     changed = config.differences(config.load(folder / RECIPE, written_by_run=True), recipe)
@@ -189,7 +189,7 @@ def locked(recipe: Recipe) -> Iterator[None]:
         ) from None
     try:
         _take(file, folder)
-        if resume_of(recipe).newest:  # any other rule moves files by itself
+        if resume_of(recipe).newest:  # with any other rule, `begin` moves the files
             _move_aside(folder)
         yield
     finally:
@@ -232,7 +232,7 @@ def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     if (folder / ENVIRONMENT).exists():
         try:
             starts = [*json.loads((folder / ENVIRONMENT).read_bytes())]
-        except (OSError, ValueError, TypeError):  # no reason to stop a run; the file is kept
+        except (OSError, ValueError, TypeError):  # the run needs no such file; keep it aside
             (folder / ENVIRONMENT).rename(folder / f"{ENVIRONMENT}.damaged")
     files.write_text(folder / ENVIRONMENT, json.dumps([*starts, environment], indent=1) + "\n")
 
@@ -247,10 +247,11 @@ def write_done(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _plan_move(folder: Path, named: Path | None) -> None:
-    """Writes into `MOVING` what will be moved aside: the names of the target and of a checkpoint.
+    """Writes into `MOVING` what will be moved aside.
 
-    If `named` is a checkpoint of this folder, only what is later is moved; else there is no second
-    name, and everything is moved.
+    The first line is the name of the target folder. If `named` is a checkpoint of this folder, the
+    second line is its name, and only later checkpoints are moved. Otherwise the second line is
+    empty, and everything is moved.
     """
     own = named is not None and named.resolve().parent == (folder / CHECKPOINTS).resolve()
     target = f"before-{datetime.now():%Y%m%dT%H%M%S.%f}"
@@ -275,7 +276,7 @@ def _move_aside(folder: Path) -> None:
     aside = folder / target
     aside.mkdir(exist_ok=True)
     if named:
-        for path in folder.glob("*.jsonl"):  # copied, as `cut_lines` removes the later lines
+        for path in folder.glob("*.jsonl"):  # copied, because `cut_lines` removes the later lines
             files.write_bytes(aside / path.name, path.read_bytes())
         (aside / CHECKPOINTS).mkdir(exist_ok=True)
         later = [path for path in (folder / CHECKPOINTS).iterdir() if path.name > named]
@@ -338,7 +339,7 @@ class JsonLines:
             self._write_rest()
 
     def flush(self) -> None:
-        """Writes what was kept, and syncs the file so that all lines survive a power failure.
+        """Writes the rest that was kept, and syncs the file, so that it survives a loss of power.
 
         Raises:
             OSError: the file system refused.

@@ -32,13 +32,13 @@ NUM_OPERATIONS = 14  # `augment.OPERATIONS` lists them
 
 
 class Augment(NamedTuple):
-    """The augmentations of a batch, after the images are cut. None: that one is switched off.
+    """The augmentations of a batch, after the images are cut. None means switched off.
 
     operations: `(B, N, 3)`: index into `augment.OPERATIONS`; magnitude bin; 1 if the magnitude is
         negative, else 0.
     jitter: `(B, 4)`: factors of brightness, contrast and saturation; hue in degrees.
     erase: `(B, 4)`: y, x, height, width of a window, in pixels of the training crop; all 0 to erase
-        nothing. The numbers are whole, but float32, because DALI takes no others.
+        nothing. They are whole numbers as float32, because DALI takes no integers here.
     """
 
     operations: NDArray[np.int32] | None = None
@@ -67,7 +67,7 @@ def epoch_order(seed: int, epoch: int, split: Split, block: int) -> NDArray[np.i
     Takes 0.1 s for ImageNet: call it ahead of time for the next epoch. The result is cached.
 
     Args:
-        block: tars that are shuffled together; 0 shuffles the whole split.
+        block: the number of tars that are shuffled together; 0 shuffles the whole split.
     """
     if block:
         blocks = np.empty(len(split.shard_paths), np.int64)  # the block of each tar
@@ -107,7 +107,8 @@ def pieces_ahead(
     they announce each byte once.
 
     Args:
-        first: this is the first update of the process: also announce the rest of its own block.
+        first: True for the first update of the process. It also announces the rest of its own
+            block.
     """
     epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
     size = block_size(data)
@@ -162,8 +163,8 @@ def train_draw(
 ) -> Draw:
     """Draws micro-batch `number` of a rank, counted from the start of the run.
 
-    Example: with 2 ranks, 8 images per update and 2 per micro-batch, rank 1 gets rows 2 and 3 of
-    the first global batch, then rows 6 and 7.
+    Example: there are 2 ranks, 8 images per update and 2 per micro-batch. Then rank 1 gets rows 2
+    and 3 of the first global batch, and next rows 6 and 7.
 
     Args:
         bad: damaged samples, which are replaced by others.
@@ -190,7 +191,7 @@ def replace_bad(
 ) -> NDArray[np.int64]:
     """Replaces each bad id in `ids` `(B,)` by a good one, drawn by (seed, epoch, id).
 
-    At least some of the `num_samples` samples must be good.
+    Some of the `num_samples` samples must be good.
     """
     ids = ids.copy()
     for row in np.flatnonzero(np.isin(ids, [*bad])):
@@ -358,7 +359,8 @@ def center_windows(
 ) -> NDArray[np.float32]:
     """The windows of source pixels that remain after resizing and cropping the centre.
 
-    As in torchvision, the resized longer side is rounded down, and the crop's corner half to even.
+    As in torchvision, the resized longer side is rounded down. The crop's corner is rounded to the
+    nearest whole number, and a half to the even one.
 
     Args:
         width: of the images, `(B,)`.

@@ -9,8 +9,8 @@
     ROOT/manifest.json       written last: all files, each with its size and sha256
 
 A data set without a manifest is unfinished and is not read. If the manifest's policy says
-`"store": "raw"`, the images are not compressed: the last 3 * width * height bytes of an image are
-its pixels, row by row, as RGB.
+`"store": "raw"`, the images are not compressed. Then the last 3 * width * height bytes of an image
+are its pixels, row by row, as RGB.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ from fasttrain.faults import Fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "UNFINISHED"  # holds the options; is there until the last file is written
+UNFINISHED = "UNFINISHED"  # a file with the options; removed after the last file is written
 # Raise this number when a change makes the same source give other images, names, labels or bytes.
-# What an earlier version left unfinished is then not mixed with what this version makes.
+# This version then does not continue what an earlier version left unfinished.
 READING_RULES = 1
 MANIFEST_DIGEST = "manifest.sha256"
 SPLITS = ("train", "val")
@@ -70,7 +70,7 @@ class ShardError(Fault, ValueError):
 
 
 def _file_name(name: str) -> str:
-    # Tars that were indexed in place keep their own names, so no pattern can be required.
+    # Tars that were indexed in place keep their own names, so any file name is allowed.
     text = name.encode(errors="replace").decode()  # a lone surrogate becomes a question mark
     if "/" in name or "\0" in name or name in ("", ".", "..") or text != name or len(name) > 255:
         raise ValueError(f"{name[:80]!r} is not the name of a file in the data set's folder")
@@ -125,7 +125,7 @@ class _Manifest(_Entry):
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:
-        # Else a tar of val could also be trained on.
+        # Otherwise a tar of val could also be used for training.
         fields: dict[str, str] = {}  # file name -> the field that named it first
         for split, entry in self.splits.items():
             for number, file in enumerate([entry.index, *entry.shards]):
@@ -220,7 +220,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _missing(root: Path) -> str:
-    """Says why there is no manifest at `root`, and what to do. Photographs may lie there."""
+    """Says why there is no manifest at `root`, and what to do. `root` may hold photographs."""
     if (root / UNFINISHED).exists():
         return (
             f"the data set at {root} is not finished: run the command that began it again "
@@ -373,7 +373,7 @@ def _index_faults(
     yield "there is no such class", columns["label"] >= len(manifest["classes"])
     ends = sizes[shard]
     # Not offset + size > ends: the sum may overflow.
-    yield "its bytes lie outside of its tar", (offset > ends) | (size > ends - offset)
+    yield "its bytes are outside of its tar", (offset > ends) | (size > ends - offset)
     yield (
         "it has no bytes or no pixels",
         ~((size > 0) & (columns["width"] > 0) & (columns["height"] > 0)),

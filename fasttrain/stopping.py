@@ -16,9 +16,9 @@ import torch
 from torch import distributed
 
 STOP_FILE_STATUS = 75  # exit status after a stop file: EX_TEMPFAIL of sysexits.h, "try again later"
-ORPHAN_S = 45.0  # time to save and end after the launcher has ended, plus that of three updates
+ORPHAN_S = 45.0  # time to save and end after the launcher has ended; three updates are added
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, when a terminal closes
-KILLED_S = 30  # by default, torch's launcher kills a process so long after asking it to stop
+KILLED_S = 30  # default time from SIGTERM to SIGKILL of torch's launcher
 
 
 def leave(status: int, text: str = "") -> NoReturn:
@@ -125,7 +125,7 @@ class StopRequest:
                     self.receive(signal.Signals(number))
 
     def receive(self, number: signal.Signals) -> None:
-        """Notes that a signal asks to stop, and prints it. Leaves at once if nothing is unsaved."""
+        """Handles a signal, and prints that the run stops. Exits at once if nothing is unsaved."""
         status = 128 + number
         if number == signal.SIGHUP:
             _lose_terminal()
@@ -202,10 +202,11 @@ class StopRequest:
 
 
 class Follower:
-    """Ends this process after `accelerate launch` has ended, which does not pass signals on.
+    """Ends this process after `accelerate launch` has ended.
 
-    The kernel sends SIGTERM when the launcher ends. A process that hangs in a collective cannot
-    react to it, so a thread ends it after `Patience.seconds`.
+    `accelerate launch` does not pass signals on. So the kernel sends SIGTERM when the launcher
+    ends. A process that hangs in a collective cannot react to that, so a thread ends the process
+    after `Patience.seconds`.
     """
 
     def __init__(self, environ: Mapping[str, str], patience: Patience | None = None) -> None:

@@ -14,7 +14,7 @@ from fasttrain.listing import Found, Options, Scan, is_image, kind_of
 from fasttrain.shards import SPLITS, ShardError
 from fasttrain.splits import SPLIT_OF, one_word_each, settle_test, word_of, words
 
-_MAX_LABEL_BYTES = 1 << 20  # more of a member that holds a label is not read
+_MAX_LABEL_BYTES = 1 << 20  # the most bytes to read from a member that holds a label
 _NUMBER = re.compile(r"[+-]?\d+")
 _FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+)(e[+-]?\d+)?|nan", re.IGNORECASE)
 Label = int | str
@@ -117,8 +117,8 @@ def _fault(path: Path, key: str, sample: list[Member], options: Options) -> str:
     if groups.count(key) > 1:
         return (
             f"{path} is not sorted, or was appended to: the members of sample {name} are not "
-            "adjacent, as WebDataset readers need\nmake it again from sorted files: mkdir x && tar "
-            f"-xf {path.name} -C x && tar --sort=name -cf {path.name} -C x ."
+            "adjacent, but WebDataset readers need them adjacent\nmake it again from sorted files: "
+            f"mkdir x && tar -xf {path.name} -C x && tar --sort=name -cf {path.name} -C x ."
         )
     if scan.skipped[LINKS]:
         text += (
@@ -244,11 +244,11 @@ def packed(root: Path) -> list[Path]:
 def check_packed(root: Path, scan: Scan) -> None:
     """Checks that no compressed tar holds a part of the data.
 
-    Compressed tars that no name gives to a split are left out and counted, and so are those that
-    were unpacked beside themselves.
+    Two kinds of compressed tars are left out and counted: those whose names give no split, and
+    those with the unpacked tar beside them.
 
     Raises:
-        ShardError: there is another one.
+        ShardError: there is a compressed tar of another kind.
     """
     for path in packed(root):
         plain = path.name[: path.name.lower().rindex(".t")].lower() + ".tar"
@@ -310,7 +310,7 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     for split in scan.wanted:
         if not found.get(split):
             raise ShardError(
-                f"{root}: no tar has {split} as a word in its name or in that of its folder"
+                f"{root}: no tar has {split} as a word in its name or in its folder's name"
                 + (
                     "; --val-fraction 0.1 draws val from train"
                     if split == "val"
@@ -320,9 +320,9 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
     deeper = [path for split in scan.wanted for path in found[split] if path.parent != root]
     if scan.options.in_place and deeper:
         raise ShardError(
-            f"--in-place: {deeper[0]} lies in a folder below {root}, but the tars must lie in "
-            f"{root} itself: name a folder OUT, or move them up under names with their split, such "
-            f"as {'-'.join(deeper[0].relative_to(root).parts)}"
+            f"--in-place: {deeper[0]} is in a folder below {root}, but the tars must be in {root} "
+            "itself: name a folder OUT, or move them up under names with their split, such as "
+            f"{'-'.join(deeper[0].relative_to(root).parts)}"
         )
 
 
@@ -364,8 +364,8 @@ def _name_classes(root: Path, scan: Scan, found: dict[str, list[tuple[Found, Lab
         )
     if scan.options.in_place:
         raise ShardError(
-            f"--in-place: {named[0].container} has the label {named[1]!r}, but labels must be "
-            "numbers to stay as they are: name a folder OUT"
+            f"--in-place: {named[0].container} has the label {named[1]!r}, but the labels of tars "
+            "that are used in place must be numbers: name a folder OUT"
         )
     for split, images in found.items():
         scan.splits[split] += [item._replace(label=str(label)) for item, label in images]

@@ -138,9 +138,9 @@ def test_a_missing_split_is_refused(copied: Path) -> None:
 
 
 INDEXES = [  # column, sample, value, what is said and of which sample
-    ("offset", 3, 2**64 - 100, "its bytes lie outside of its tar", 3),
-    ("offset", 3, 2**63, "its bytes lie outside of its tar", 3),
-    ("size", 4, 2**32 - 1, "its bytes lie outside of its tar", 4),
+    ("offset", 3, 2**64 - 100, "its bytes are outside of its tar", 3),
+    ("offset", 3, 2**63, "its bytes are outside of its tar", 3),
+    ("size", 4, 2**32 - 1, "its bytes are outside of its tar", 4),
     ("size", 4, 0, "it has no bytes or no pixels", 4),
     ("width", 7, 0, "it has no bytes or no pixels", 7),
     ("height", 8, 0, "it has no bytes or no pixels", 8),

@@ -117,7 +117,7 @@ def test_links_that_lead_somewhere_are_followed(tmp_path: Path) -> None:
 
 def test_images_outside_any_class(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "train/montage.png", "val/cat/b.png")
-    with pytest.raises(ShardError, match=r"montage.png lies outside any class folder: move it"):
+    with pytest.raises(ShardError, match=r"montage.png is outside any class folder: move it"):
         scan(tmp_path)
     assert scan(tmp_path, allow_partial=True)[0].skipped == {"outside any class folder": 1}
 
@@ -177,7 +177,7 @@ def test_tars_that_lie_too_deep(tmp_path: Path) -> None:
     tar_of_images(tmp_path / "train/part1/0.tar", "a.png")
     put(tmp_path, "val/cat/a.png")
     with pytest.raises(
-        ShardError, match=r"part1/0.tar lies too deep: move it up, as tars must lie in .*train"
+        ShardError, match=r"part1/0.tar is too deep: move it up, because tars must be in .*train"
     ):
         scan(tmp_path)
 
@@ -300,13 +300,13 @@ def test_tiny_imagenet_sorted_in_part(tmp_path: Path) -> None:
     source, said = scan(tmp_path)
     assert names(source)["val"] == ["n1/val_0.png", "n1/val_2.png", "n2/val_1.png"] and not said
     put(tmp_path, "val/n2/val_1.png")
-    with pytest.raises(ShardError, match=r"val/n2/val_1.png also lies in .*val/images, and would"):
+    with pytest.raises(ShardError, match=r"val/n2/val_1.png is also in .*val/images and would"):
         scan(tmp_path)
     (tmp_path / "val/images/val_1.png").unlink()
     put(tmp_path, "val/n2/renamed.png")
     assert len(scan(tmp_path)[0].splits["val"]) == 4
     (tmp_path / "val/n2/val_1.png").rename(tmp_path / "val/n1/val_1.png")
-    with pytest.raises(ShardError, match=r"val_1.png lies in the class n1, but .* says n2: move"):
+    with pytest.raises(ShardError, match=r"val_1.png is in the class n1, but .* says n2: move"):
         scan(tmp_path)
 
 

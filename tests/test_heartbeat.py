@@ -31,7 +31,7 @@ def test_the_ranks_that_others_wait_for_are_named() -> None:
     named, why = culprits(all_well, later | {2: sign(2), 3: sign(3)}, 4)
     assert list(named) == [2, 3] and "no sign of life" in why
     named, why = culprits(all_well, later, 4)
-    assert len(named) == 4 and "in the same step; one never ends it" in why
+    assert len(named) == 4 and "in the same step; one is stuck" in why
     del later[3]
     named, why = culprits(all_well, later, 4)
     assert named == {3: "rank 3"} and "not started" in why

@@ -267,4 +267,4 @@ def test_options_that_cannot_be(
 def test_in_place_with_labels_of_another_kind(tmp_path: Path, make: Make) -> None:
     pair(tmp_path, samples("cat"))
     code, said, _ = make(tmp_path, "--in-place")
-    assert code == 2 and "labels must be numbers to stay as they are: name a folder OUT" in said
+    assert code == 2 and "used in place must be numbers: name a folder OUT" in said

@@ -289,7 +289,7 @@ def test_unusable_sources(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(no_val / "val")
     (empty / "train" / "d").mkdir()
     for root, message in (
-        (flat, "ILSVRC2012_val_00000001.JPEG lies outside any class folder"),
+        (flat, "ILSVRC2012_val_00000001.JPEG is outside any class folder"),
         (unknown, "val holds images of z, a class that train does not have"),
         (no_val, "there is no folder val/"),
         (empty, "holds no images; remove the class or fill it"),

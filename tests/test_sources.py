@@ -196,7 +196,7 @@ def test_forms_that_lack_something(photos: list[Photo], tmp_path: Path) -> None:
     for root, message in (
         (without("official", forms.DEVKIT), "devkit_t12.tar.gz is missing: it holds the labels"),
         (without("official", "ILSVRC2012_img_val.tar"), "img_val.tar is missing: add it"),
-        (without("imagefolder-devkit", forms.DEVKIT), "lies outside any class folder: sort val/"),
+        (without("imagefolder-devkit", forms.DEVKIT), "is outside any class folder: sort val/"),
         (unlabelled, "LOC_val_solution.csv has no row for it"),
         (no_class, "sample x/00000099 holds .jpeg; expected one image and its label"),
         (cut, "ILSVRC2012_img_train.tar is damaged: .*compare its MD5"),
