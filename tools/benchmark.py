@@ -4,6 +4,7 @@
     python tools/benchmark.py input SHARDS [--folder IMAGEFOLDER] [--repeats 3]
     python tools/benchmark.py step [--arch large] [--batch 256,1024] [--profile]
     python tools/benchmark.py loop [--arch large]
+    python tools/benchmark.py traffic [--arch large] [--bandwidth 3.0e12] [--profile FILE]
     python tools/benchmark.py scaling [--arch large] [--step-ms 1024:60,128:9]
     python tools/benchmark.py record --out DIR [--minutes 10] [--data SHARDS ...] [--stages step]
 
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "input": ("benchmarks.input", "batches for training"),
     "step": ("benchmarks.step", "updates without the input"),
     "loop": ("benchmarks.step", "the loop over the bare updates"),
+    "traffic": ("benchmarks.traffic", "bytes that an update moves, counted"),
     "scaling": ("benchmarks.scaling", "a run on many devices, predicted"),
     "record": ("benchmarks.record.command", "all that this machine can tell"),
 }

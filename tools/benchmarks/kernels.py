@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
-from benchmarks import profiles, steps, traffic
+from benchmarks import plans, profiles, steps
 from benchmarks.output import rounded
 from benchmarks.own_process import Result
 from fasttrain import execution
@@ -67,6 +67,7 @@ def profile(job: steps.StepJob) -> Result:
     if not kernels:
         raise RuntimeError("the profiler recorded no kernel; check that CUPTI is installed")
     copied = profiles.copy_bandwidth(job.device)
+    setting = plans.Setting(job.arch, job.width, job.px, job.batch, job.precision)
     rows = [*rows_of(kernels, Bytes(code), copied), *bookkeeping_rows(bookkeeping(job, updater))]
     return {
         "step_ms": 1e3 * step_s,
@@ -74,7 +75,7 @@ def profile(job: steps.StepJob) -> Result:
         "busy_ms": sum(kernel.ms for kernel in kernels),
         "launches": sum(kernel.launches for kernel in kernels),
         "copy_gb_per_s": copied / 1e9,
-        "must_move_gb": traffic.bytes_moved(job) / 1e9,
+        "moved_gb": plans.moved(plans.plan_of(job.execution), setting) / 1e9,
         "rows": [rounded(row) for row in rows],
     }
 

@@ -109,12 +109,27 @@ FIGURES = {
     "peak_rss_gib": "GiB",
     "devices": "devices",
     "hours": "hours",
+    "forward_mb": "forward, MB an image",
+    "backward_mb": "backward",
+    "mb_per_image": "together",
+    "kept_gib": "kept, GiB",
+    "bound_ms": "bound, ms",
+    "bound_images_per_s": "images/s",
+    "same_share_ms": "at the same share, ms",
+    "same_share_images_per_s": "images/s",
+    "by_kind_ms": "by kind, ms",
+    "by_kind_images_per_s": "images/s",
 }
+
+
+def for_people() -> Console:
+    """Standard error. A file or pipe gets wide lines, so that no table is cut."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else 160)
 
 
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
     """Prints a table of the contestants, then who was left out or failed, then the ratios."""
-    console = console or Console(stderr=True)
+    console = console or for_people()
     rows = [line for line in lines if "name" in line and FIGURES.keys() & line.keys()]
     if rows:
         shared, table = _table(rows)
@@ -127,6 +142,8 @@ def show(lines: Sequence[Line], console: Console | None = None) -> None:
             _say(console, f"{line['name']} {what}: {reason}")
         for other, ratio in line.get("speed_over", {}).items():
             _say(console, f"{_who(line)} is {ratio:.2f} times as fast as {other}")
+        if "of_bound" in line:
+            _say(console, share_of_bound(line))
         for ratio in line.get("loop_over_step", {}).values():
             _say(console, f"the loop has {ratio:.3f} of the speed of the bare updates")
 
@@ -172,12 +189,28 @@ def _who(line: Line) -> str:
     return f"{name} ({', '.join(details)})" if details else str(name)
 
 
+def share_of_bound(line: Line) -> str:
+    """What share of the bound a run reached, and each kind of kernel of a copy's speed."""
+    kinds = line.get("of_copy_by_kind", {}).items()
+    text = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds)
+    return (
+        f"{line['run']} reached {line['of_bound']:.0%} of the bound: "
+        f"{line['images_per_s']:,.0f} images/s where a copy moves {line['copy_gb_per_s']:,.0f} GB/s"
+        + (f". Over the speed of a copy: {text}" if text else "")
+    )
+
+
 def _last_words(failed: Any) -> str:
     """The last line of what a contestant that failed wrote."""
     while isinstance(failed, list) and failed:
         failed = failed[-1]
     text = failed.get("failed", failed) if isinstance(failed, dict) else failed
     return (str(text).strip().splitlines() or ["nothing was written"])[-1]
+
+
+def say(text: str) -> None:
+    """Prints a line for people on standard error."""
+    _say(for_people(), text)
 
 
 def _say(console: Console, text: str) -> None:

@@ -183,13 +183,13 @@ def modes_and_layouts(name: str, arguments: argparse.Namespace) -> tuple[list[st
 
 def warm_all(jobs: "Sequence[StepJob]", limit_s: float) -> list[Result]:
     """Compiles for all jobs, as many at a time as the CPUs and the GPU's memory allow."""
-    from benchmarks import traffic
+    from benchmarks import memory
 
     if not jobs:
         return []
     slots = max(1, len(os.sched_getaffinity(0)) // CPUS_TO_COMPILE)
     if jobs[0].gpu:
-        slots = min(slots, traffic.gpu_bytes() // max(map(traffic.bytes_held, jobs)))
+        slots = min(slots, memory.gpu_bytes() // max(map(memory.bytes_held, jobs)))
     slots = max(1, min(slots, len(jobs)))
     return own_process.warm(jobs, slots, limit_s, lambda text: sys.stderr.write(f"{text}\n"))
 

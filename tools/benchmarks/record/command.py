@@ -1,10 +1,10 @@
 """Everything that this machine can tell about fasttrain, the most important first.
 
-Within --minutes it measures the machine, the tests that need a GPU, updates, kernels, input, loop,
-train.py and Imagenette. Each measurement runs in its own process with a time limit. One that fails
-is recorded and does not end the others. DIR/record.jsonl has every result as soon as it is known,
-and DIR/record.md has tables for RECORDS.md. A later call adds to the record what is missing:
---stages, --arch, --batch and --modes choose a part.
+Within --minutes it measures the machine, the tests that need a GPU, updates, kernels, the share of
+the bound that updates reach, input, loop, train.py and Imagenette. Each measurement runs in its own
+process with a time limit. One that fails is recorded and does not end the others. DIR/record.jsonl
+has every result as soon as it is known, and DIR/record.md has tables for RECORDS.md. A later call
+adds to the record what is missing: --stages, --arch, --batch and --modes choose a part.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.options import MODES, amount, check_modes, choose_device, counts, words
-from benchmarks.record import gpu_tests, images, machine, training, updates
+from benchmarks.record import gpu_tests, images, machine, traffic, training, updates
 from benchmarks.record.journal import LEAST_S, Failed, Record, Run, Skip, say
 from benchmarks.record.updates import OTHERS, STAGE_S
 from fasttrain import runtime, shards
@@ -43,6 +43,7 @@ STAGES = {
     "tests": Stage(gpu_tests.stage, 4),
     "step": Stage(updates.stage_step, 8),
     "profile": Stage(updates.stage_profile, 2),
+    "traffic": Stage(traffic.stage, 1),
     "input": Stage(images.stage, 4),
     "loop": Stage(updates.stage_loop, 2),
     "train": Stage(training.stage_train, 5),

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.output import share_of_bound
+
 Line = dict[str, Any]
 
 
@@ -102,16 +104,6 @@ def _step(lines: Sequence[Line]) -> Iterator[str]:
         )
         yield ""
         yield from _contestants(group)
-        bound = next((x for x in reversed(lines) if x.get("bound_images_per_s")
-                      and (x["arch"], x["batch"]) == (arch, batch)), None)  # fmt: skip
-        if bound:
-            yield ""
-            yield (
-                f"Bound: {shown(bound['bound_images_per_s'])} images/s, where copying moves "
-                f"{shown(bound['copy_gb_per_s'])} GB/s and an update "
-                f"{shown(bound['mb_per_image'])} MB an image at the least (3 passes over the "
-                "inputs of the convolutions and 11 over their outputs; nothing else is counted)."
-            )
         yield ""
 
 
@@ -155,8 +147,8 @@ def _profile(lines: Sequence[Line]) -> Iterator[str]:
             f"{whole['arch'].capitalize()}, batch {whole['batch']}, `{whole['execution']}`: "
             f"{shown(whole['step_ms'])} ms an update"
             + (f", kernels {shown(whole['busy_ms'])} ms, {shown(whole['launches'])} launches; "
-               f"at least {shown(whole['must_move_gb'])} GB to move, "
-               f"{shown(whole['must_move_gb'] / whole['step_ms'] * 1e3 / whole['copy_gb_per_s'])} "
+               f"{shown(whole['moved_gb'])} GB to move, "
+               f"{shown(whole['moved_gb'] / whole['step_ms'] * 1e3 / whole['copy_gb_per_s'])} "
                "of the time at the speed of copying." if "busy_ms" in whole else ".")
         )  # fmt: skip
         yield ""
@@ -172,6 +164,30 @@ def _profile(lines: Sequence[Line]) -> Iterator[str]:
             if body:
                 yield from table((head, *heads[1:]), body)
                 yield ""
+
+
+def _traffic(lines: Sequence[Line]) -> Iterator[str]:
+    counted = [line for line in lines if "bound_ms" in line]
+    heads = {
+        "name": "plan", "forward_mb": "forward, MB an image", "backward_mb": "backward",
+        "mb_per_image": "together", "kept_gib": "kept, GiB", "bound_ms": "bound, ms",
+        "bound_images_per_s": "bound, images/s",
+        "same_share_images_per_s": "at the same share, images/s",
+        "by_kind_images_per_s": "by kind, images/s",
+    }  # fmt: skip
+    for arch, batch in dict.fromkeys((x["arch"], x["batch"]) for x in counted):
+        group = [x for x in lines if (x.get("arch"), x.get("batch")) == (arch, batch)]
+        rows = {x["name"]: x for x in group if "bound_ms" in x}  # the latest of each plan
+        yield f"{arch.capitalize()}, batch {batch}, counted:"
+        yield ""
+        known = [key for key in heads if any(key in row for row in rows.values())]
+        yield from table(
+            [heads[key] for key in known],
+            [[row.get(key) for key in known] for row in rows.values()],
+        )
+        yield ""
+        yield from (f"- {share_of_bound(x)}" for x in group if "of_bound" in x)
+        yield ""
 
 
 def _input(lines: Sequence[Line]) -> Iterator[str]:
@@ -279,6 +295,7 @@ TABLES = {
     "tests": _tests,
     "step": _step,
     "profile": _profile,
+    "traffic": _traffic,
     "input": _input,
     "loop": _loop,
     "train": _train,

@@ -5,10 +5,9 @@ import time
 from importlib import util
 from typing import Any, Literal
 
-from benchmarks import own_process, step, traffic
+from benchmarks import step
 from benchmarks.output import rounded
 from benchmarks.record.journal import Run
-from benchmarks.record.machine import MachineJob
 from benchmarks.steps import StepJob
 from fasttrain.shards import Split
 
@@ -49,16 +48,9 @@ def stage_step(run: Run, data: list[Split]) -> None:
     """Measures all contestants for each network and batch, in equal shares of the time."""
     arguments, stop_at = run.arguments, run.stop_at
     settings = list(itertools.product(arguments.arch, arguments.batch))
-    copied = copy_bandwidth(run)
     for number, (arch, batch) in enumerate(settings):
         run.stop_at = time.monotonic() + (stop_at - time.monotonic()) / (len(settings) - number)
         jobs = contestants(run, arch, batch)
-        num_bytes = traffic.bytes_moved(jobs[0])
-        run.write(
-            arch=arch, batch=batch, mb_per_image=round(num_bytes / batch / 1e6, 2),
-            copy_gb_per_s=round(copied / 1e9, 1),
-            bound_images_per_s=round(batch * copied / num_bytes),
-        )  # fmt: skip
         cold = warm(run, [job for job in jobs if job.compiles])
         jobs.sort(key=lambda job: job in cold)  # these may take all the time that is left
         for turn, job in itertools.product(range(arguments.repeats), jobs):
@@ -83,19 +75,6 @@ def warm(run: Run, jobs: list[StepJob], **about: Any) -> list[StepJob]:
 def told(job: StepJob) -> dict[str, Any]:
     """What a line says about a job."""
     return job.model_dump(include={"name", "arch", "batch", "px", "precision", "execution"})
-
-
-def copy_bandwidth(run: Run) -> float:
-    """Bytes/s of a copy on the device: from this record, or else measured now."""
-    for line in reversed(run.record.lines):
-        if "copy_gb_per_s" in line and line["stage"] in ("machine", "step"):
-            return 1e9 * float(line["copy_gb_per_s"])
-    job = MachineJob(device=run.device, scratch=run.arguments.scratch, data=None)
-    found = own_process.measure(job, "machine", max(run.left_s() / 4, STAGE_S))
-    if "failed" in found:
-        run.write(name="copying", **found)
-        return 0.0
-    return 1e9 * float(found["copy_gb_per_s"])
 
 
 def best_mode(run: Run, arch: str, batch: int) -> str:
