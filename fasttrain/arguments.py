@@ -10,5 +10,5 @@ def positive(text: str) -> int:
         argparse.ArgumentTypeError: `text` is something else.
     """
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)

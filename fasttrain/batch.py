@@ -22,7 +22,7 @@ class Placement(NamedTuple):
 
     device: torch.device
     half: bool  # images as fp16 rather than fp32: see half_images
-    threads: int  # that decode on the CPU
+    threads: int  # CPU threads that decode
     decoder: Decoder | None = None  # None: the decoder that the recipe names
 
 

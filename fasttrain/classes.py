@@ -62,7 +62,7 @@ def _fault_of(names: Sequence[str]) -> str | None:
 
 
 def find_list(root: Path, scan: Scan) -> tuple[str, ...] | None:
-    """Returns the class names that the user gives, or those of a list in `root`; None without."""
+    """Returns the class names that the user gives, or those of a list in `root`, if any."""
     if scan.options.classes is not None:
         return scan.options.classes
     for path in (root / name for name in FILES):
@@ -131,7 +131,7 @@ def known_wnids(items: Iterable[tuple[Found, int]]) -> dict[int, str]:
 
 
 def settle(root: Path, scan: Scan) -> tuple[str, ...]:
-    """Returns the classes in the order of their labels. Checks that they include every image's.
+    """Returns the classes in the order of their labels. Checks that every image has one of them.
 
     Raises:
         ShardError: val has a class that train lacks, or an image's class is not in the list.
@@ -175,7 +175,7 @@ def _check_names(root: Path, names: set[str]) -> None:
                 f"{root}: the class {name!a} was read as {encoding}, as the locale of this process "
                 "says: set PYTHONUTF8=1"
             )
-        # Python keeps bytes that are no UTF-8 as surrogates, which become question marks here.
+        # Python keeps bytes that are not UTF-8 as surrogates, which become question marks here.
         is_text = name.encode(errors="replace").decode() == name
         if not is_text or len(name.splitlines()) != 1:
             raise ShardError(
@@ -228,7 +228,7 @@ def _check(root: Path, scan: Scan, classes: set[str], why_unknown: str) -> None:
                 f"{root}: {split} holds images of {unknown[0]}{more}, a class that {why_unknown}, "
                 f"the first: {first.name} in {first.container}"
                 + (
-                    f"\nis it {alike!a}? This is {unknown[0]!a}: rename one of them"
+                    f"\n{alike!a} and {unknown[0]!a} look the same but differ: rename one of them"
                     if alike
                     else ""
                 )

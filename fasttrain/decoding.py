@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("gpu_window", "gpu_full", "cpu")
 TIMEOUT_S = 180  # for one strategy
-LOADS_S = 20.0  # for one strategy; after it no further `hw_decoder_load` is tried
+LOADS_S = 20.0  # for one strategy; after this time, no further `hw_decoder_load` is tried
 MEASURED_S = 2.0  # for one measurement of speed
 CHECKED = 2  # batches whose pixels are compared with the CPU's
 # Limits for the difference from the CPU's pixels, in steps of 1/255, as a mean over an image. GPUs
-# round differently. Unless `jpeg_fancy_upsampling` is set, they also repeat colours between pixels:
-# over 197 photographs of ImageNet, that alone makes 0.9 on average and 6.2 in the worst image
+# round differently. Unless `jpeg_fancy_upsampling` is set, they also repeat colours between pixels.
+# Over 197 photographs of ImageNet, that alone makes 0.9 on average and 6.2 in the worst image
 # (computed with Pillow). A wrong photograph makes 50 or more.
 MEAN_TOLERANCE = 4.0  # for the mean over all images
 IMAGE_TOLERANCE = 12.0  # for a single image
@@ -55,7 +55,7 @@ class Job(NamedTuple):
     gpu: bool  # images are made on a GPU
     threads: int  # CPU threads
     batch_size: int  # images in a micro-batch
-    half: bool  # images are float16, else float32
+    half: bool  # images are float16, not float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def choose_decoder(
             raise DecodeError(
                 f"[data] decode = {data.decode}: this process has no GPU; use cpu or auto"
             )
-        return replace(named, strategy="cpu"), "decode: cpu, as there is no GPU"
+        return replace(named, strategy="cpu"), "decode: cpu, because there is no GPU"
     if data.decode != "auto":
         return named, f"decode: {data.decode}, as the recipe says"
 
@@ -224,7 +224,7 @@ def loads_to_try(settings: config.Data, threads: int) -> list[float]:
 def fastest_load(loads: Sequence[float], rate_of: Callable[[float], float]) -> tuple[float, float]:
     """The load with the most images/s, and that speed.
 
-    The first load is always tried, the others only until `LOADS_S` have passed.
+    The first load is always tried. The others are tried only until `LOADS_S` have passed.
     """
     end = time.monotonic() + LOADS_S
     found: list[tuple[float, float]] = []

@@ -41,7 +41,7 @@ def stop(message: str, *, everywhere: bool = False) -> NoReturn:
     if not _told_launcher(text) or everywhere:
         sys.stderr.write(f"{text}\n")
         if not under_launcher and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            sys.stderr.write("(Accelerate prints the rest, which tells no more)\n")
+            sys.stderr.write("(the rest is Accelerate's traceback, which says no more)\n")
     raise SystemExit(2)
 
 

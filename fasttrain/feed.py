@@ -23,7 +23,7 @@ class Feed:
         """
         Args:
             numbers: the batches of the order, in steps of 1.
-            windows_only: of raw images, give only the rows of their windows.
+            windows_only: give only the rows of the windows, if the images are raw.
             make_reader: its third argument is the number of batches that may be in flight.
         """
         self.order, self.split = order, order.split

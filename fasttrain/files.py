@@ -2,7 +2,7 @@
 
 A file or a folder is written under a temporary name, synced to the disk and renamed. If the process
 is killed or the machine loses power, the old contents or the new contents are there, never a part.
-What may be left is a file or a folder under a temporary name.
+A file or a folder under a temporary name may be left.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically by text in UTF-8; bytes that were no UTF-8 become bytes again.
+    """Replaces a file atomically by text in UTF-8. Surrogates become the bytes that they stand for.
 
     Raises:
         OSError: the file system refused.
@@ -137,7 +137,7 @@ def move(paths: Iterable[Path], folder: Path) -> None:
     """Moves files and folders into `folder`, one after the other; all are on one file system.
 
     Raises:
-        OSError: the file system refused; some may be moved then.
+        OSError: the file system refused. Some of them may be moved then.
     """
     parents = {folder}
     for path in paths:
@@ -176,7 +176,7 @@ def lock(file: int, *, shared: bool = False, wait_s: float = math.inf) -> bool:
 
     Args:
         file: a descriptor.
-        shared: other processes may share the lock; else this one has it alone.
+        shared: other processes may share the lock. Otherwise this process has it alone.
         wait_s: seconds to wait for other processes.
     Returns:
         False if another process still has the lock after `wait_s`.

@@ -26,13 +26,13 @@ class Flat(NamedTuple):
 def flatten(module: nn.Module) -> Flat:
     """Makes the parameters and the BatchNorm buffers views of flat tensors.
 
-    Values, shapes, strides and names stay. The parameters stay the same objects, so an optimizer
-    that was built before remains valid if it refers to the parameters and not to their data.
+    Values, shapes, strides and names stay. The parameters stay the same objects. So an optimizer
+    that was built before remains valid, if it refers to the parameters and not to their data.
     """
     parameters = list(module.parameters())
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     num_weights = sum(p.numel() for p in parameters)
-    # Align the statistics: the compiler copies an input whose address is no multiple of 16 bytes.
+    # Align the statistics: the compiler copies an input that is not aligned to 16 bytes.
     begin = -(-num_weights // 4) * 4
     num_statistics = 2 * sum(layer.num_features for layer in layers) + 1
     whole = torch.zeros(begin + num_statistics, device=parameters[0].device)
@@ -58,8 +58,8 @@ def views_of(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
 def to_1d(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Flattens each tensor to one dimension, in the memory order of its partner in `like`.
 
-    The result is a view if the tensor has that order already, as nearly all have; else a copy. With
-    equal strides, `torch._foreach_...` takes a few kernels instead of one for each tensor.
+    The result is a view if the tensor has that order already, as nearly all have; otherwise a copy.
+    With equal strides, `torch._foreach_...` takes a few kernels instead of one for each tensor.
     """
     found = []
     for tensor, other in zip(tensors, like, strict=True):

@@ -4,8 +4,8 @@ Threads copy the bytes out of the mapped tars by `process_vm_readv` on their own
 copies up to 1024 ranges without the interpreter's lock. If a file has shrunk, the call returns an
 error; a plain copy would raise SIGBUS. Per image and core, a plain copy takes 37 us and this one 45
 (170 KB, two cores of an AMD EPYC, 2026-11-27). But the plain copy takes the interpreter's lock for
-each image, and waits up to 5 ms for it while another thread runs Python. It is the fallback if the
-system forbids the call.
+each image, and waits up to 5 ms for it while another thread runs Python. The plain copy is used
+only if the system forbids the call.
 """
 
 import ctypes
@@ -115,7 +115,7 @@ class Packer(ShardReader):
         batch = self.batches[number]
         for task in batch.paging:
             task.result()
-        # Check before the copy: what a file has lost of its last page would be copied as zeros.
+        # Check before the copy: if a file has lost bytes of its last page, zeros would be copied.
         self._check_sizes(batch.shards)
         for upcoming in (number, number + 1):
             if upcoming in self.batches and not self.batches[upcoming].packed:
@@ -143,7 +143,7 @@ class Packer(ShardReader):
 
     def close(self) -> None:
         """Stops the threads and closes the files."""
-        # Copies first: they read the maps.
+        # Stop the copies first, because they read the maps.
         self.copiers.shutdown(cancel_futures=True)
         super().close()
 

@@ -81,7 +81,7 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`: it does not restore the stream if the end of a capture fails.
         with torch.cuda.stream(self.stream):
-            # In this mode other threads may allocate meanwhile; in another that is an error.
+            # In this mode other threads may allocate meanwhile. In other modes that is an error.
             graph.capture_begin(self.pool, capture_error_mode="thread_local")
             try:
                 function()

@@ -36,8 +36,8 @@ class Lane:
 
     The taking thread never blocks: its CUDA stream waits for a batch on the device. The memory of a
     batch comes from the loader's stream, so `take` tells the allocator which stream uses it, too.
-    When a batch dies, its memory is reused only after the work that this stream had then. So a
-    batch may be kept for any time.
+    When a batch dies, its memory is reused only after the work that this stream had at that time.
+    So a batch may be kept for any time.
 
     The loader's thread does block: it makes a batch only once the device has finished with the
     batch that came `ahead` batches before. Otherwise, a host that launches updates faster than the
@@ -59,7 +59,7 @@ class Lane:
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.number = 0  # batches begun
         self.waited_s = 0.0  # time spent in `begin`
-        # One event per batch, in order: its work is done; its use is over.
+        # One event per batch, in order: that its work is done, and that its use is over.
         self.made: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.used: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -101,7 +101,7 @@ class Lane:
     # Called by the thread that takes batches
 
     def take(self, tensors: Sequence[Tensor]) -> None:
-        """Lets the current stream use the next batch: it waits, on the device, until it is made.
+        """Lets the current stream use the next batch. It waits on the device for the batch.
 
         Args:
             tensors: all tensors of the batch.

@@ -136,7 +136,7 @@ def settle(environ: MutableMapping[str, str], precision: str) -> list[str]:
             f"WARNING: ACCELERATE_MIXED_PRECISION = {launched} (of accelerate launch or its config "
             f"file) is not used: the recipe has train.precision = {precision}"
         )
-    environ["USE_TORCH_XLA"] = "0"  # else Accelerate would always use it where it is installed
+    environ["USE_TORCH_XLA"] = "0"  # otherwise Accelerate uses torch_xla wherever it is installed
     return remarks
 
 
@@ -144,7 +144,7 @@ def check_kind(environ: Mapping[str, str]) -> None:
     """Checks that fasttrain has the kind of training and the device that the launch asks for.
 
     Raises:
-        LaunchError: it does not.
+        LaunchError: fasttrain does not have them.
     """
     for name, kind in REFUSED.items():
         sagemaker_off = (

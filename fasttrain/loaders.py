@@ -33,11 +33,11 @@ class Loader:
     """Iterates over the batches of an order, in order. A thread makes them ahead.
 
     An error of the thread is raised in place of the batch that failed. The loader reports damaged
-    samples to the order. If the order replaces them, the thread makes the batches again, from the
-    one that failed on. `stages` sums the durations over all iterations.
+    samples to the order. If the order replaces them, the thread makes batches again, beginning with
+    the one that failed. `stages` sums the durations over all iterations.
 
     Raises:
-        DataError: while iterating: a batch could not be made.
+        DataError: a batch could not be made. Iterating raises it.
     """
 
     def __init__(self, order: Order, placement: Placement, stages: Stages | None = None) -> None:
@@ -148,7 +148,10 @@ def eval_loader(
     world_size: int,
     placement: Placement,
 ) -> Loader:
-    """A loader for a rank's share of the validation batches. All ranks have each image once."""
+    """A loader for a rank's share of the validation batches.
+
+    All ranks together have each image once.
+    """
     return Loader(EvaluationOrder(split, data, batch_size, rank, world_size), placement)
 
 

@@ -44,7 +44,7 @@ def decoder_of(split: Split, data: config.Data, placement: Placement) -> Decoder
     if split.store == "raw":
         return Decoder("raw")
     chosen = placement.decoder or decoder.as_recipe_says(data)
-    if chosen.strategy == "auto":  # a guess without trials: `decoding` makes them
+    if chosen.strategy == "auto":  # a guess, because nothing was tried: `decoding` tries
         return replace(chosen, strategy="gpu_full" if placement.device.type == "cuda" else "cpu")
     return chosen
 
@@ -67,13 +67,13 @@ def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | 
 
 
 def _dali() -> ModuleType:
-    """`fasttrain.pipeline`, imported late: DALI may not be installed."""
+    """Returns `fasttrain.pipeline`. It is imported late, because DALI may not be installed."""
     try:
         from fasttrain import pipeline
     except ModuleNotFoundError as error:
         raise DataError(
             f"these images need DALI, which is not installed here ({error}): pip install "
-            "nvidia-dali-cuda130, or for CUDA 12 as the README says"
+            "nvidia-dali-cuda130; for CUDA 12, see the README"
         ) from None
     return pipeline
 
@@ -92,7 +92,7 @@ class DaliMaker:
     def __init__(self, order: Order, placement: Placement, kind: str) -> None:
         """
         Args:
-            kind: of the graph: see `pipeline.Form`.
+            kind: the kind of the graph: see `pipeline.Form`.
         """
         self.order, self.split, self.data = order, order.split, order.data
         self.placement = placement
@@ -299,7 +299,7 @@ class KernelMaker:
         lane, split, cubic = self.lane, self.split, self.data.interpolation == "bicubic"
         # One device buffer serves all batches: copies and kernels run in order on one stream.
         on_device = torch.empty(0, dtype=torch.uint8, device=self.placement.device)
-        copied: Any = None  # an event: the previous batch's pinned buffer has been read
+        copied: Any = None  # an event: the device has read the previous batch's pinned buffer
         try:
             for number in feed.numbers:
                 draw, packed = feed(number)

@@ -146,7 +146,7 @@ def _by_position(number: int, data: Sequence[str]) -> Match:
 
 
 def _by_number(number: int, names: Sequence[str] | None, data: Sequence[str]) -> Match:
-    """Maps number N to the network's class named N, or to its class N if its names are no numbers.
+    """Maps number N to the network's class named N. If its names are not numbers, to its class N.
 
     Raises:
         ClassError: no name is a number, a number occurs twice, or the network lacks a number.
@@ -154,7 +154,8 @@ def _by_number(number: int, names: Sequence[str] | None, data: Sequence[str]) ->
     network_numbers, data_numbers = _numbers(names or ()), _numbers(data)
     if not network_numbers and not data_numbers:
         raise ClassError(
-            f"--classes-by-number: the class names are not numbers ({_some(data)}); leave it out"
+            f"--classes-by-number: the class names are not numbers ({_some(data)}); leave the "
+            "option out"
         )
     for numbers in (network_numbers, data_numbers):
         if len(set(numbers)) < len(numbers):
@@ -167,8 +168,8 @@ def _by_number(number: int, names: Sequence[str] | None, data: Sequence[str]) ->
     missing = [n for n in wanted if n not in row_of]
     if missing:
         raise ClassError(
-            f"--classes-by-number: the data has a class {missing[0]}, but the network's go from "
-            f"{min(row_of)} to {max(row_of)}; number the data's classes as the network does"
+            f"--classes-by-number: the data has a class {missing[0]}, but the network's classes go "
+            f"from {min(row_of)} to {max(row_of)}; number the data's classes as the network does"
         )
     rows: list[int | None] = [row_of[n] for n in wanted]
     return Match(rows, f"classes by number: {_pairs(names, data, rows)}")
@@ -214,7 +215,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _pairs(names: Sequence[str] | None, data: Sequence[str], rows: Sequence[int | None]) -> str:
-    """Lists the first pairs of class and network class: `0 is n01440764, 1 is n01443537, ...`."""
+    """Lists the first pairs of data class and network class: `0 is n01440764, 1 is n01443537`."""
     pairs = [
         f"{name} is {names[row] if names else f'class {row}'}"
         for name, row in zip(data, rows, strict=True)

@@ -13,7 +13,7 @@ def build_mix(train: config.Train, num_classes: int) -> Mix | None:
     """Builds the function that mixes a micro-batch.
 
     It mixes each image with the previous one, with one weight for the whole micro-batch. It draws
-    from torch's generator on the CPU, so the result does not depend on the device, and the host
+    from torch's generator on the CPU. So the result does not depend on the device, and the host
     does not wait for the device.
 
     Returns:

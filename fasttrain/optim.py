@@ -15,8 +15,8 @@ def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
     """Builds SGD. Only the weights of convolutions and linear layers decay.
 
     Before each update, every group gets the learning rate `schedule.lr_at` times its `lr_factor`.
-    Frozen parameters are in no group. The momentum buffers start as zeros: the fused SGD would
-    otherwise read memory that was never set if the first step is skipped.
+    Frozen parameters are in no group. The momentum buffers start as zeros. Otherwise, if the first
+    step is skipped, the fused SGD would read memory that was never set.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]

@@ -40,7 +40,7 @@ class Order(Protocol):
         """Leaves damaged samples out of the draws from now on.
 
         Raises:
-            BadSamples: this order replaces no samples, or none beyond a limit.
+            BadSamples: this order does not replace samples, or too many samples are damaged.
         """
 
 

@@ -103,10 +103,10 @@ def _remove_generated() -> None:
                 os.remove(module.__file__)
 
 
-# These functions return DALI's own lists, which enter the pipeline unchanged: 5.2 us per image in
-# all. With a Python list, DALI inspects each image again under the interpreter's lock: 7.1 us, and
-# 11.3 us with a layout given to `external_source` (1024 images, two cores of an AMD EPYC, DALI 2.4,
-# 2026-11-27).
+# These functions return DALI's own lists, which enter the pipeline unchanged. That takes 5.2 us per
+# image in all. With a Python list, DALI inspects each image again under the interpreter's lock.
+# That takes 7.1 us, and 11.3 us with a layout given to `external_source` (1024 images, two cores of
+# an AMD EPYC, DALI 2.4, 2026-11-27).
 
 
 def bytes_of(views: Sequence[memoryview]) -> TensorListCPU:
@@ -161,11 +161,11 @@ def _graph(
     windows. On a CPU, the GPU's strategies decode on the CPU.
 
     Args:
-        source: given a batch's index, returns the images' bytes (or their pixels, uint8
-            `(h, w, 3)`), the corners (y, x) and sizes (h, w) of the windows, the flips, the output
-            size (h, w), and the columns of `augment.inputs`.
+        source: returns these inputs, given a batch's index: the images' bytes (or their pixels,
+            uint8 `(h, w, 3)`); the corners (y, x) and sizes (h, w) of the windows; the flips; the
+            output size (h, w); the columns of `augment.inputs`.
         mixed: arguments for a decoder on the GPU; empty if the CPU decodes.
-        half: make float16 images, else float32.
+        half: make float16 images instead of float32.
     Returns:
         Normalised images `(B, S, S, 3)`; or windows uint8 `(h, w, 3)`.
     """

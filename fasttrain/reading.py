@@ -1,8 +1,8 @@
 """Reads bytes of the shards ahead of the decoder, several reads at a time.
 
 mmap     gives views of the mapped tars and copies nothing. Threads page in the next batches, so
-         that the decoder does not wait for storage in page faults. They pause while all is in
-         memory already.
+         that the decoder does not wait for storage in page faults. The threads pause while all
+         bytes are in memory already.
 pread    copies into buffers of its own. Each buffer is lent to one batch at a time.
 """
 
@@ -32,7 +32,7 @@ OTHER_FILES = 16  # files that a process opens in addition to the tars: logs, ch
 CHUNK = 16  # images per task of a reading thread
 PAGE_IN_AFTER_MISS = 16  # after a read from storage, page in this many batches
 PIECE_BYTES = 4 << 20  # large ranges are announced to the kernel in pieces of this size
-_MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits; fails by an error, not by SIGBUS
+_MADV_POPULATE_READ = 22  # Linux 5.14: maps pages and waits; a failure is an error, not SIGBUS
 
 
 class DataError(Fault, RuntimeError):
@@ -92,7 +92,7 @@ def _too_many_files(split: Split, tars: int, limit: int) -> DataError:
     return DataError(
         f"{split.root}: {tars:,} tars must be open at once, but a process may open only {limit:,} "
         f"files here: raise the hard limit to {needed:,} (docker run --ulimit nofile={needed}, "
-        "/etc/security/limits.conf, or ask whoever runs the machine)"
+        "/etc/security/limits.conf, or ask the administrator)"
     )
 
 
@@ -123,7 +123,7 @@ def _size_fault(split: Split, sample: int, image: memoryview) -> str:
     try:
         found = Image.open(io.BytesIO(image)).size
     except Exception:  # Pillow documents no full list: OSError, DecompressionBombError, and more
-        return "it does not begin as an image does"
+        return "its first bytes are not those of an image"
     return "" if found == listed else f"{found} pixels, but {listed} in {split.name}.index"
 
 
@@ -153,8 +153,8 @@ def plain_grey(image: memoryview) -> memoryview:
     """Makes a greyscale JPEG safe for a GPU's hardware decoder; returns other images unchanged.
 
     The sampling factors of a greyscale image have no meaning. Some encoders write factors other
-    than 1 x 1, and an H200 decoded such images to wrong pixels without an error (DALI 2.4,
-    nvImageCodec 0.9, 2026-11-27). For these images the result is a copy with 1 x 1 in the header.
+    than 1 x 1. An H200 decoded such images to wrong pixels without an error (DALI 2.4, nvImageCodec
+    0.9, 2026-11-27). For these images the result is a copy with 1 x 1 in the header.
     """
     start = _frame_header(image)
     if not start or image[start + 9] != 1 or image[start + 11] == 0x11:
@@ -186,11 +186,11 @@ def views_of(
 
 
 def ranges_of(split: Split, draw: Draw, windows_only: bool, whole: bool = False) -> Ranges:
-    """The byte ranges of a draw's images: of encoded images all bytes, of raw images the pixels.
+    """The byte ranges of a draw's images. An encoded image gives all bytes, a raw one its pixels.
 
     Args:
-        windows_only: of raw images, only the rows of the windows.
-        whole: of raw images too, all bytes.
+        windows_only: a raw image gives only the rows of its window.
+        whole: a raw image gives all bytes too.
     Raises:
         BadSamples: the number of a raw image's bytes does not fit its size in the index.
     """
@@ -282,7 +282,7 @@ class ShardReader:
         self.started: dict[int, _Started] = {}
         self.waited_s = 0.0  # time that `take` waited for storage
         self.major_faults = 0  # page faults of this process that read from storage
-        self.last_miss: int | None = None  # the last batch whose `start` saw that number rise
+        self.last_miss: int | None = None  # the last batch at whose `start` that number had risen
         self.madvise = ctypes.CDLL(None, use_errno=True).madvise  # releases the interpreter's lock
         self.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -362,7 +362,7 @@ class ShardReader:
                 raise self._changed(shard)
 
     def give_back(self, number: int) -> None:
-        """Ends the use of a batch: nobody reads any more what `take` returned."""
+        """Ends the use of a batch. After this call, what `take` returned must not be read."""
         del self.started[number]
         if not self.mapped:
             self.buffers.give_back(number)
@@ -372,7 +372,7 @@ class ShardReader:
         self.pool.shutdown(cancel_futures=True)
         for file in self.files.values():
             os.close(file)
-        # A map ends with its last view, which DALI may still hold.
+        # A map is closed when its last view dies. DALI may still hold one.
 
     def _open(self, shard: int) -> None:
         if shard in self.files or shard in self.maps:

@@ -41,7 +41,7 @@ class Recycler:
         if not num_bytes <= len(memory) <= 2 * num_bytes:
             memory = np.empty(num_bytes, np.uint8)
         lent = memory[:num_bytes].view(np.float32).reshape(shape)
-        # The tensor's storage holds `lent`, and so does every view: it dies with the last view.
+        # The tensor's storage and all views of it hold `lent`, so `lent` dies with the last view.
         weakref.finalize(lent, self.free.append, memory).atexit = False
         return torch.from_numpy(lent)
 
@@ -60,8 +60,8 @@ class Resizer:
         }[interpolation]
         self.recycler = Recycler()
         self.scratch = _Scratch()
-        # Each thread uses one torch thread: the images already share out the work. A thread's
-        # setting is the default of threads that start later, so it is restored below.
+        # Each thread uses one torch thread, because the threads already divide the images. A
+        # thread's setting is the default of threads that start later, so it is restored below.
         num_threads, ready = torch.get_num_threads(), threading.Barrier(threads + 1)
 
         def begin() -> None:

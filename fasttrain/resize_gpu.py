@@ -25,7 +25,7 @@ HEAD_BYTES = 2 * 8 + 4 * COLUMNS  # per image
 # A Triton program makes a tile: this many rows of an image, and this many of a row's 3 * S values.
 # Compiled for sm_90, 8 rows take 48 registers with Triton 3.8 and 80 with 3.6; 16 rows take 96 and
 # 161. None spills. The inner loop has 8.2 and 11.8 instructions per value and tap with 8 rows, 7.1
-# and 10.4 with 16. Not timed here: `tools/benchmarks/record/packed.py` does so.
+# and 10.4 with 16. `tools/benchmarks/record/packed.py` measures the times.
 TILE_ROWS = 8
 TILE_VALUES = 128
 WARPS = 4
@@ -100,8 +100,8 @@ def resize(buffer: Tensor, num_images: int, out_px: int, cubic: bool, half: bool
         buffer: uint8 `(N,)`, the head and then the pixels. Without a GPU, Triton's interpreter can
             run the kernel.
         out_px: side S of the images.
-        cubic: bicubic interpolation, else bilinear.
-        half: make float16 images, else float32.
+        cubic: bicubic interpolation instead of bilinear.
+        half: make float16 images instead of float32.
     Returns:
         Images `(B, 3, S, S)`, channels-last, on the buffer's device.
     """

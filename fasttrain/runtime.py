@@ -106,7 +106,7 @@ def start(
     device = accelerator.device
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cuda" and device.index is None:  # so with one rank; DALI needs an index
+    if device.type == "cuda" and device.index is None:  # with one rank; but DALI needs an index
         device = torch.device("cuda", torch.cuda.current_device())
     # Before `bind_to_node`, because afterwards this process sees only the CPUs of its node.
     decoding_threads = data_threads(recipe.data, environ)
@@ -126,15 +126,14 @@ def bind_to_node(gpu: int, environ: Mapping[str, str], sysfs: Path = Path("/sys"
 
     It does nothing if the launcher has bound the processes, or if one process has all nodes of a
     machine for itself. Accelerate's own binding (ACCELERATE_CPU_AFFINITY) needs another package and
-    does not check this.
+    does not check whether the share fits.
     """
     here, processes = os.sched_getaffinity(0), launch.number_in(environ, "LOCAL_WORLD_SIZE", 1)
     nodes = len(list((sysfs / "devices/system/node").glob("node[0-9]*")))
     if nodes < 2 or len(here) != os.cpu_count() or torch.cuda.device_count() < processes:
         return
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # containers may hide these files
+    # Containers may hide these files.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         used = [_node_of(number, sysfs) for number in range(processes)]
         node = _node_of(gpu, sysfs)
         text = (sysfs / f"devices/system/node/node{node}/cpulist").read_text()
@@ -159,8 +158,8 @@ def cpus_in(text: str) -> set[int]:
 def cpu_share(environ: Mapping[str, str]) -> int:
     """Returns the number of CPUs for this process, at least 1.
 
-    It is the smallest of the CPUs to which the process is bound, those that SLURM allocated, and
-    the container's quota, divided by the number of processes on this machine.
+    Three numbers count: the CPUs to which the process is bound, the CPUs that SLURM allocated, and
+    the container's quota. The smallest is divided by the number of processes on this machine.
     """
     cpus = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
@@ -180,8 +179,8 @@ def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step.
 
     By default it returns the memory to the kernel, and each step must fault in its activations
-    again: 37,000 page faults and a fifth of the time of Small 0.75 at batch 64 and 128 px on two
-    cores (torch 2.14.1, glibc, 2026-11-24).
+    again. For Small 0.75 at batch 64 and 128 px on two cores, that takes 37,000 page faults and a
+    fifth of the time (torch 2.14.1, glibc, 2026-11-24).
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with contextlib.suppress(AttributeError):  # another C library

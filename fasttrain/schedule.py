@@ -65,7 +65,7 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
         near = [str(size) for size in (below, below + world_size) if size]
         raise ConfigError(
             f"[train] global_batch_size = {batch}: does not divide over {world_size} processes; "
-            f"{' or '.join(near)} would, or launch {_near_divisors(batch, world_size)} processes"
+            f"use {' or '.join(near)}, or launch {_near_divisors(batch, world_size)} processes"
         )
     per_process = batch // world_size
     micro = train.micro_batch_size or per_process
@@ -73,7 +73,7 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
         raise ConfigError(
             f"[train] micro_batch_size = {micro}: does not divide the {per_process} images of each "
             f"of {world_size} processes (global_batch_size = {batch}); "
-            f"{_near_divisors(per_process, micro)} would"
+            f"use {_near_divisors(per_process, micro)}"
         )
     steps_per_epoch = num_samples // batch
     schedule_steps = train.epochs * steps_per_epoch

@@ -35,7 +35,7 @@ class Report(NamedTuple):
     host: str
     done: int  # bytes that the copy has
     total: int  # bytes of the complete copy
-    copied: int  # those of `done` that this run has copied
+    copied: int  # bytes of `done` that this run has copied
     finished: bool
     fault: str  # why the copy failed; "" if nothing is wrong
 
@@ -73,9 +73,8 @@ class Staging:
         try:
             if not self.data.stage_keep:
                 with self._copying():
-                    if files.lock(
-                        self.used, wait_s=0
-                    ):  # else another run reads it and will remove it
+                    # If another run reads the copy, that run will remove it.
+                    if files.lock(self.used, wait_s=0):
                         shutil.rmtree(self.folder)
         finally:
             os.close(self.used)
@@ -134,7 +133,7 @@ class Staging:
             if digest.hexdigest() != file.sha256:
                 raise ShardError(
                     f"{self.root / file.name} is damaged: its sha256 is not that of "
-                    f"{shards.MANIFEST}; copy it anew or make the data set again"
+                    f"{shards.MANIFEST}; copy it again or make the data set again"
                 )
 
 
@@ -267,9 +266,8 @@ def _files(root: Path, part: float) -> list[_File]:
         found.append(_File(index["name"], index["size"], index["sha256"]))
         for shard in entry["shards"][: _num_copied(name, len(entry["shards"]), part)]:
             found.append(_File(shard["name"], shard["size"], shard["sha256"]))
-            idx = (root / shard["name"]).with_suffix(
-                ".idx"
-            )  # DALI's index; training does not need it
+            # DALI's index; training does not need it.
+            idx = (root / shard["name"]).with_suffix(".idx")
             if idx.exists():
                 found.append(_File(idx.name, idx.stat().st_size, shard["idx_sha256"]))
     return found

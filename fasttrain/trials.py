@@ -20,6 +20,6 @@ AnyTrial = TypeVar("AnyTrial", bound=Trial)
 
 
 def fastest(trials: Iterable[AnyTrial]) -> AnyTrial | None:
-    """The fastest trial that worked (of equal ones the first); None if every trial failed."""
+    """The fastest trial that worked (the first of equal ones); None if every trial failed."""
     working = [trial for trial in trials if not trial.fault]
     return max(working, key=lambda trial: trial.images_per_s, default=None)

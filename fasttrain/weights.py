@@ -32,7 +32,7 @@ NETWORK = ("state_dict", "model_state_dict", "model_state", "model", "network", 
 AVERAGE = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 NAMES = ("classes", "class_names", "class_to_idx")
 BESIDE = ("n_averaged", "total_ops", "total_params")  # tools add these to a state dict
-COUNTS = "num_batches_tracked"  # old versions of torch leave these out of it
+COUNTS = "num_batches_tracked"  # old versions of torch leave these out of a state dict
 WIDTHS = (1.0, 0.75, 0.5, 0.35, 1.25, 1.5, 2.0)  # widths that a message can name
 
 
@@ -116,9 +116,9 @@ def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # a foreign header can cause many types
+    except Exception as error:  # a damaged header can raise exceptions of many types
         raise WeightsError(
-            f"{path}: is damaged or cut short ({_first_line(error)}); copy it anew"
+            f"{path}: is damaged or cut short ({_first_line(error)}); copy it again"
         ) from None
     return found
 
@@ -129,21 +129,21 @@ def _torch(path: Path, start: bytes) -> Any:
         raise WeightsError(f"{path}: {reason}")
     try:
         with (
-            path.open("rb") as file,  # given a path, torch would go by its suffix
+            path.open("rb") as file,  # given a path, torch would judge by its suffix
             torch.serialization.safe_globals(_harmless()),
             warnings.catch_warnings(action="ignore"),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises exceptions of many types
         # Torch's message advises to load the file unsafely. It must not reach a user.
-        reason = _unsafe(path, error) or "is damaged or no file of weights; copy it anew"
+        reason = _unsafe(path, error) or "is damaged or not a file of weights; copy it again"
         raise WeightsError(f"{path}: {reason}") from None
 
 
 def _no_weights(start: bytes) -> str:
     """Recognises a file that people mistake for weights. Returns the fault; "" if there is none."""
     if not start:
-        return "is empty; copy it anew"
+        return "is empty; copy it again"
     if start.startswith(b"version h"):
         return "is a pointer of Git LFS, not the weights; fetch them with git lfs pull"
     if start.lstrip().startswith(b"<"):
@@ -174,7 +174,7 @@ def _harmless() -> list[Any]:
     """Types that only hold values: a script's arguments, paths, NumPy's values."""
     numbers = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
     makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    # A file may name these as NumPy 1 or as NumPy 2 does, whichever is installed here.
+    # A file may have NumPy 1's or NumPy 2's names for these. The installed version does not matter.
     numpys = [
         (f, f"numpy.{c}.multiarray.{n}") for n, f in makers.items() for c in ("core", "_core")
     ]
@@ -189,7 +189,7 @@ def _harmless_names() -> set[str]:
 
 
 def _find(content: Any, keys: Sequence[str]) -> dict[str, Tensor] | None:
-    """Finds the tensors under the first of these keys that has some, or nested in its value."""
+    """Finds the tensors under the first of these keys that has some, also deeper in its value."""
     if not isinstance(content, Mapping):
         return None
     for key in keys:

@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as shards, four of them for training."""
+    """The images of `folder` as shards, four of them for training."""
     root = tmp_path_factory.mktemp("dataset") / "shards"
     shard(folder, root, shard_size=11)
     return root
@@ -127,7 +127,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ignore(text: str) -> None:
-    """Takes a message and shows it to nobody."""
+    """Drops a message."""
 
 
 def listed(root: Path, spool: Path | None = None) -> sources.Source:
@@ -163,9 +163,9 @@ def write_recipe(path: Path, dataset: Path, run_dir: Path, **changes: dict[str, 
 
 @pytest.fixture
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process find a rate of their input, and do not measure it for 2 s each.
+    """Gives runs in this process a rate of their input, so that they do not measure it.
 
-    Runs in processes of their own do measure it.
+    Runs in processes of their own still measure it.
     """
     monkeypatch.setattr(forecast, "recall_rate", lambda key: forecast.Rate(1000.0))
 
@@ -226,9 +226,9 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets Accelerate take the GPU in this process, in full float32; skips where there is none.
+    """Lets Accelerate use the GPU in this process, in full float32. Skips the test without a GPU.
 
-    With TensorFloat-32, momenta of two ways to carry out updates are apart after five of them.
+    With TensorFloat-32, the momenta of two modes would differ too much after five updates.
     """
     import torch
     from accelerate.state import AcceleratorState

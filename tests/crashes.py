@@ -16,14 +16,14 @@ CALLS: tuple[Call, ...] = (
     *((os, name) for name in CHANGES),
     *((os, name) for name in ("close", "scandir", "listdir", "stat")),
 )
-# Before any other call a crash leaves the same as before the next of these.
+# A crash before any other call leaves the same files as a crash before the next of these calls.
 DEADLY: tuple[Call, ...] = (*((os, name) for name in CHANGES), (io, "open"))
 
 
 def count_calls(at: int, act: Callable[[], object], counted: tuple[Call, ...] = CALLS) -> list[str]:
     """Calls `act` before call number `at` of the `counted` functions in this process, from 0.
 
-    A write at that place writes half of its bytes first.
+    If that call is a write, half of its bytes are written before `act`.
 
     Returns:
         The names of the calls so far; the list grows.
@@ -64,7 +64,7 @@ def dies_at(number: int, action: Callable[[], object], more: tuple[Call, ...] = 
     Args:
         more: functions that count as such changes as well.
     Returns:
-        Whether the child got that far.
+        True if the child was killed; False if it made fewer changes.
     """
 
     def work() -> int:
@@ -78,9 +78,9 @@ def dies_at(number: int, action: Callable[[], object], more: tuple[Call, ...] = 
 
 
 def loses_power_at(number: int, action: Callable[[], object], root: Path) -> bool:
-    """As `dies_at`; and what was written below `root` without a later fsync is lost.
+    """As `dies_at`, but files below `root` that were written and not synced afterwards are lost.
 
-    Such files are empty afterwards, under whatever name, as file systems are allowed to leave them.
+    Such a file is empty afterwards, also if it was renamed. File systems may leave it so.
     """
     unsynced: set[int] = set()  # numbers of the files (inodes)
     real_open, real_os_open, real_fsync = io.open, os.open, os.fsync

@@ -59,6 +59,7 @@ def wait_until(condition: Callable[..., object], what: str) -> None:
 
 
 def children_of(launcher: int) -> list[int]:
+    """The ids of the processes that a process started; none if it has ended."""
     try:
         return [*map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())]
     except OSError:
@@ -66,11 +67,12 @@ def children_of(launcher: int) -> list[int]:
 
 
 def pid_of_trainer(launcher: int) -> int:
+    """The id of the first process that a launcher started."""
     return children_of(launcher)[0]
 
 
 def is_alive(pid: int) -> bool:
-    """False for a process that has ended, also if its parent has not noticed yet."""
+    """False if a process has ended, also if its parent has not waited for it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -44,7 +44,7 @@ Members = list[tuple[str, bytes]]  # names and contents of the files of a tar
 
 
 def sample(key: str, label: object, end: str = "cls") -> Members:
-    """An image and its label."""
+    """An image and its label, in a member with the suffix `end`."""
     return [(f"{key}.png", image()), (f"{key}.{end}", str(label).encode())]
 
 
@@ -54,6 +54,7 @@ def samples(*labels: object) -> Members:
 
 
 def tar(path: Path, members: Members, **options: Any) -> Path:
+    """Writes a tar and the folders above it. `options` are those of `tarfile.open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
         for name, data in members:

@@ -189,7 +189,7 @@ def test_sweeps(dataset: Path) -> None:
     ("words", "message"),
     [
         (["--batch", "8,46"], "--batch 46: more than the 45 training images"),
-        (["--threads", "0"], "argument --threads: '0' is no whole number from 1"),
+        (["--threads", "0"], "argument --threads: '0' is not a whole number from 1"),
         (["--batch", "8", "--folder", "nowhere"], "no images in nowhere/train/<class>/"),
         (["--batch", "8", "--cold"], "warm-up and shuffling included. That is more than the 45"),
         (["--batch", "8", "--raw", "--device", "gpu"], "--raw: the CPU does the reading"),

@@ -26,7 +26,7 @@ from fasttrain.faults import Fault
         (
             {"WORLD_SIZE": "2"},
             ["{recipe}", "--set", "train.micro_batch_size=3"],
-            ["micro_batch_size = 3: does not divide the 4 images of each of 2", "2 or 4 would"],
+            ["micro_batch_size = 3: does not divide the 4 images of each of 2", "use 2 or 4"],
         ),
         (
             {"WORLD_SIZE": "2"},
@@ -131,5 +131,5 @@ def test_a_message_is_left_for_the_launcher(
     assert said(**elastic, EVERYWHERE="") == (f"{line}\n", line)
     assert said(**elastic | {"TORCHELASTIC_ERROR_FILE": "/nowhere/x"}) == (f"{line}\n", "")
     assert said(**elastic, LOCAL_RANK="1") == ("", line)  # as nobody has ended it
-    follows = "(Accelerate prints the rest, which tells no more)\n"
+    follows = "(the rest is Accelerate's traceback, which says no more)\n"
     assert said(ACCELERATE_MIXED_PRECISION="no", RANK="0") == (f"no data\n{follows}", "")

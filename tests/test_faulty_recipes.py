@@ -70,7 +70,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("log.run_dir={file}/run", ["cannot be written (Not a directory)", "choose another with"]),
     ("log.run_dir=/proc/run", ['[log] run_dir = "/proc/run": cannot be written', "choose another"]),
     ("train.global_batch_size=99", ["global_batch_size = 99: more than the 45 training images"]),
-    ("train.micro_batch_size=3", ["does not divide the 8 images of each", "2 or 4 would"]),
+    ("train.micro_batch_size=3", ["does not divide the 8 images of each", "use 2 or 4"]),
     ("checkpoint.resume=none", ['resume = "none": there is no such checkpoint', "must be auto"]),
     (
         "checkpoint.resume={file}",

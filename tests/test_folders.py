@@ -159,7 +159,7 @@ def test_val_has_a_class_that_train_lacks(tmp_path: Path) -> None:
 def test_classes_that_look_the_same(tmp_path: Path, name: str) -> None:
     plain = {"Ko\u0308ter": "K\u00f6ter"}.get(name, "cat")
     put(tmp_path, f"train/{plain}/a.png", f"val/{name}/b.png")
-    with pytest.raises(ShardError, match=r"is it '.*'\? This is '.*': rename one of them"):
+    with pytest.raises(ShardError, match=r"'.*' and '.*' look the same but differ: rename one"):
         scan(tmp_path)
 
 

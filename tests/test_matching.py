@@ -58,9 +58,9 @@ def test_numbers_of_the_network_and_names_in_the_data() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (["1", "12"], "the data has a class 12, but the network's go from 0 to 11"),
+        (["1", "12"], "the data has a class 12, but the network's classes go from 0 to 11"),
         (["1", "01"], "two class names are the same number"),
-        (["ant", "bee"], "the class names are not numbers (ant, bee); leave it out"),
+        (["ant", "bee"], "the class names are not numbers (ant, bee); leave the option"),
     ],
 )
 def test_numbers_that_cannot_be_meant(data: list[str], said: str) -> None:

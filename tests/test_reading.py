@@ -148,7 +148,7 @@ def test_the_size_of_a_jpeg_is_read_as_pillow_reads_it(split: Split) -> None:
     huge = image[: frame + 5] + bytes([0xFF] * 4) + image[frame + 9 :]  # for Pillow, a bomb
     for damaged in (huge, image[: frame + 5], image[:3], b""):
         (fault,) = reading.faults_of(split, [sample], [memoryview(damaged)], False).values()
-        assert fault == "it does not begin as an image does"
+        assert fault == "its first bytes are not those of an image"
 
 
 def test_a_shard_that_shrinks_while_nothing_is_paged_in_is_named(
@@ -294,7 +294,7 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_refused(
     assert str(error.value) == (
         f"{dataset}: 5 tars must be open at once, but a process may open only {allowed} files "
         "here: raise the hard limit to 1,024 (docker run --ulimit nofile=1024, "
-        "/etc/security/limits.conf, or ask whoever runs the machine)"
+        "/etc/security/limits.conf, or ask the administrator)"
     )
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 10))
     with pytest.raises(DataError, match="4 tars must be open at once"):

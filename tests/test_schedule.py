@@ -70,9 +70,9 @@ def test_evaluation_every_few_epochs_and_at_the_end() -> None:
     ("batch", "micro", "world", "message"),
     [
         (2000, None, 1, "global_batch_size = 2000: more than the 1,000 training images"),
-        (64, None, 3, "does not divide over 3 processes; 63 or 66 would, or launch 2 or 4"),
+        (64, None, 3, "does not divide over 3 processes; use 63 or 66, or launch 2 or 4"),
         (64, 24, 2, "micro_batch_size = 24: does not divide the 32 images of each of 2 processes"),
-        (64, 24, 2, "16 or 32 would"),
+        (64, 24, 2, "use 16 or 32"),
     ],
 )
 def test_a_batch_size_that_does_not_divide_names_one_that_does(

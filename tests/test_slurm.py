@@ -246,7 +246,7 @@ def test_the_commands_of_the_readme(cluster: Cluster, folder: Path, clone: Path)
     states = [cluster.finish(job)["JobState"] for job in (doctor, trained)]
     outputs = {path.name: path.read_text() for path in clone.glob("*.out")}
     assert states == ["COMPLETED", "COMPLETED"], outputs
-    assert "nothing that was looked at would stop the run" in outputs[f"slurm-{doctor}.out"]
+    assert "no fault was found" in outputs[f"slurm-{doctor}.out"]
     assert "done: runs/large" in outputs[f"fasttrain-{trained}.out"]
 
 

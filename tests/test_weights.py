@@ -172,11 +172,11 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty; copy it anew"),
+        (b"", "is empty; copy it again"),
         (b"\n<!DOCTYPE html>", "is a web page, not weights"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
-        (b"PK\x03\x04 cut short", "is damaged or no file of weights"),
-        (b"[model]\narch = 1", "is damaged or no file of weights"),
+        (b"PK\x03\x04 cut short", "is damaged or not a file of weights"),
+        (b"[model]\narch = 1", "is damaged or not a file of weights"),
         (b"\x10\0\0\0\0\0\0\0{ cut short", "is damaged or cut short"),
     ],
 )

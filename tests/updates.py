@@ -17,11 +17,11 @@ from fasttrain.schedule import Plan, make_plan
 
 OPTIM = Optim(ema_decay=0.9, lr=0.1, warmup_lr=0.02, warmup_epochs=1)
 
-
-Batches = list[tuple[Tensor, Tensor]]
+Batches = list[tuple[Tensor, Tensor]]  # images and labels
 
 
 def recipe_for(**train: Any) -> Recipe:
+    """A recipe of images of 32 px, with these settings of [train]."""
     settings: dict[str, Any] = {
         "precision": "no",
         "global_batch_size": 8,
@@ -32,11 +32,16 @@ def recipe_for(**train: Any) -> Recipe:
 
 
 def plan_for(recipe: Recipe, world_size: int = 1) -> Plan:
+    """The plan of a recipe for 64 images."""
     return make_plan(recipe.train, recipe.optim, 64, world_size)
 
 
 def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,), seed: int = 1) -> Batches:
-    """Images of each size in turn. Labels are class numbers, in the second half probabilities."""
+    """Random batches for some updates.
+
+    The image size goes through `sizes` from the first to the last. Labels are class numbers in the
+    first half, and probabilities in the second half.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(updates * plan.accumulation):
@@ -50,6 +55,7 @@ def batches_for(plan: Plan, updates: int, sizes: tuple[int, ...] = (32,), seed: 
 
 
 def network() -> nn.Module:
+    """A small network of 4 classes, channels-last, with the same weights at each call."""
     torch.manual_seed(0)
     return mobilenetv3_small(0.35, num_classes=4, dropout=0.2).to(memory_format=torch.channels_last)
 
@@ -68,11 +74,15 @@ def carry_out(
     accelerator: Accelerator | None = None,
     record: bool = False,
 ) -> tuple[list[float], Learner]:
-    """Trains on `batches` in a mode; returns the mean loss of each update, and the learner."""
+    """Trains on `batches` in a mode; returns the mean loss of each update, and the learner.
+
+    Args:
+        record: False: the mode `graph` calls the functions of its graphs, which needs no GPU.
+    """
     accelerator = accelerator or Accelerator(cpu=True)
     module = (module or network()).to(accelerator.device)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
-    if mode == "graph" and not record:  # what would be recorded, without a GPU
+    if mode == "graph" and not record:
         updater: execution.Updater = Graphed(
             accelerator, learner, plan, recipe.train, run=run_at_once
         )
@@ -91,6 +101,7 @@ def carry_out(
 
 
 def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and value of each tensor of the network, its moving average and the optimizer."""
     assert learner.ema
     yield from learner.module.state_dict().items()
     for name, value in learner.ema.module.state_dict().items():
@@ -100,6 +111,7 @@ def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
 
 
 def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: float = 1e-4) -> None:
+    """Checks that two learners have equal tensors, up to the tolerances."""
     for (name, ours), (_, theirs) in zip(everything(found), everything(expected), strict=True):
         message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=message)

@@ -8,10 +8,10 @@
     python tools/benchmark.py scaling [--arch large] [--step-ms 1024:60,128:9]
     python tools/benchmark.py record --out DIR [--minutes 10] [--data SHARDS ...] [--stages step]
 
-Each contestant runs in its own process, and the contestants take turns. Each prints one JSON line
-with the median and spread of its repeats, and the ratio of its speed to that of the contestant it
-is compared with. A table for people follows on standard error. `benchmark.py NAME --help` describes
-a benchmark and its options.
+Each contestant runs in its own process, and the contestants take turns. Each prints one JSON line.
+It has the median and spread of the repeats, and the ratio of the speed to that of a reference. A
+table for people follows on standard error. `benchmark.py NAME --help` describes a benchmark and its
+options.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from benchmarks import output
 
 from fasttrain.faults import Fault, stop
 
-# Of each benchmark its module, which is imported only when it is needed, and what it measures.
+# For each benchmark: its module, which is imported only when it is needed, and what it measures.
 BENCHMARKS = {
     "shards": ("benchmarks.shards", "making shards"),
     "input": ("benchmarks.input", "batches for training"),
     "step": ("benchmarks.step", "updates without the input"),
-    "loop": ("benchmarks.step", "the loop over the bare updates"),
+    "loop": ("benchmarks.step", "the loop, compared with the bare updates"),
     "traffic": ("benchmarks.traffic", "bytes that an update moves, counted"),
-    "scaling": ("benchmarks.scaling", "a run on many devices, predicted"),
-    "record": ("benchmarks.record.command", "all that this machine can tell"),
+    "scaling": ("benchmarks.scaling", "predictions for many devices"),
+    "record": ("benchmarks.record.command", "all of these, within a time limit"),
 }
 PARTS = ("input", "packed", "step", "warm", "profile", "machine")  # of `benchmark.py measure`
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Fault as fault:
         stop(str(fault))
     finally:
-        if arguments.part != "record":  # whose tables are in a file
+        if arguments.part != "record":  # `record` writes its tables to a file
             output.show(output.written)
 
 

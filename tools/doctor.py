@@ -206,7 +206,7 @@ class Doctor:
 
     def finish(self) -> int:
         """Prints the faults and the JSON object. Returns the exit code."""
-        self.say("" if self.faults else "\nnothing that was looked at would stop the run")
+        self.say("" if self.faults else "\nno fault was found")
         for fault in self.faults:
             self.say(f"FAULT: {fault}")
             if not self.prints and "RANK" not in self.environ:  # an srun task outside a launch
@@ -628,7 +628,7 @@ def world_of(environ: Mapping[str, str], gpus: int) -> World:
         return World(number("SLURM_NNODES", 1) * here, here, "as train.sbatch would launch here")
     if gpus:
         return World(gpus, gpus, "one for each GPU of this node")
-    return World(1, 1, "one, as there is no GPU")
+    return World(1, 1, "one, because there is no GPU")
 
 
 def launch_faults(environ: Mapping[str, str], gpus: int, known: Mapping[str, str]) -> Iterator[str]:

@@ -155,7 +155,7 @@ def read_labels(idx: Path, tar: np.ndarray) -> dict[int, str]:
         The texts by the offset of the sample's image.
     """
     labels = {}
-    # The sha256 has shown already if the index is damaged.
+    # If DALI's index is damaged, its sha256 has shown that already.
     with contextlib.suppress(OSError, ValueError, LookupError):
         for line in idx.read_text().splitlines()[1:]:
             words = line.split()

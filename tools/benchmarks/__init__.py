@@ -2,8 +2,8 @@
 
 A benchmark's module has two functions: `add_arguments(parser)` and `run(arguments)`.
 
-    shards.py       making shards           scaling.py   a run on many devices, predicted
-    input.py        batches for training    plot.py      the drawing of that prediction
+    shards.py       making shards           scaling.py   predictions for many devices
+    input.py        batches for training    plot.py      the drawing of these predictions
     pipelines.py    the input pipelines     record/      everything, within a time limit
     step.py         updates; the loop       steps.py     the training steps that are compared
     loop.py         the loop's own cost     profiles.py, kernels.py   where an update's time goes

@@ -2,8 +2,8 @@
 
 The times come from the GPU's own records, by way of torch.profiler, which has the kernels of a CUDA
 graph one by one. Bytes are known for compiled kernels and for the convolutions together; for other
-kernels they are left out. They follow from the sizes of the tensors in the compiler's code, each
-counted once: a kernel that reads a tensor twice moves more, and one that reads a part moves less.
+kernels they are left out. They follow from the sizes of the tensors in the compiler's code. Each
+tensor counts once: a kernel that reads it twice moves more, and one that reads a part moves less.
 """
 
 import json
@@ -71,7 +71,7 @@ def profile(job: steps.StepJob) -> Result:
     rows = [*rows_of(kernels, Bytes(code), copied), *bookkeeping_rows(bookkeeping(job, updater))]
     return {
         "step_ms": 1e3 * step_s,
-        # More than the step where kernels run at the same time.
+        # This is more than the step if kernels run at the same time.
         "busy_ms": sum(kernel.ms for kernel in kernels),
         "launches": sum(kernel.launches for kernel in kernels),
         "copy_gb_per_s": copied / 1e9,
@@ -105,7 +105,7 @@ def kernels_of(function: Any, number: int) -> list[Kernel]:
 def bookkeeping(job: steps.StepJob, updater: execution.Updater) -> list[Kernel]:
     """The kernels after the gradients: guard, norm, BatchNorm's averages, optimizer and EMA.
 
-    They run here alone and without a CUDA graph; a graph launches the same kernels.
+    Here these kernels run alone and without a CUDA graph. A graph launches the same kernels.
     """
     if isinstance(updater, execution.Graphed):
         return kernels_of(updater._step, UPDATES)
@@ -205,7 +205,7 @@ class Bytes:
             for name, _, signature in _KERNEL.findall(text)
         }  # fmt: skip
         self.values: dict[str, int] = {}  # how many numbers each tensor has
-        self.convolved: list[str] = []  # results whose size a later line says
+        self.convolved: list[str] = []  # results whose size is in a later line
         for line in map(str.strip, text.splitlines()):
             if found := _MADE.match(line) or _CHECKED.match(line):
                 self._tensor(found[1], number(found[2]))
@@ -222,7 +222,7 @@ class Bytes:
                 self.values[found[1]] = size_of(found[2], self.values)
 
     def _tensor(self, name: str, size: int) -> None:
-        """Takes in the size of a tensor; a convolution may have written it."""
+        """Stores the size of a tensor, which a convolution may have written."""
         self.values[name] = size
         if name in self.convolved:
             self.convolved.remove(name)
@@ -252,7 +252,7 @@ def number(shape: str) -> int:
 
 
 def size_of(argument: str, values: dict[str, int]) -> int:
-    """How many numbers a tensor has that an argument names or views; 0 where it is unknown."""
+    """The number of values in the tensor that an argument names or views; 0 if it is unknown."""
     if found := _VIEWED.match(argument):
         return number(found[2])
     return values.get(argument, 0)

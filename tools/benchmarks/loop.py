@@ -17,7 +17,7 @@ from fasttrain.run_folder import JsonLines
 
 
 def measure(job: StepJob) -> Result:
-    """The speed of `loop.fit` on one batch that stays on the device: medians of its log lines."""
+    """The speed of `Trainer.fit` on one batch that stays on the device: the median of log lines."""
     bare = steps.fasttrain_update(job)
     steps.timed(bare, job, 2)
     group = max(1, math.ceil(job.seconds / 8 / steps.timed(bare, job, 1)))

@@ -57,7 +57,7 @@ def rounded(found: Mapping[str, Any]) -> Line:
 
 
 def medians(turns: Sequence[Line], keys: Iterable[str]) -> Line:
-    """The median of each key over the turns, to four digits; None where no turn knows it.
+    """The median of each key over the turns, to four digits; None if every turn has None.
 
     A key that no turn has is left out.
     """
@@ -128,7 +128,7 @@ def for_people() -> Console:
 
 
 def show(lines: Sequence[Line], console: Console | None = None) -> None:
-    """Prints a table of the contestants, then who was left out or failed, then the ratios."""
+    """Prints a table of the contestants, then those left out or failed, then the ratios."""
     console = console or for_people()
     rows = [line for line in lines if "name" in line and FIGURES.keys() & line.keys()]
     if rows:
@@ -201,7 +201,7 @@ def share_of_bound(line: Line) -> str:
 
 
 def _last_words(failed: Any) -> str:
-    """The last line of what a contestant that failed wrote."""
+    """The last line that a failed contestant wrote."""
     while isinstance(failed, list) and failed:
         failed = failed[-1]
     text = failed.get("failed", failed) if isinstance(failed, dict) else failed

@@ -1,4 +1,4 @@
-"""Runs a contestant in its own process: to measure it with its memory, or to compile ahead of time.
+"""Runs a contestant in its own process, to measure it and its memory, or to compile ahead of time.
 
 A process that hangs, crashes or needs too much memory ends alone, and its result says so. The
 process is `tools/benchmark.py measure PART JOB`, where JOB is a pydantic model as JSON.
@@ -22,8 +22,8 @@ from pydantic import BaseModel
 
 LIMIT_S = 1800.0  # for one measurement, because decoding on a GPU may hang
 SAMPLE_S = 0.25  # between two looks at the memory
-PSS_EVERY = 8  # looks: the kernel walks all pages for the PSS
-LAST_LINES = 8  # of an error that are kept
+PSS_EVERY = 8  # looks, because the kernel walks all pages to tell the PSS
+LAST_LINES = 8  # the lines of an error that are kept
 SCRIPT = Path(__file__).parent.parent / "benchmark.py"
 
 Result = dict[str, Any]
@@ -53,7 +53,7 @@ def take_turns(
 ) -> dict[AnyJob, list[Result]]:
     """Measures every job `repeats` times, one after the other in turns.
 
-    A machine that slows down in between then slows all of them. `prepare` is called before each
+    If the machine slows down, all jobs become slower alike. `prepare` is called before each
     measurement, and its result is added.
 
     Returns:
@@ -73,7 +73,7 @@ def measure(
     """Measures a job in a new process, and watches the memory of its process tree meanwhile.
 
     Args:
-        part: what `benchmark.py measure` shall do with the job.
+        part: what `benchmark.py measure` does with the job.
         limit_s: seconds after which the process is killed.
         environ: variables that are added to the environment.
     Returns:
@@ -197,13 +197,13 @@ def warm(
         return list(pool.map(one, jobs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in [*_running]:  # some are left where this was interrupted
+        for child in [*_running]:  # some are left if this was interrupted
             end(child)
         _forget_choices(began_at)
 
 
 def _forget_choices(since: float) -> None:
-    """Removes the compiler's choices by time since then; they were timed on a shared device."""
+    """Removes what the compiler has chosen by timing since then, because the device was shared."""
     from fasttrain import caches
 
     caches.keep_compiled()

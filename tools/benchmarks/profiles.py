@@ -1,4 +1,4 @@
-"""Where the time of an update goes, by operation; and the speed of a copy, to compare it with."""
+"""Where the time of an update goes, by operation. The speed of a copy is the comparison."""
 
 import itertools
 import time
@@ -14,7 +14,7 @@ from benchmarks.output import rounded
 from benchmarks.own_process import Result
 from benchmarks.steps import StepJob, Update
 
-STEPS = 3  # that are profiled
+STEPS = 3  # to profile
 
 
 def measure(job: StepJob) -> Result:
@@ -31,8 +31,9 @@ def measure(job: StepJob) -> Result:
 def operations(update: Update, job: StepJob) -> list[Result]:
     """The slowest operations of an update, by their own milliseconds per step.
 
-    Eager operations also have `mb`, the bytes that they move, and `of_copy`, those bytes over what
-    a copy on the device moves in the same time. The first row has the speed of that copy.
+    Eager operations also have `mb`, the bytes that they move, and `of_copy`. That is the ratio of
+    these bytes to the bytes that a copy on the device moves in the same time. The first row has the
+    speed of that copy.
     """
     from torch.profiler import ProfilerActivity
 
@@ -58,7 +59,7 @@ def operations(update: Update, job: StepJob) -> list[Result]:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write at the least, by the name of the operation."""
+    """The fewest bytes that operations must read and write, by the name of the operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
             tensors = itertools.chain(_tensors(args), _tensors(result))
-            seen = {t.data_ptr(): t.nbytes for t in tensors}  # a tensor that is given twice once
+            seen = {t.data_ptr(): t.nbytes for t in tensors}  # counts each tensor once
             name = function.name().split(".")[0]
             self.bytes[name] = self.bytes.get(name, 0) + sum(seen.values())
         return result

@@ -1,10 +1,10 @@
-"""Predicts a run on 1 to 512 devices, and what limits each, from figures measured here or given.
+"""Predicts runs on 1 to 512 devices, and what limits them, from figures measured here or given.
 
 The time of an update is max(compute + exchange, input):
 
 compute     a device's share of the batch, interpolated between the measured sizes
 exchange    all gradients in a ring within a node and then between the nodes, with two latencies for
-            each doubling; it does not overlap with the backward pass
+            each doubling. It does not overlap with the backward pass
 input       the images of a node at its input's rate
 
 The learning rate of a larger batch follows the linear rule.
@@ -30,11 +30,11 @@ from fasttrain.arguments import positive
 
 EVAL_SPEED = 3  # over training's, because an evaluation has no backward pass
 RECIPE_BATCH, RECIPE_LR = 1024, 0.4
-POOR = 0.8  # of a device's best speed; below, its share of the batch is called too small
+POOR = 0.8  # of a device's best speed; a slower device is said to have too few images
 
 
 class Figures(NamedTuple):
-    """What a prediction follows from."""
+    """The figures from which a prediction is computed."""
 
     step_s: dict[int, float]  # seconds of an update on one device, by its images
     gradient_bytes: int
@@ -206,7 +206,7 @@ def exchange_s(devices: int, figures: Figures) -> float:
 
 
 def predict(devices: int, batch: int, training: Training, figures: Figures) -> dict[str, Any]:
-    """The speed and duration of a run on so many devices, and what limits it."""
+    """The speed and duration of a run on this number of devices, and what limits it."""
     share = batch / devices
     compute, exchange = compute_s(share, figures.step_s), exchange_s(devices, figures)
     nodes = math.ceil(devices / figures.per_node)
@@ -254,7 +254,7 @@ def measure_links(num_bytes: int, device: str) -> tuple[float, float]:
         out = Path(folder) / "times"
         torch.multiprocessing.spawn(_exchange, (port, num_bytes, device, out), nprocs=2)
         small, large = (float(word) for word in out.read_text().split())
-    latency = small / 4  # `exchange_s` counts four for two devices
+    latency = small / 4  # `exchange_s` counts four latencies for two devices
     return num_bytes / max(large - small, 1e-9), latency
 
 

@@ -152,7 +152,7 @@ def jobs_of(arguments: argparse.Namespace) -> Iterator["StepJob"]:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Any]:
-    """The names of those that are measured; prints a line for one that is not installed."""
+    """The names of the contestants. Prints a line if timm is not installed."""
     names = ["fasttrain"]
     if arguments.deterministic:
         names += ["fasttrain deterministic"]

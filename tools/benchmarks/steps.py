@@ -114,7 +114,7 @@ def warm(job: StepJob) -> Result:
     """Carries out one update, so that later processes find its compiled code."""
     begun = time.perf_counter()
     start(job)
-    # cuDNN's trials cost time and memory that others need, and do not change the compiled code.
+    # cuDNN's trials cost time, and memory that other processes need. They change no compiled code.
     torch.backends.cudnn.benchmark = False
     if job.evaluates:
         _, learner, updater = built(job, plan_of(job, 1))
@@ -136,7 +136,7 @@ def timed(update: Update, job: StepJob, number: int) -> float:
 
 
 def peak_bytes(job: StepJob) -> int:
-    """Peak memory of this process: torch's on a GPU, else the resident set size."""
+    """Peak memory of this process: torch's on a GPU, the resident set size on a CPU."""
     if job.gpu:
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -145,7 +145,7 @@ def peak_bytes(job: StepJob) -> int:
 def resident_batch(job: StepJob) -> tuple[Tensor, Tensor]:
     """Random images (B, 3, S, S) and int64 labels (B,) on the device.
 
-    Images are float16 where fasttrain's loader makes such, else float32.
+    fasttrain gets images of the dtype that its loader makes; the others get float32.
     """
     generator = torch.Generator(job.device).manual_seed(0)
     shape = job.batch, 3, job.px, job.px
@@ -195,7 +195,7 @@ def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, exe
 
 
 def plan_of(job: StepJob, updates: int) -> Plan:
-    """The plan of a run of so many updates."""
+    """The plan of a run of `updates` updates."""
     recipe = recipe_of(job)
     return make_plan(
         recipe.train.model_copy(update={"epochs": 1}),

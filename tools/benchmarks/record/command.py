@@ -1,4 +1,4 @@
-"""Everything that this machine can tell about fasttrain, the most important first.
+"""All that can be measured about fasttrain on this machine, the most important first.
 
 Within --minutes it measures the machine, the tests that need a GPU, updates, kernels, the share of
 the bound that updates reach, input, loop, train.py and Imagenette. Each measurement runs in its own

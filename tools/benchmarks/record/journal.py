@@ -20,7 +20,7 @@ from benchmarks.record import tables
 from fasttrain import files
 
 REPO = Path(__file__).resolve().parents[3]
-LEAST_S = 4.0  # that must be left to begin a measurement
+LEAST_S = 4.0  # the time that must be left to begin a measurement
 
 
 class Record:
@@ -86,7 +86,7 @@ class Run:
         """Measures a job in its own process within the time left, and writes its line.
 
         Args:
-            part: what `benchmark.py measure` shall do with the job.
+            part: what `benchmark.py measure` does with the job.
             about: what the line says about the job.
         Returns:
             See `own_process.measure`; or `skipped`, where no time is left.

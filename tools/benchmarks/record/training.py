@@ -72,7 +72,7 @@ class Training:
         """What the run printed about its decoder, its mode and what limits it."""
         words = ("decode:", "execution:", "input:", "raw images:", "WARNING", "SKIPPED")
         lines = map(str.strip, self.log.read_text(errors="replace").splitlines())
-        kept = [line[:500] for line in lines if line.startswith(words) or " was the limit" in line]
+        kept = [line[:500] for line in lines if line.startswith(words) or " is the limit" in line]
         return [*dict.fromkeys(kept)]
 
     def check(self, launched: Launched, stopped: bool = False) -> None:

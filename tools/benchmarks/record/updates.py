@@ -11,7 +11,7 @@ from benchmarks.record.journal import Run
 from benchmarks.steps import StepJob
 from fasttrain.shards import Split
 
-STAGE_S = 30.0  # a stage's least share, while there is time: a process imports for seconds
+STAGE_S = 30.0  # the least time of a stage, because a process imports for seconds
 WARM_SHARE = 0.6  # of the time of a setting, for compilation
 OTHERS: tuple[Literal["torchvision", "timm"], ...] = ("torchvision", "timm")
 
@@ -78,7 +78,7 @@ def told(job: StepJob) -> dict[str, Any]:
 
 
 def best_mode(run: Run, arch: str, batch: int) -> str:
-    """fasttrain's fastest mode in this record; else the mode that is probably the fastest."""
+    """fasttrain's fastest mode in this record; without one, the mode that is probably fastest."""
     lines = [
         line for line in run.record.of("step", name="fasttrain", arch=arch, batch=batch)
         if line.get("images_per_s") and line["execution"] in run.arguments.modes
