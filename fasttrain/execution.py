@@ -6,6 +6,7 @@ graph    one CUDA graph holds the whole update, so that the host launches one gr
          thousand kernels. One all-reduce of a flat gradient replaces DDP's buckets
 compile_graph  a CUDA graph of the compiled update
 ..._fuse       the compiler recomputes cheap results instead of storing them: compiling.FUSE
+...+kernels    any of these, with the blocks of `fused_block`: `train.kernels`
 
 `modes` tries them on made-up images and chooses the fastest.
 """
@@ -29,6 +30,7 @@ from fasttrain.evaluator import Run, evaluators_of, rehearse_all
 from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
 from fasttrain.learner import Learner
+from fasttrain.model import use_kernels
 from fasttrain.optim import WeightAverage, build_optimizer
 from fasttrain.schedule import Plan
 
@@ -333,6 +335,8 @@ class Graphed:
 
 Updater = Eager | Graphed
 
+KERNELS = "+kernels"  # the end of a mode's name
+
 
 def prepare(
     mode: str, accelerator: Accelerator, module: nn.Module, recipe: config.Recipe, plan: Plan
@@ -340,9 +344,10 @@ def prepare(
     """Builds all that training changes, on the device, and wraps the network for `mode`.
 
     Args:
-        mode: a value of `train.execution`, but not `auto`.
+        mode: a value of `train.execution`, but not `auto`; or such a value and KERNELS.
         module: the network, on its device, channels-last.
     """
+    use_kernels(module, mode.endswith(KERNELS))
     average = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     optimizer: Any = build_optimizer(module, recipe.optim)
     model = module
@@ -389,4 +394,5 @@ def build(
     Restore a checkpoint first: graphs keep the addresses of the tensors.
     """
     kind = Graphed if "graph" in mode else Eager
-    return kind(accelerator, learner, plan, train, compiler_options(mode))
+    options = compiler_options(mode.removesuffix(KERNELS))
+    return kind(accelerator, learner, plan, train, options)

@@ -8,11 +8,12 @@ layer keeps its 1280 (Large) or 1024 (Small) units.
 Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
 """
 
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fasttrain import fused_block, operators
 from fasttrain.depthwise import DepthwiseConv2d
 
 Arch = Literal["large", "small"]
@@ -108,6 +109,8 @@ class InvertedResidual(nn.Module):
     Maps `(B, in_channels, H, W)` to `(B, out_channels, H / stride, W / stride)`.
     """
 
+    kernels: bool = False  # train by `fused_block`: the same results but for rounding
+
     def __init__(self, in_channels: int, row: Row, width: float) -> None:
         super().__init__()
         hidden = round_channels(in_channels * row.expansion)
@@ -131,9 +134,26 @@ class InvertedResidual(nn.Module):
             expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
             layers = [expand, nn.BatchNorm2d(hidden), act(), *layers]
         self.conv = nn.Sequential(*layers)
+        self.spec = fused_block.Spec(
+            stride=row.stride,
+            act=operators.HARDSWISH if row.hardswish else operators.RELU,
+            expands=in_channels != hidden,
+            gate_after=bool(row.se) and in_channels == hidden,
+            shortcut=self.shortcut,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # TorchScript compiles no autograd function
+            if self.kernels and self.training:
+                return fused_block.run(self.spec, self._layers(), x)
         return x + self.conv(x) if self.shortcut else self.conv(x)
+
+    @torch.jit.unused
+    def _layers(self) -> fused_block.Layers:
+        def of(kind: type) -> list[Any]:
+            return [layer for layer in self.conv.modules() if isinstance(layer, kind)]
+
+        return fused_block.Layers(of(nn.Conv2d), of(nn.BatchNorm2d), of(nn.Linear))
 
 
 def _conv_bn_act(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Sequential:
@@ -211,6 +231,16 @@ class MobileNetV3(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(self.features(images))  # (B, C, H/32, W/32)
         return self.classifier(spatial_mean(x))
+
+
+def use_kernels(network: nn.Module, on: bool) -> None:
+    """Makes blocks train by `fused_block`, or by PyTorch's layers. Evaluation stays as it is."""
+    for layer in network.modules():
+        if isinstance(layer, InvertedResidual):
+            # `fused_block` applies a gate before the activation. Hard-swish does not allow that for
+            # a gate that comes after it. No network of the tables has such a block.
+            fits = not layer.spec.gate_after or layer.spec.act == operators.RELU
+            layer.kernels = on and fits
 
 
 def _init_weights(module: nn.Module) -> None:

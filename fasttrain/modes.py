@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fasttrain import config, determinism, execution, measured, runtime, schedule
 from fasttrain.batch import half_images
-from fasttrain.execution import Batch, Updater
+from fasttrain.execution import KERNELS, Batch, Updater
 from fasttrain.faults import Fault
 from fasttrain.learner import Learner
 from fasttrain.rng import Stream
@@ -28,6 +28,7 @@ from fasttrain.trials import fastest
 
 LOSS_TOLERANCE = 0.01  # relative difference of a mode's mean loss from eager's
 COMPILE_S = 120  # duration of compiling on a CPU: 111 s measured for Small 0.75
+KERNELS_GAIN = 1.03  # speed at which the fused kernels are used: less may be noise
 GAIN = 0.1  # part of the time that compiling saves on a CPU: -8 to 20 % measured
 TOO_SLOW = 2 / 3  # bfloat16 below this part of float32's speed on a CPU is an error
 LOOK_PX = 128  # image side in the first, short measurement of bfloat16
@@ -96,7 +97,7 @@ class ModeTrial:
 def choose_execution(
     setup: Setup, previous_mode: str | None, say: Callable[[str], object]
 ) -> tuple[str, str]:
-    """Chooses the mode, and returns it with one sentence that gives the reason.
+    """Chooses the mode, and returns it with a line for each choice that gives the reason.
 
     All ranks return the same. If no trial failed, later runs on such a machine reuse the result.
 
@@ -104,8 +105,24 @@ def choose_execution(
         previous_mode: the mode of the run before it was stopped, on this kind of device; or None.
         say: prints a line before something that takes long.
     Raises:
-        ExecutionError: not even eager works, or bfloat16 is far slower than float32 on this CPU.
+        ExecutionError: not even eager works; bfloat16 is far slower than float32 on this CPU; or
+            the recipe forces kernels that this machine cannot run.
     """
+    if setup.recipe.train.kernels == "force" and setup.on_cpu:
+        raise ExecutionError(
+            "[train] kernels = force: the fused kernels need a GPU; use auto or off"
+        )
+    previous = previous_mode.removesuffix(KERNELS) if previous_mode else None
+    mode, why = _choose_mode(setup, previous, say)
+    had_kernels = previous_mode.endswith(KERNELS) if previous_mode else None
+    kernels, reason = _choose_kernels(setup, mode, had_kernels, say)
+    return (mode + KERNELS if kernels else mode), "\n".join(filter(None, [why, reason]))
+
+
+def _choose_mode(
+    setup: Setup, previous_mode: str | None, say: Callable[[str], object]
+) -> tuple[str, str]:
+    """`choose_execution`, without the kernels."""
     train = setup.recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
@@ -123,6 +140,46 @@ def choose_execution(
     if remembered:
         return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
     return _choose_by_trials(setup, key, say)
+
+
+def _choose_kernels(
+    setup: Setup, mode: str, previous: bool | None, say: Callable[[str], object]
+) -> tuple[bool, str]:
+    """Chooses if the fused kernels are used in `mode`, and gives the reason; "" if they are off.
+
+    Args:
+        previous: True if the run used them before it was stopped; None if it is new.
+    """
+    train = setup.recipe.train
+    if train.kernels == "force":
+        return True, "fused kernels: on, as the recipe says"
+    if train.kernels == "off":
+        return False, ""
+    if setup.on_cpu or train.precision == "no":
+        return False, "fused kernels: off, as they need a GPU and half precision"
+    if previous is not None:
+        return previous, f"fused kernels: {'on' if previous else 'off'}, as before the stop"
+    if train.deterministic:
+        return False, "fused kernels: off, as a deterministic run must not choose by speed"
+    key = _key(setup, mode)
+    remembered = broadcast_object_list([measured.recall(key)])[0]
+    if remembered:
+        return remembered[
+            "on"
+        ], f"fused kernels: {remembered['why']}, as measured in an earlier run"
+    say("timing updates with and without fused kernels, which can take minutes")
+    return _compare_kernels(mode, setup, key)
+
+
+def _compare_kernels(mode: str, setup: Setup, key: str) -> tuple[bool, str]:
+    """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
+    without = try_mode(mode, setup)
+    trial = _with_loss_check(try_mode(mode + KERNELS, setup), without.loss)
+    on = not trial.fault and trial.images_per_s >= KERNELS_GAIN * without.images_per_s
+    why = f"{'on' if on else 'off'} ({without}; {trial})"
+    if setup.accelerator.is_main_process and not (without.fault or trial.fault):
+        measured.remember(key, {"on": on, "why": why})
+    return on, f"fused kernels: {why}"
 
 
 def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
@@ -171,14 +228,18 @@ def _try_others(setup: Setup, eager_loss: float) -> list[ModeTrial]:
     """Tries the modes other than eager, and the simpler forms of each mode that fails."""
     trials, modes = [], _candidates(setup)
     for mode in modes:
-        trial = try_mode(mode, setup)
-        if not trial.fault and not abs(trial.loss - eager_loss) <= LOSS_TOLERANCE * eager_loss:
-            fault = f"gave a wrong loss ({trial.loss:.4f}, eager {eager_loss:.4f})"
-            trial = replace(trial, fault=fault)
+        trial = _with_loss_check(try_mode(mode, setup), eager_loss)
         trials.append(trial)
         if trial.fault:
             modes += [simpler for simpler in _simpler(mode)[:-1] if simpler not in modes]
     return trials
+
+
+def _with_loss_check(trial: ModeTrial, expected: float) -> ModeTrial:
+    """The trial, with a fault if its loss differs from the expected one by more than rounding."""
+    if trial.fault or abs(trial.loss - expected) <= LOSS_TOLERANCE * expected:
+        return trial
+    return replace(trial, fault=f"gave a wrong loss ({trial.loss:.4f}, expected {expected:.4f})")
 
 
 def _candidates(setup: Setup) -> list[str]:
@@ -193,12 +254,17 @@ def _candidates(setup: Setup) -> list[str]:
     return found if setup.plan.world_size == 1 else [*found, "compile_fuse"]
 
 
-def _key(setup: Setup) -> str:
-    """The key that stores the choice. It covers all that decides which mode is the fastest."""
+def _key(setup: Setup, kernels_in: str = "") -> str:
+    """The key that stores the choice. It covers all that decides which mode is the fastest.
+
+    Args:
+        kernels_in: the mode in which kernels are compared; "" for the choice of the mode.
+    """
     device = setup.accelerator.device
     recipe, plan = setup.recipe, setup.plan
+    choice = f"kernels in {kernels_in}" if kernels_in else "execution"
     return measured.key_of(
-        "execution", runtime.device_name(device), torch.__version__, torch.version.cuda,
+        choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
         recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
         bool(recipe.optim.ema_decay), recipe.data.crop_px, setup.num_classes,
         plan.micro_batch_size, plan.accumulation, plan.world_size, torch.get_num_threads(),
@@ -424,7 +490,9 @@ def start(
         del learner
         _free(attempt, setup, updater)
         del updater
-        if recipe.train.execution != "auto":
+        if attempt.endswith(KERNELS) and recipe.train.kernels == "force":
+            raise ExecutionError(f"[train] kernels = force: {fault}; use auto or off")
+        if recipe.train.execution != "auto" and not attempt.endswith(KERNELS):
             raise ExecutionError(
                 f"[train] execution = {attempt}: {fault}; use auto, which chooses a mode that works"
             )
@@ -434,7 +502,8 @@ def start(
 
 def _simpler(mode: str) -> list[str]:
     """The mode, then those to fall back on, in this order."""
-    found = [mode, mode.removesuffix("_fuse")]
+    plain = mode.removesuffix(KERNELS)
+    found = [mode, plain, plain.removesuffix("_fuse")]
     found += ["compile"] if "compile" in mode else []
     return [*dict.fromkeys([*found, "eager"])]
 

@@ -25,7 +25,7 @@ ROWS = (
     {"feed", "gather", "pipeline", "resize_gpu"},
     {"batch", "order"},
     {"flat", "heartbeat", "lane", "model", "reading", "resize", "settled", "stopping"},
-    {"augment", "depthwise", "run_folder", "staging"},
+    {"augment", "depthwise", "fused_block", "run_folder", "staging"},
     {"forecast"},
     {"measured"},
     {"sampling"},
@@ -38,7 +38,7 @@ ROWS = (
     {"listing"},
     {"decoder"},
     {"shards", "schedule", "launch", "matching"},
-    {"caches", "config", "files", "rng"},
+    {"caches", "config", "files", "operators", "rng"},
     {"arguments", "faults", "trials"},
     {"__init__"},
 )

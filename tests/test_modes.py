@@ -80,7 +80,7 @@ def test_a_mode_that_fails_or_disagrees_is_neither_chosen_nor_remembered(chosen:
     mode, why, tried = chosen(trials, cache="one")
     assert mode == "eager" and tried == list(trials)
     assert chosen(GOOD, cache="one")[0] == "compile_graph_fuse"
-    assert "compile_graph gave a wrong loss (1.6000, eager 1.5000)" in why
+    assert "compile_graph gave a wrong loss (1.6000, expected 1.5000)" in why
     assert "graph failed: RuntimeError: no graphs here" in why
 
 
@@ -102,6 +102,51 @@ def test_a_fault_of_the_eager_mode_is_reported(chosen: Chosen) -> None:
     for kind, precision in (("cpu", "no"), ("cuda", "bf16")):
         with pytest.raises(modes.ExecutionError, match="carried out: eager failed: no memory"):
             chosen(broken, kind, precision=precision)
+
+
+def kernels_trial(rate: float, loss: float = 1.5) -> dict[str, ModeTrial]:
+    mode = "compile_graph_fuse+kernels"
+    return GOOD | {mode: ModeTrial(mode, rate, loss)}
+
+
+@pytest.mark.parametrize(
+    ("rate", "loss", "end"),
+    [(5200, 1.5, "+kernels"), (5100, 1.5, ""), (9000, 1.6, ""), (9000, float("nan"), "")],
+)
+def test_kernels_are_kept_if_they_gain_three_percent_and_agree(
+    chosen: Chosen, rate: float, loss: float, end: str
+) -> None:
+    mode, why, tried = chosen(kernels_trial(rate, loss), kernels="auto", cache="one")
+    assert mode == f"compile_graph_fuse{end}"
+    assert tried == [*GOOD, "compile_graph_fuse", "compile_graph_fuse+kernels"]
+    first, second = why.splitlines()
+    assert first.startswith("execution: compile_graph_fuse (")
+    assert second.startswith(f"fused kernels: {'on' if end else 'off'} (compile_graph_fuse 5,000 ")
+    if loss == 1.5:
+        assert chosen({}, kernels="auto", cache="one")[2] == [], "the choice was not remembered"
+
+
+def test_the_recipe_rules_over_kernels(chosen: Chosen) -> None:
+    assert chosen(GOOD)[0] == "compile_graph_fuse"
+    assert chosen({}, kernels="force", execution="graph") == (
+        "graph+kernels",
+        "execution: graph, as the recipe says\nfused kernels: on, as the recipe says",
+        [],
+    )
+    for kernels, end in (("off", ""), ("auto", "+kernels"), ("force", "+kernels")):
+        mode, _, tried = chosen({}, before="graph+kernels", kernels=kernels)
+        assert (mode, tried) == (f"graph{end}", [])
+    assert chosen({}, before="graph", kernels="auto")[0] == "graph"
+    assert chosen({}, kernels="auto", deterministic=True)[0] == "eager"
+
+
+def test_kernels_need_a_gpu_and_half_precision(chosen: Chosen) -> None:
+    mode, why, _ = chosen(GOOD, kernels="auto", precision="no")
+    assert "+" not in mode and "fused kernels: off, as they need a GPU and half precision" in why
+    with pytest.raises(modes.ExecutionError, match=r"\[train\] kernels = force: .* need a GPU"):
+        chosen(GOOD, "cpu", kernels="force")
+    with pytest.raises(ValueError, match="kernels = force: the fused kernels need half precision"):
+        recipe_for(kernels="force", precision="no")
 
 
 def test_a_short_run_on_a_cpu_is_not_compiled(chosen: Chosen) -> None:

@@ -82,7 +82,7 @@ def carry_out(
     accelerator = accelerator or Accelerator(cpu=True)
     module = (module or network()).to(accelerator.device)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
-    if mode == "graph" and not record:
+    if mode.startswith("graph") and not record:
         updater: execution.Updater = Graphed(
             accelerator, learner, plan, recipe.train, run=run_at_once
         )
