@@ -189,7 +189,7 @@ def test_what_may_vary_within_a_run() -> None:
         *("data.read_threads", "data.decode", "data.hw_decoder_load", "data.jpeg_fancy_upsampling"),
         *("data.verify", "data.on_bad_sample", "data.max_bad_samples", "data.queue_depth"),
         *("train.execution", "train.max_steps", "train.micro_batch_size", "train.hang_timeout_s"),
-        *("train.deterministic", "train.max_skipped_steps"),
+        *("train.deterministic", "train.max_skipped_steps", "train.kernels"),
         *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.max_failures"),
         *("checkpoint.resume", "log.every_steps", "log.samples"),
     }
