@@ -24,8 +24,7 @@ LARGE = Setting("large", 1.0, 224, 8, "bf16")
 
 def test_layers_are_those_of_the_network() -> None:
     network = LARGE.network
-    with torch.device("meta"):
-        model = build_model("large", 1.0, layers.NUM_CLASSES, 0.0)
+    model = build_model("large", 1.0, layers.NUM_CLASSES, 0.0)
     assert network.parameters == sum(p.numel() for p in model.parameters())
     for layer in network.layers:
         assert layer.weights == model.get_parameter(f"{layer.name}.weight").numel()
@@ -92,7 +91,7 @@ def test_a_block_with_a_shortcut_counted_by_hand(plan: Plan) -> None:
 # features.11: 80 > 480 > 112 channels of 14 x 14, 3 x 3, squeeze-excite, hard-swish. x is its input
 # and p its output.
 GATED: dict[Plan, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "compile": ((1, 13, 4), (2, 31, 7)),
+    "compile": ((1, 14, 4), (2, 31, 7)),
     "compile_fuse": ((1, 12, 4), (2, 23, 7)),
     "depthwise": ((1, 7, 4), (2, 14, 7)),
     "project": ((1, 5, 3), (2, 11, 4)),
@@ -122,7 +121,7 @@ def test_plans_move_less_and_less() -> None:
     setting = LARGE._replace(batch=1024)
     mb = [plans.moved(plan, setting) / setting.batch / 1e6 for plan in plans.PLANS]
     assert mb == sorted(mb, reverse=True)
-    assert mb == pytest.approx([182.4, 160.3, 142.2, 101.4, 83.0, 66.3], abs=0.1)
+    assert mb == pytest.approx([183.0, 162.1, 142.8, 102.0, 83.6, 67.0], abs=0.1)
     kept = [plans.kept(plan, setting) for plan in plans.PLANS]
     assert kept == sorted(kept, reverse=True)
 
@@ -137,31 +136,70 @@ def test_the_last_pass_is_the_optimizer() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def forward_pass(setting: Setting) -> Tensor:
-    model = build_model(setting.arch, setting.width, layers.NUM_CLASSES, 0.0)
-    images = torch.randn(setting.batch, 3, setting.px, setting.px)
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(images.to(memory_format=torch.channels_last)).sum()
+@pytest.fixture
+def loss() -> Callable[[], Tensor]:
+    """The forward pass of SMALL."""
+    model = build_model(SMALL.arch, SMALL.width, layers.NUM_CLASSES, 0.0)
+    images = torch.randn(SMALL.batch, 3, SMALL.px, SMALL.px)
+    images = images.to(memory_format=torch.channels_last)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images).sum()
+
+    return forward
 
 
-def test_eager_keeps_what_pytorch_saves_for_the_backward_pass() -> None:
+def holds_images(tensor: Tensor) -> bool:
+    """False for weights, and for gates, which have one position."""
+    return tensor.ndim == 4 and len(tensor) == SMALL.batch and tensor.shape[2] > 1
+
+
+def test_eager_keeps_what_pytorch_saves_for_the_backward_pass(loss: Callable[[], Tensor]) -> None:
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Images' tensors alone: no weights, and no gates, which have one position.
-        if tensor.ndim == 4 and len(tensor) == SMALL.batch and tensor.shape[2] > 1:
+        if holds_images(tensor):
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward_pass(SMALL)
+        loss()
     assert sum(tensor.nbytes for tensor in saved.values()) == plans.kept("eager", SMALL)
 
 
-def test_eager_moves_what_pytorch_gives_to_its_operations() -> None:
+@pytest.mark.slow
+def test_compile_keeps_what_the_compiler_saves_for_the_backward_pass(
+    loss: Callable[[], Tensor],
+) -> None:
+    """The compiler decides what is kept before it knows the device, so that a CPU shows it."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    kept: list[int] = []
+
+    def see(module: Any, inputs: Any) -> Any:
+        results = module.graph.output_node().args[0]
+        tensors = [each.meta["val"] for each in results if each is not None]
+        kept.append(sum(each.nbytes for each in tensors if holds_images(each)))
+        return nop(module, inputs)
+
+    backend = aot_autograd(
+        fw_compiler=see,
+        bw_compiler=nop,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch.compile(loss, backend=backend, dynamic=False, fullgraph=True)()
+    assert kept == [plans.kept("compile", SMALL)] == [plans.kept("compile_fuse", SMALL)]
+
+
+def test_eager_moves_what_pytorch_gives_to_its_operations(loss: Callable[[], Tensor]) -> None:
     moves = profiles.Traffic()
     with moves:
-        forward_pass(SMALL).backward()
+        loss().backward()
     convolutions = SMALL.network.convolutions
     sizes = [plans.Sizes(layer, SMALL) for layer in convolutions]
     names = {layer.name for layer in convolutions}
