@@ -319,7 +319,7 @@ def test_command(printed: Command) -> None:
     assert lines[-1]["run"] == "compile" and lines[-1]["of_bound"] == pytest.approx(0.51, abs=0.01)
     text = printed.text  # type: ignore[attr-defined]
     assert "features.15.conv.0" in text and "expand 1/1" in text and "160 > 960" in text
-    assert "compile reached 51% of the bound: 9,550 images/s" in text
+    assert "compile reached 52% of the bound: 9,550 images/s" in text
 
 
 def test_command_with_a_profile(printed: Command, profile: Path) -> None:
@@ -340,7 +340,7 @@ def test_command_without_a_bandwidth(printed: Command) -> None:
     [
         (["--rate", "compile:9000"], "--rate: no GPU here whose copy could be measured; add --ba"),
         (["--rate", "fast:9"], "fast: not among eager, compile"),
-        (["--bandwidth", "0"], "'0' is no number above 0"),
+        (["--bandwidth", "0"], "'0' is not a number above 0"),
         (["--profile", "nowhere"], "No such file or directory: 'nowhere'; name DIR/record.jsonl"),
         (["--batch", "7"], "it has no profile of large, batch 7, 224 px, bf16; it has large, 8, "),
     ],
