@@ -211,7 +211,7 @@ def test_jitter_changes_contrast_before_brightness() -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_erased_is_zero_and_nothing_else_is_touched(half: bool) -> None:
+def test_erasing_sets_the_window_to_zero_and_changes_nothing_else(half: bool) -> None:
     windows = [(0, 0, 0, 0), (3, 5, 40, 60), (0, 0, 159, 191), (159, 191, 1, 1), (0, 0, 0, 0)]
     given = Augment(erase=np.array(windows, np.float32))
     _, before, after = changed(given, config.Data(erase=1.0), half)
@@ -252,7 +252,7 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone(dataset: Path, changes: di
     assert torch.equal(images_of(batches(dataset, 6, first_step=4, **changes)), whole[48:])
 
 
-def test_the_erased_window_lies_in_the_mirrored_image(dataset: Path) -> None:
+def test_images_are_mirrored_before_they_are_erased(dataset: Path) -> None:
     plain = batches(dataset, 12, augment="none", color_jitter=(0, 0, 0, 0), erase=0.0)
     erased = batches(dataset, 12, augment="none", color_jitter=(0, 0, 0, 0))
     seen = set()
@@ -279,7 +279,7 @@ def test_augmentation_that_is_off_adds_no_inputs() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"augment": "rand"}, {"color_jitter": (0, 0, 0, 0.1)}, ALL])
-def test_inputs_name_what_is_drawn(changes: dict) -> None:
+def test_graph_inputs_are_the_columns_that_are_drawn(changes: dict) -> None:
     settings = config.Data(**changes)
     drawn = sampling.augment_draw(0, 0, np.arange(4), settings, 224)._asdict()
     drawn = {name: column for name, column in drawn.items() if column is not None}

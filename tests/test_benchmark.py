@@ -47,7 +47,7 @@ def job(name: str, dataset: Path, folder: Path | None = None, **changes: Any) ->
     return pipelines.InputJob(name=name, shards=dataset, folder=folder, **settings)
 
 
-def test_command(
+def test_the_input_is_measured_beside_other_pipelines(
     dataset: Path,
     folder: Path,
     measured: Callable[..., list[dict[str, Any]]],
@@ -68,27 +68,29 @@ def test_command(
 
 
 @pytest.mark.slow
-def test_torchvision_v2(dataset: Path, folder: Path) -> None:
+def test_torchvision_v2_makes_batches(dataset: Path, folder: Path) -> None:
     assert set(own_process.measure(job("torchvision v2", dataset, folder), "input")) >= KEYS
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "DALI reader", "decode alone"])
-def test_pipelines_with_threads(name: str, dataset: Path) -> None:
+def test_pipelines_that_use_threads_make_batches(name: str, dataset: Path) -> None:
     assert set(inputs.measure(job(name, dataset))) >= KEYS
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "DALI reader"])
-def test_raw_shards(name: str, folder: Path, tmp_path: Path) -> None:
+def test_pipelines_read_raw_shards(name: str, folder: Path, tmp_path: Path) -> None:
     shard(folder, tmp_path, Policy(store="raw"))
     assert set(inputs.measure(job(name, tmp_path))) >= KEYS
 
 
 @pytest.mark.parametrize("name", pipelines.READERS)
-def test_reading_alone(name: str, dataset: Path) -> None:
+def test_reading_is_measured_without_decoding(name: str, dataset: Path) -> None:
     assert inputs.measure(job(name, dataset, raw=True))["loader_us_per_image"] > 0
 
 
-def test_pipelines_that_cannot_take_part(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipelines_that_cannot_take_part_are_left_out(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     split = shards.open_split(dataset, "train")
     reasons = {name: inputs.why_not(job(name, dataset), split) for name in pipelines.PIPELINES}
@@ -119,7 +121,7 @@ def test_contestants_take_turns(
     assert capsys.readouterr().err.splitlines()[-1] == "2/2 webdataset"
 
 
-def test_figures_of_several_turns() -> None:
+def test_figures_are_medians_of_the_turns() -> None:
     turns: list[dict[str, Any]] = [
         {"a": 1.0, "b": None},
         {"a": 3.00004, "b": None},
@@ -130,7 +132,7 @@ def test_figures_of_several_turns() -> None:
     assert output.paired_ratio([10, 5, 20], [5, 2.5, 11]) == 2.0
 
 
-def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_shows_the_figures_to_people(capsys: pytest.CaptureFixture[str]) -> None:
     step = {"batch": 64, "precision": "no", "layout": "channels_last", "step_ms": 640.25}
     output.show([
         {"cpu": "of this machine"},
@@ -153,7 +155,7 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text, part
 
 
-def test_a_crash_is_a_line(
+def test_a_crash_is_reported_in_a_line(
     dataset: Path,
     measured: Callable[..., list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +176,7 @@ def test_a_crash_is_a_line(
     assert total["failed"] == len(lines)
 
 
-def test_sweeps(dataset: Path) -> None:
+def test_lists_of_settings_are_measured_in_all_combinations(dataset: Path) -> None:
     parser = argparse.ArgumentParser()
     inputs.add_arguments(parser)
     words = [str(dataset), "--threads", "1,2", "--batch", "4,8", "--queue-depth", "1,2,4"]
@@ -196,7 +198,7 @@ def test_sweeps(dataset: Path) -> None:
         (["--batch", "8", "--device", "gpu"], "--device gpu: torch finds no GPU here"),
     ],
 )
-def test_bad_options(
+def test_wrong_options_are_refused(
     words: list[str], message: str, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -217,7 +219,7 @@ def test_another_folder_is_refused(
     assert "it has 13 training images, but the shards have 45" in capsys.readouterr().err
 
 
-def test_the_page_cache_is_seen(tmp_path: Path) -> None:
+def test_cached_bytes_of_a_file_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(10_000))
     assert inputs.num_cached(path) == 10_000
@@ -239,7 +241,7 @@ def step_job(name: str, **changes: Any) -> steps.StepJob:
 
 
 @pytest.mark.parametrize("name", ["fasttrain", "plain loop", "torchvision", "timm"])
-def test_everybody_takes_steps(name: str) -> None:
+def test_each_contestant_trains(name: str) -> None:
     if name == "timm":
         pytest.importorskip("timm")
     job = step_job(name)
@@ -249,7 +251,7 @@ def test_everybody_takes_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_loop_over_the_step(
+def test_the_loop_is_compared_with_the_bare_step(
     capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest, deterministic: bool
 ) -> None:
     words = "loop --arch small --crop-px 32 --batch 4 --threads 1 --repeats 1 --seconds 0.2".split()
@@ -301,7 +303,7 @@ def predicted(devices: int, batch: int = 1024, **changes: Any) -> dict[str, Any]
     return scaling.predict(devices, batch, training, FIGURES._replace(**changes))
 
 
-def test_updates_lie_between_those_measured() -> None:
+def test_a_prediction_interpolates_between_measured_batches() -> None:
     seconds = [scaling.compute_s(n, FIGURES.step_s) for n in (1, 8, 36, 64, 1024, 2048)]
     assert seconds == pytest.approx([0.008, 0.008, 0.012, 0.016, 0.1024, 0.2048])
 
@@ -315,7 +317,7 @@ def test_one_device_exchanges_nothing_and_the_epoch_adds_up() -> None:
     assert one["run_h"] == pytest.approx(150 * epoch / 3600, abs=0.01)
 
 
-def test_what_limits_a_prediction() -> None:
+def test_a_prediction_names_its_limit() -> None:
     eight = predicted(8)
     ring = 2 * 7 / 8 * 20e6 / 100e9 + 2 * 2 * 3 * 1e-5
     assert eight["exchange_ms"] == pytest.approx(1e3 * ring, abs=1e-3)
@@ -331,7 +333,7 @@ def test_what_limits_a_prediction() -> None:
 GIVEN = ("scaling", "--step-ms", "128:9,1024:60", "--inside", "200", "--batch", "1024")
 
 
-def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_takes_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main([*GIVEN, "--devices", "1,8,64"])
     about, *lines = map(json.loads, capsys.readouterr().out.splitlines())
     assert about["gradient_bytes"] == 4 * 5_483_032
@@ -339,7 +341,7 @@ def test_scaling_from_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["images_per_s"] == round(1024 / 0.06)
 
 
-def test_the_drawing_of_a_prediction(tmp_path: Path) -> None:
+def test_a_prediction_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [predicted(devices, batch) for batch in (1024, 4096) for devices in (1, 8, 512)]
     figure = plot.figure_of(rows, "title")
@@ -358,7 +360,7 @@ def test_the_drawing_of_a_prediction(tmp_path: Path) -> None:
     assert drawn == (tmp_path / "b.svg").read_text() and "global batch 4,096" in drawn
 
 
-def test_a_drawing_without_matplotlib(
+def test_a_drawing_without_matplotlib_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -370,6 +372,6 @@ def test_a_drawing_without_matplotlib(
     )
 
 
-def test_links_between_two_processes() -> None:
+def test_links_between_two_processes_are_measured() -> None:
     speed, latency = scaling.measure_links(4_000_000, "cpu")
     assert 1e7 < speed < 1e12 and 0 < latency < 0.1

@@ -97,7 +97,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(
     assert caches.cache_dir() != theirs and caches.cache_dir().parent == tmp_path / "tmp"
 
 
-def test_a_chosen_folder_that_cannot_be_written(
+def test_a_chosen_folder_that_cannot_be_written_is_replaced_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

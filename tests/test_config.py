@@ -30,7 +30,7 @@ def test_shipped_recipes_load_and_survive_writing(path: Path, tmp_path: Path) ->
         ("small_075", "small", 0.75, 0.1, 0.0),
     ],
 )
-def test_the_published_recipe(
+def test_shipped_recipes_are_the_published_ones(
     name: str, arch: Literal["large", "small"], width: float, dropout: float, smoothing: float
 ) -> None:
     recipe = config.load(REPO / "recipes" / f"{name}.toml")
@@ -59,7 +59,7 @@ def test_a_run_folder_of_an_earlier_version_opens(value: str, tmp_path: Path) ->
             config.load(path)
 
 
-def test_overrides() -> None:
+def test_set_changes_values_of_any_type() -> None:
     recipe = config.load(
         REPO / "recipes/large.toml",
         [
@@ -160,7 +160,7 @@ def test_all_faults_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     assert first == f"{path}: 4 problems" and len(faults) == 4
 
 
-def test_unreadable_recipes(tmp_path: Path) -> None:
+def test_unreadable_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml: cannot read this recipe"):
         config.load(tmp_path / "nowhere.toml")
     path = tmp_path / "broken.toml"
@@ -176,7 +176,7 @@ def test_differences_name_what_makes_another_run() -> None:
     assert config.differences(old, new) == ["train.seed: 0 -> 1"]
 
 
-def test_what_may_vary_within_a_run() -> None:
+def test_marked_fields_may_vary_within_a_run() -> None:
     per_machine = {
         "data.root",
         "data.stage",

@@ -92,7 +92,7 @@ def test_processes_agree_on_a_decoder_that_works_on_all() -> None:
     assert decoder.surest(["gpu_full", "cpu", "gpu_window"]) == "cpu"
 
 
-def test_one_ruined_image_is_seen() -> None:
+def test_one_damaged_image_among_many_is_found() -> None:
     right = torch.rand(64, 3, 8, 8)
     wrong = right.clone()
     wrong[17] = -wrong[17] - 1

@@ -90,7 +90,7 @@ def test_the_live_view_takes_no_time_of_an_update() -> None:
         assert time.process_time() - begun < 0.5  # 50 us an update; 0.3 measured
 
 
-def test_the_closing_line() -> None:
+def test_the_closing_line_has_accuracy_time_and_speed() -> None:
     done = {"top1": 98.888889, "seen": 360, "seconds": 65.2, "images_per_s": 1234.5}
     assert result(done) == "top-1 98.89 % on 360 images, in 1:05, 1,234 images/s"
     assert "(EMA 97.10 %)" in result(done | {"ema_top1": 97.1})

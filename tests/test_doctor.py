@@ -52,7 +52,9 @@ def examined(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_node(examined: Examined, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_healthy_node_has_no_faults(
+    examined: Examined, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     found, lines = examined(0, tiny())
     assert found.keys() == SECTIONS and found["faults"] == []
     assert lines[-1] == "no fault was found"
@@ -69,7 +71,7 @@ def test_a_healthy_node(examined: Examined, tiny: Callable[..., Path], tmp_path:
     assert not (tmp_path / "run").exists()  # nothing is left behind
 
 
-def test_no_data_set(examined: Examined, tiny: Callable[..., Path]) -> None:
+def test_a_missing_data_set_is_a_fault(examined: Examined, tiny: Callable[..., Path]) -> None:
     found, _ = examined(1, tiny(), "--set", "data.root=/nowhere")
     (fault,) = found["faults"]
     assert fault.startswith("no data set at /nowhere ") and "tools/make_shards.py" in fault
@@ -79,7 +81,7 @@ def test_no_data_set(examined: Examined, tiny: Callable[..., Path]) -> None:
     assert found["memory"]["available_gb"] > 0
 
 
-def test_faults_are_told_all_at_once(
+def test_all_faults_are_printed_at_once(
     examined: Examined, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -97,7 +99,7 @@ def test_faults_are_told_all_at_once(
     assert found["input"]["input_images_per_s"] > 0  # of other batches
 
 
-def test_a_wrong_recipe_or_command_line(
+def test_a_wrong_recipe_or_command_line_is_refused(
     tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words in (["/nowhere.toml"], [str(tiny()), "--set", "train.epochs=0"], []):
@@ -106,7 +108,7 @@ def test_a_wrong_recipe_or_command_line(
         assert status.value.code == 2 and not capsys.readouterr().out
 
 
-def test_a_stage_without_room(
+def test_a_stage_without_room_is_a_fault(
     examined: Examined, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny(data={"stage": str(tmp_path / "stage")})
@@ -117,7 +119,7 @@ def test_a_stage_without_room(
     assert "GB are to be copied, and 0.0 GB are free" in found["faults"][0]
 
 
-def test_two_processes(tiny: Callable[..., Path]) -> None:
+def test_two_processes_are_examined(tiny: Callable[..., Path]) -> None:
     done = run([*MULTI, "tools/doctor.py", tiny()], ACCELERATE_USE_CPU="1")
     found = json.loads(done.stdout.splitlines()[-1])
     assert "Traceback" not in done.stderr
@@ -129,7 +131,7 @@ def test_two_processes(tiny: Callable[..., Path]) -> None:
     assert 0 < found["job"]["all_reduce_of_one_ms"] < 1000
 
 
-def test_a_fault_of_the_launch(examined: Examined, tiny: Callable[..., Path]) -> None:
+def test_a_fault_of_the_launch_is_named(examined: Examined, tiny: Callable[..., Path]) -> None:
     found, _ = examined(1, tiny(), WORLD_SIZE="2")
     assert found["run"]["processes"] == 2 and "no MASTER_ADDR" in found["faults"][0]
     assert len(found["faults"]) == 1
@@ -137,7 +139,9 @@ def test_a_fault_of_the_launch(examined: Examined, tiny: Callable[..., Path]) ->
     assert 'SLURM_RESTART_COUNT = "many"' in found["faults"][0]
 
 
-def test_a_launch_that_is_not_followed(examined: Examined, tiny: Callable[..., Path]) -> None:
+def test_unsupported_launch_settings_are_reported(
+    examined: Examined, tiny: Callable[..., Path]
+) -> None:
     found, _ = examined(1, tiny(), ACCELERATE_USE_FSDP="true")
     (fault,) = found["faults"]
     assert fault.startswith("the launch asks for FSDP") and found["run"]["processes"] == 1
@@ -146,7 +150,7 @@ def test_a_launch_that_is_not_followed(examined: Examined, tiny: Callable[..., P
     assert "STEPS = 4 is not used" in remark and environ == {"USE_TORCH_XLA": "0"}
 
 
-def test_bf16_on_a_cpu_that_is_slow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_is_slow_in_bf16_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     examiner = doctor.Doctor(config.Recipe(model=config.Model(arch="small", width=0.35)), {})
     for ratio, faults in ((0.1, 1), (0.9, 0)):
         monkeypatch.setattr(modes, "bf16_ratio", lambda *_, ratio=ratio: ratio)
@@ -158,7 +162,7 @@ def test_bf16_on_a_cpu_that_is_slow_with_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert "takes 12.0 times as long as float32" in examiner.faults[0]
 
 
-def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:
+def test_a_job_of_slurm_is_described(examined: Examined, tiny: Callable[..., Path]) -> None:
     job = {"JOB_ID": "7", "NNODES": "2", "GPUS_ON_NODE": "2", "STEP_NUM_TASKS": "2"}
     found, _ = examined(0, tiny(), **{f"SLURM_{name}": value for name, value in job.items()})
     assert found["run"]["processes"] == 4 and found["run"]["micro_batch"] == 2
@@ -171,7 +175,7 @@ def test_a_job_of_slurm(examined: Examined, tiny: Callable[..., Path]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_how_many_processes() -> None:
+def test_the_number_of_processes_follows_from_the_environment() -> None:
     def size(gpus: int, **environ: str) -> tuple[int, int]:
         return doctor.world_of(environ, gpus)[:2]
 
@@ -186,7 +190,7 @@ def test_how_many_processes() -> None:
         size(0, FT_PROCS_PER_NODE="two", **nodes)
 
 
-def test_processes_that_could_not_join() -> None:
+def test_processes_that_could_not_join_are_named_before_joining() -> None:
     def faults(gpus: int = 0, **environ: str) -> list[str]:
         return [*doctor.launch_faults(environ, gpus, {"eth0": "up", "ib0": "up"})]
 
@@ -205,13 +209,13 @@ TOPO = (
 )
 
 
-def test_links_between_gpus() -> None:
+def test_links_between_gpus_are_counted() -> None:
     assert probes.link_counts(TOPO) == ["2 x SYS, PCIe", "1 x NV18, NVLink"]
     assert probes.link_counts("\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n") == []
     assert probes.link_counts("") == []
 
 
-def test_network_of_a_tree(tmp_path: Path) -> None:
+def test_network_interfaces_are_read_from_sysfs(tmp_path: Path) -> None:
     files = {
         "net/eth0/operstate": "up\n", "net/eth0/speed": "25000\n", "net/ib0/operstate": "down\n",
         "net/ib0/speed": "-1\n", "net/lo/operstate": "unknown\n",
@@ -232,7 +236,7 @@ def test_network_of_a_tree(tmp_path: Path) -> None:
     assert probes.interfaces(tmp_path / "none") == {} and probes.infiniband(tmp_path / "no") == []
 
 
-def test_cuda_of_driver_and_packages() -> None:
+def test_a_driver_that_is_too_old_is_a_fault() -> None:
     built = {"torch": "13.0", "DALI": "13"}
     assert probes.cuda_faults(built, "13.1") == []
     assert [fault.split()[0] for fault in probes.cuda_faults(built, "12.8")] == ["torch", "DALI"]
@@ -240,7 +244,7 @@ def test_cuda_of_driver_and_packages() -> None:
     assert str(probes.same_cuda("none", "13")).startswith("unknown")
 
 
-def test_gpus_that_torch_does_not_see(
+def test_gpus_that_torch_does_not_see_are_a_fault(
     examined: Examined, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {
@@ -261,12 +265,12 @@ def test_gpus_that_torch_does_not_see(
     assert "  links                   2 x SYS, PCIe" in lines
 
 
-def test_quota_of_a_container() -> None:
+def test_the_quota_of_a_container_is_read() -> None:
     assert probes.quota_in("150000 100000") == 1.5
     assert probes.quota_in("max 100000") is None and probes.quota_in("unknown") is None
 
 
-def test_advice_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_over_a_network_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     monkeypatch.setattr(probes.forecast, "available_bytes", lambda: 10**12)
     data = config.Data()
@@ -280,14 +284,14 @@ def test_advice_over_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probes.advice("nfs", data.model_copy(update={"stage": Path("/tmp")}), 1) == []
 
 
-def test_time_left_in_a_job() -> None:
+def test_the_time_left_in_a_job_is_shown() -> None:
     environ = {"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "1600"}
     assert doctor.slurm(environ, now=1000)["time_left_min"] == 10
     assert doctor.slurm({"SLURM_JOB_ID": "1"}, now=0)["time_left_min"] == "unknown"
     assert doctor.slurm({}, now=0) == {"slurm": None}
 
 
-def test_reading_one_tar(folder: Path, tmp_path: Path) -> None:
+def test_reading_works_with_a_single_tar(folder: Path, tmp_path: Path) -> None:
     shard(folder, tmp_path, shard_size=100)
     split = doctor.train.open_data(config.Data(root=tmp_path))[0]
     assert probes.read_in_order(split)["in_order_mb_per_s"] > 0
@@ -295,7 +299,7 @@ def test_reading_one_tar(folder: Path, tmp_path: Path) -> None:
     assert found["at_random_images_per_s"] > 0 and found["at_random_by_threads"] == 2
 
 
-def test_the_gpu_of_a_process_alone() -> None:
+def test_a_trial_sees_the_gpu_of_its_process_alone() -> None:
     def gpu(**environ: str) -> str:
         kept = probes.on_own_gpu({"LOCAL_WORLD_SIZE": "4", "RANK": "6", "HOME": "/root", **environ})
         assert kept.keys() == {"HOME", "CUDA_VISIBLE_DEVICES"}
@@ -305,7 +309,7 @@ def test_the_gpu_of_a_process_alone() -> None:
     assert gpu(LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="4,5") == "5"
 
 
-def test_a_step(
+def test_a_training_step_is_measured(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def here(command: list[str], **_: Any) -> Any:
@@ -334,7 +338,7 @@ def test_a_step(
         ("RuntimeError: no kernel image", "see versions and gpus above"),
     ],
 )
-def test_a_step_that_fails(
+def test_a_training_step_that_fails_is_a_fault(
     said: str, remedy: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -349,7 +353,7 @@ def test_a_step_that_fails(
     assert said in fault and remedy in fault
 
 
-def test_whether_the_input_is_enough(tiny: Callable[..., Path]) -> None:
+def test_the_input_is_compared_with_the_steps(tiny: Callable[..., Path]) -> None:
     examination = doctor.Doctor(config.load(tiny()), {})
     examination.data()
     for asked, verdict in ((1.0, " times as fast as the steps"), (1e9, "limits them; to make")):
@@ -358,7 +362,7 @@ def test_whether_the_input_is_enough(tiny: Callable[..., Path]) -> None:
         assert verdict in found["verdict"] and found["epoch_min"] > 0
 
 
-def test_words() -> None:
+def test_facts_are_shown_with_their_units() -> None:
     facts: dict[str, Any] = {
         "speed_mb_per_s": 1234.5,
         "X_Y": None,

@@ -332,7 +332,7 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
-def test_on_a_gpu_mixed_precision_evaluations_and_a_restart(mode: str) -> None:
+def test_on_a_gpu_mixed_precision_survives_evaluations_and_a_restart(mode: str) -> None:
     """Images are float16 and the network bfloat16; evaluations and a resume lie between updates."""
     recipe = recipe_for(precision="bf16")
     plan = plan_for(recipe)

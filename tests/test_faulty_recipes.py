@@ -35,7 +35,9 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("content", "message"), RECIPES)
-def test_recipes(content: bytes, message: str, tmp_path: Path, refused: Refused) -> None:
+def test_each_wrong_recipe_is_refused(
+    content: bytes, message: str, tmp_path: Path, refused: Refused
+) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
     refused(train.main, [path], f"{path}: ", message)
@@ -83,7 +85,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("setting", "said"), SETTINGS)
-def test_settings(
+def test_each_wrong_setting_is_refused(
     setting: str,
     said: list[str],
     tiny: Callable[..., Path],

@@ -71,7 +71,7 @@ def test_moved_files_are_synced_where_they_were_and_are(tmp_path: Path, steps: l
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["a", "b"]
 
 
-def test_only_leftovers_of_ours_are_cleared(tmp_path: Path) -> None:
+def test_only_our_own_leftovers_are_cleared(tmp_path: Path) -> None:
     for name in ("a.tmp", f"b.host-1{files.TEMPORARY}"):
         (tmp_path / name).touch()
     files.clear(tmp_path)
@@ -108,7 +108,7 @@ def test_a_killed_process_gives_its_lock_back(tmp_path: Path) -> None:
     os.close(file)
 
 
-def test_nobody_else_writes_atomically_or_locks() -> None:
+def test_no_other_module_writes_atomically_or_locks() -> None:
     """The calls that `files` is there for stand in no other module."""
     source = Path(files.__file__).parent
     own = {"fcntl.flock", "os.fsync", "os.replace"}

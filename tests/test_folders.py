@@ -52,7 +52,7 @@ def test_clutter_is_left_out_at_any_depth_and_counted_by_kind(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "end", "jpg JPEG jpe jfif png bmp gif webp tif TIFF ppm pgm pbm pnm".split()
 )
-def test_suffixes_of_images(tmp_path: Path, end: str) -> None:
+def test_images_are_known_by_their_suffixes(tmp_path: Path, end: str) -> None:
     put(tmp_path, f"train/a/1.{end}", "val/a/1.png")
     assert names(scan(tmp_path)[0])["train"] == [f"a/1.{end}"]
 
@@ -78,7 +78,9 @@ def dangling_deep(root: Path) -> None:
 @pytest.mark.parametrize(
     "break_one", [dangling_file, dangling_class, dangling_all_of_a_class, dangling_deep]
 )
-def test_links_that_lead_nowhere(tmp_path: Path, break_one: Callable[[Path], None]) -> None:
+def test_links_that_lead_nowhere_are_refused_or_left_out(
+    tmp_path: Path, break_one: Callable[[Path], None]
+) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png")
     break_one(tmp_path)
     with pytest.raises(ShardError, match=r"1 link leads nowhere, the first: .*gone.* -> /nowhere/"):
@@ -91,14 +93,14 @@ def test_links_that_lead_nowhere(tmp_path: Path, break_one: Callable[[Path], Non
     assert said[-1].startswith("WARNING: 1 link leads nowhere, the first: ")
 
 
-def test_a_split_that_is_a_dangling_link(tmp_path: Path) -> None:
+def test_a_split_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png")
     (tmp_path / "val").symlink_to("/nowhere/val")
     with pytest.raises(ShardError, match=r"1 link leads nowhere, .*/val -> /nowhere/val"):
         scan(tmp_path)
 
 
-def test_a_dangling_test_that_is_not_needed(tmp_path: Path) -> None:
+def test_a_dangling_test_that_is_not_needed_is_ignored(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png")
     (tmp_path / "test").symlink_to("/nowhere")
     assert not scan(tmp_path)[0].skipped
@@ -115,7 +117,7 @@ def test_links_that_lead_somewhere_are_followed(tmp_path: Path) -> None:
         scan(root)
 
 
-def test_images_outside_any_class(tmp_path: Path) -> None:
+def test_images_outside_any_class_are_refused_or_left_out(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "train/montage.png", "val/cat/b.png")
     with pytest.raises(ShardError, match=r"montage.png is outside any class folder: move it"):
         scan(tmp_path)
@@ -128,7 +130,7 @@ def test_images_outside_any_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Val"])
-def test_names_of_val(tmp_path: Path, name: str) -> None:
+def test_val_may_have_other_names(tmp_path: Path, name: str) -> None:
     put(tmp_path, "train/cat/a.png", f"{name}/cat/b.png", "test/cat/c.png")
     source, said = scan(tmp_path)
     assert names(source) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
@@ -143,37 +145,37 @@ def test_test_serves_as_val_where_there_is_none(tmp_path: Path, pair: tuple[str,
     assert said == [f"there is no val split: {pair[1]}/ is used as val"]
 
 
-def test_two_folders_for_one_split(tmp_path: Path) -> None:
+def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png", "valid/cat/c.png")
     with pytest.raises(ShardError, match="val/ and valid/ both name the val split"):
         scan(tmp_path)
 
 
-def test_val_has_a_class_that_train_lacks(tmp_path: Path) -> None:
+def test_a_class_of_val_that_train_lacks_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png", "val/dog/c.png")
     with pytest.raises(ShardError, match="val holds images of dog, a class that train does not"):
         scan(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Cat", "cat ", "Ko\u0308ter"])
-def test_classes_that_look_the_same(tmp_path: Path, name: str) -> None:
+def test_classes_that_look_the_same_are_named(tmp_path: Path, name: str) -> None:
     plain = {"Ko\u0308ter": "K\u00f6ter"}.get(name, "cat")
     put(tmp_path, f"train/{plain}/a.png", f"val/{name}/b.png")
     with pytest.raises(ShardError, match=r"'.*' and '.*' look the same but differ: rename one"):
         scan(tmp_path)
 
 
-def test_folders_beside_named_splits(tmp_path: Path) -> None:
+def test_folders_beside_named_splits_are_ignored(tmp_path: Path) -> None:
     put(tmp_path, "seg_train/cat/a.png", "seg_test/cat/b.png", "seg_pred/deep/c.png")
     assert names(scan(tmp_path)[0]) == {"train": ["cat/a.png"], "val": ["cat/b.png"]}
 
 
-def test_classes_that_are_named_like_splits(tmp_path: Path) -> None:
+def test_classes_may_be_named_like_splits(tmp_path: Path) -> None:
     put(tmp_path, *(f"{c}/{n}.png" for c in ("test tube", "train station") for n in range(2)))
     assert scan(tmp_path, val_fraction=0.5)[0].classes == ("test tube", "train station")
 
 
-def test_tars_that_lie_too_deep(tmp_path: Path) -> None:
+def test_tars_that_are_too_deep_are_refused(tmp_path: Path) -> None:
     tar_of_images(tmp_path / "train/part1/0.tar", "a.png")
     put(tmp_path, "val/cat/a.png")
     with pytest.raises(
@@ -200,7 +202,7 @@ def test_the_folder_that_was_meant_is_named(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_what_lacks_a_split_is_told_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_split_comes_with_the_remedy(tmp_path: Path) -> None:
     plain = put(tmp_path / "plain", "cat/a.png", "dog/b.png")
     with pytest.raises(ShardError, match=r"holds classes \(cat, dog\) and no splits\n--val-frac"):
         scan(plain)
@@ -213,7 +215,7 @@ def test_what_lacks_a_split_is_told_the_remedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "val/", "test/"])
-def test_val_only(tmp_path: Path, inside: str) -> None:
+def test_val_only_needs_no_train(tmp_path: Path, inside: str) -> None:
     put(tmp_path, f"{inside}cat/a.png", f"{inside}ant/b.png")
     source, _ = scan(tmp_path, val_only=True)
     assert names(source) == {"val": ["ant/b.png", "cat/a.png"]}
@@ -226,7 +228,7 @@ def test_val_only(tmp_path: Path, inside: str) -> None:
         scan(tmp_path, val_only=True, classes=("cat", "zebra"))
 
 
-def test_classes_that_are_numbers(tmp_path: Path) -> None:
+def test_numeric_class_names_are_sorted_as_text_or_as_numbers(tmp_path: Path) -> None:
     put(tmp_path, *(f"val/{number}/a.png" for number in (0, 2, 10)))
     source, said = scan(tmp_path, val_only=True)
     assert source.classes == ("0", "10", "2")
@@ -248,7 +250,7 @@ def test_classes_that_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "train/"])
-def test_val_fraction(tmp_path: Path, inside: str) -> None:
+def test_val_fraction_draws_from_each_class(tmp_path: Path, inside: str) -> None:
     put(tmp_path, *(f"{inside}cat/{number}.png" for number in range(30)))
     put(tmp_path, *(f"{inside}dog/{number}.png" for number in range(10)), f"{inside}one/0.png")
     drawn, _ = scan(tmp_path, val_fraction=0.1)
@@ -261,7 +263,7 @@ def test_val_fraction(tmp_path: Path, inside: str) -> None:
     assert len(set(names(scan(tmp_path, val_fraction=0.1)[0])["val"]) - set(val)) <= 1
 
 
-def test_val_fraction_where_val_is_there(tmp_path: Path) -> None:
+def test_val_fraction_is_refused_if_there_is_a_val_split(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/a.png", "val/cat/b.png")
     with pytest.raises(ShardError, match=r"has a val split already \(.*val\); leave"):
         scan(tmp_path, val_fraction=0.5)
@@ -278,7 +280,7 @@ def test_train_may_be_the_name_of_a_class(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_tiny_imagenet_as_downloaded(tmp_path: Path) -> None:
+def test_tiny_imagenet_is_read_as_downloaded(tmp_path: Path) -> None:
     put(tmp_path, f"train/{CAT}/images/{CAT}_0.JPEG", f"train/{DOG}/images/{DOG}_0.JPEG")
     put(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG")
     rows = f"val_0.JPEG\t{DOG}\t0\t0\t9\t9\nval_1.JPEG\t{CAT}\t0\t0\t9\t9\n"
@@ -291,7 +293,7 @@ def test_tiny_imagenet_as_downloaded(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
-def test_tiny_imagenet_sorted_in_part(tmp_path: Path) -> None:
+def test_tiny_imagenet_may_be_sorted_in_part(tmp_path: Path) -> None:
     put(tmp_path, *(f"train/{c}/images/{c}_0.png" for c in ("n1", "n2")))
     put(tmp_path, "val/n1/val_0.png", "val/images/val_1.png", "val/images/val_2.png")
     (tmp_path / "val/val_annotations.txt").write_text(
@@ -310,7 +312,7 @@ def test_tiny_imagenet_sorted_in_part(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
-def test_a_locale_without_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locale_without_utf8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, *(f"{s}/{c}/0.png" for s in ("train", "val") for c in ("Übung", "dog")))
     assert scan(tmp_path)[0].classes == ("dog", "Übung")
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "iso8859-1")
@@ -318,7 +320,7 @@ def test_a_locale_without_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         scan(tmp_path)
 
 
-def test_two_classes_whose_names_look_the_same(tmp_path: Path) -> None:
+def test_two_classes_whose_names_look_the_same_give_a_warning(tmp_path: Path) -> None:
     put(tmp_path, *(f"{s}/{c}/0.png" for s in ("train", "val") for c in ("Cat", "cat", "dog")))
     assert scan(tmp_path)[1] == [
         "WARNING: 'Cat' and 'cat' are two classes; if they are one, rename one"
@@ -334,7 +336,7 @@ def test_a_class_of_val_without_images_is_named(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
-def test_tars_of_classes(tmp_path: Path) -> None:
+def test_tars_of_classes_are_read(tmp_path: Path) -> None:
     tar_of_images(tmp_path / f"train/{CAT}.tar", f"{CAT}_1.JPEG", f"{CAT}_2.JPEG")
     tar_of_images(tmp_path / f"train/{DOG}.tar", f"{DOG}_1.JPEG")
     put(tmp_path, f"train/{DOG}/{DOG}_1.JPEG", f"val/{CAT}/a.png")
@@ -353,7 +355,7 @@ def test_tars_of_classes(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
-def test_the_archive_of_val_beside_an_unpacked_train(tmp_path: Path) -> None:
+def test_the_archive_of_val_may_stand_beside_an_unpacked_train(tmp_path: Path) -> None:
     put(tmp_path, f"train/{CAT}/a.png")
     tar_of_images(tmp_path / "ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(ShardError, match=r"devkit_t12.tar.gz is missing: it holds the labels"):
@@ -370,7 +372,7 @@ def test_the_archive_of_val_beside_an_unpacked_train(tmp_path: Path) -> None:
     assert names(scan(tmp_path, val_only=True)[0]).keys() == {"val"}
 
 
-def test_flat_images_whose_names_hold_the_class(tmp_path: Path) -> None:
+def test_flat_images_may_hold_the_class_in_their_names(tmp_path: Path) -> None:
     put(tmp_path, f"train/{CAT}_1_{CAT}.JPEG", f"train/{DOG}_7.JPEG")
     put(tmp_path, f"val/ILSVRC2012_val_00000001_{DOG}.JPEG")
     source, _ = scan(tmp_path)

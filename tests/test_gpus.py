@@ -10,7 +10,7 @@ from fasttrain import gpus
     ("environ", "said"),
     [({}, 1), ({"WORLD_SIZE": "4"}, 0), ({"ACCELERATE_USE_CPU": "1"}, 0)],
 )
-def test_gpus_that_are_left_idle_are_told(
+def test_idle_gpus_are_reported(
     environ: dict[str, str], said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

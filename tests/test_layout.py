@@ -130,7 +130,7 @@ def test_cuda_12_differs_in_dali_alone() -> None:
     assert [d.replace("cuda120", "cuda130") for d in cuda12] == cuda13
 
 
-def test_top_level_is_what_we_know() -> None:
+def test_the_top_level_has_only_known_files() -> None:
     allowed = {"pyproject.toml", "fasttrain", "tools", "recipes", "tests", "README.md"}
     allowed |= {"LICENSE", "CHANGELOG.md"}
     ignored = {"data", "runs", "build"} | {p.name for p in REPO.glob("*.egg-info")}
@@ -146,7 +146,7 @@ def test_the_list_of_modules_is_complete() -> None:
     assert {name for name, mark in listed if mark == "*"} == TORCH_FREE
 
 
-def test_tests_work_where_the_user_has_nothing() -> None:
+def test_tests_cannot_reach_what_the_user_keeps() -> None:
     """Neither data nor runs nor caches of whoever runs the tests are within their reach."""
     assert Path.cwd() == CHECKOUT and (CHECKOUT / "fasttrain" / "train.py").exists()
     assert not (CHECKOUT / "data").is_symlink() and not (CHECKOUT / "runs").is_symlink()

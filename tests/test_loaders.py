@@ -111,7 +111,7 @@ def loader_for(
     )
 
 
-def test_layout_and_types(dataset: Path) -> None:
+def test_batches_have_the_documented_layout_and_dtypes(dataset: Path) -> None:
     split = shards.open_split(dataset, "train")
     plan, batches = loader_for(split)
     found = batches(0, 0)
@@ -168,7 +168,7 @@ def test_evaluations_share_a_pipeline(dataset: Path, monkeypatch: pytest.MonkeyP
     assert (height, width) in sizes and height * width == max(h * w for h, w in sizes)
 
 
-def test_without_dali_it_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dali_is_named_in_the_error(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fasttrain.pipeline")
     monkeypatch.delattr(fasttrain, "pipeline")
@@ -194,7 +194,7 @@ def test_ready_batches_are_not_measured(dataset: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("world", range(1, 8))
-def test_validation_over_processes(dataset: Path, world: int) -> None:
+def test_processes_share_the_validation_images(dataset: Path, world: int) -> None:
     split = shards.open_split(dataset, "val")
     settings = config.Data(root=dataset, eval_resize_px=40, eval_crop_px=32)
     ids: list[int] = []
@@ -365,7 +365,7 @@ UNSEEN = {  # what is not noticed when checksums are not compared
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("name", ["train", "val"])
 @pytest.mark.parametrize("store", ["jpeg", "raw"])
-def test_an_index_that_lies_is_an_error(
+def test_an_index_that_does_not_fit_the_bytes_is_an_error(
     dataset: Path, raw: Path, store: str, name: str, lie: str
 ) -> None:
     split = shards.open_split(raw if store == "raw" else dataset, name)

@@ -81,7 +81,7 @@ def run_fit(
     return learner, done
 
 
-def test_learns_64_images_by_heart(tmp_path: Path) -> None:
+def test_a_run_learns_64_images_by_heart(tmp_path: Path) -> None:
     torch.manual_seed(0)
     batches = random_batches(4, 16)
     plan = make_plan(Train(epochs=30, global_batch_size=16), Optim(lr=0.05, warmup_lr=0.01), 64, 1)
@@ -92,7 +92,7 @@ def test_learns_64_images_by_heart(tmp_path: Path) -> None:
     assert len(losses) == 120 and losses[-1] < 0.1 * losses[0]
 
 
-def test_an_evaluation_that_is_not_finite_is_told(
+def test_an_evaluation_that_is_not_finite_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -118,7 +118,7 @@ class Plain(nn.Sequential):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_two_halves_equal_one(tmp_path: Path, label_smoothing: float) -> None:
+def test_two_micro_batches_equal_one_batch(tmp_path: Path, label_smoothing: float) -> None:
     batches = random_batches(4, 8)
     halves = [
         Batch(batch.images[part], batch.labels[part])
@@ -157,7 +157,7 @@ def test_mixing_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None
     assert all(one != plain for one, plain in zip(losses["one"], losses["plain"], strict=True))
 
 
-def test_lines_say_what_was_done(tmp_path: Path) -> None:
+def test_log_lines_describe_the_run(tmp_path: Path) -> None:
     batches = random_batches(3, 8)
     optim = Optim(lr=0.02, warmup_lr=0.01, warmup_epochs=1)
     plan = make_plan(Train(epochs=2, global_batch_size=8), optim, 24, 1)
@@ -179,7 +179,7 @@ def test_lines_say_what_was_done(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000006"]
 
 
-def test_stopping_saves(tmp_path: Path) -> None:
+def test_a_stop_request_saves_a_checkpoint(tmp_path: Path) -> None:
     asked = iter([0, 0, 0, 15])
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_stopping_saves(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000003"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     batches = random_batches(4, 8)
     batches[2].images.fill_(math.inf)
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
@@ -222,7 +222,7 @@ def test_bad_updates_are_skipped_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [28, 30, 122])  # no space, read-only, quota
-def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
+def test_a_run_that_cannot_be_saved_continues_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Fails twice and is mended; then fails until it must stop."""
@@ -251,7 +251,7 @@ def test_a_run_that_cannot_be_saved_goes_on_for_a_while(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_run_folder_that_vanishes(tmp_path: Path) -> None:
+def test_a_run_folder_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     asked = iter(range(100))

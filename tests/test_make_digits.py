@@ -21,7 +21,9 @@ def ten_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", library)
 
 
-def test_photographs_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_photographs_and_shards_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "digits"
     make_digits.main([str(out)])
     photographs = sorted((tmp_path / "digits-images").rglob("*.jpg"))
@@ -36,7 +38,7 @@ def test_photographs_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{out} holds a finished data set already" in capsys.readouterr().out
 
 
-def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -53,7 +55,7 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert shards.open_split(out, "train").num_samples == 8
 
 
-def test_without_its_library(
+def test_a_missing_library_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -64,7 +66,7 @@ def test_without_its_library(
     assert "pip install -e '.[demo]'" in said and not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(
+def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "digits-images").write_text("a file where the folder should be")

@@ -43,7 +43,7 @@ def test_some_of_the_numbers_are_names_too() -> None:
     assert matching.to_evaluate(known, ["0", "270", "90"], by_number=True).rows == [0, 2, 3]
 
 
-def test_numbers_of_the_network_and_names_in_the_data() -> None:
+def test_numbers_of_the_network_match_names_of_the_data_only_by_number() -> None:
     """Trained on tars whose labels are numbers, evaluated on folders of names."""
     known = Known(12, tuple(f"{number:06d}" for number in range(12)))
     with pytest.raises(ClassError, match="the network's class names are numbers"):
@@ -63,7 +63,7 @@ def test_numbers_of_the_network_and_names_in_the_data() -> None:
         (["ant", "bee"], "the class names are not numbers (ant, bee); leave the option"),
     ],
 )
-def test_numbers_that_cannot_be_meant(data: list[str], said: str) -> None:
+def test_unusable_class_numbers_are_refused(data: list[str], said: str) -> None:
     with pytest.raises(ClassError) as error:
         matching.to_evaluate(Known(12, TWELVE), data, by_number=True)
     assert said in str(error.value)
@@ -79,7 +79,7 @@ def test_other_names_are_refused_and_the_first_are_shown() -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_weights_without_names() -> None:
+def test_weights_without_names_are_matched_by_position() -> None:
     rows, said = evaluated(None, list("abc"), number=3)
     assert rows == [0, 1, 2] and "taken as the network's class i of 3" in said
     with pytest.raises(ClassError, match="sorted as text, where 10 comes before 2"):
@@ -115,7 +115,7 @@ def test_starting_takes_over_what_has_a_name_and_renews_the_rest() -> None:
     )
 
 
-def test_starting_from_weights_without_names() -> None:
+def test_unnamed_rows_are_kept_if_the_numbers_of_classes_are_equal() -> None:
     rows, said = matching.to_start_from(Known(2), ["elm", "oak"])
     assert (
         rows == [0, 1] and said == "the last layer is kept: the weights have 2 classes too, unnamed"

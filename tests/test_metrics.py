@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fasttrain.metrics import Clock, EvalSums
 
 
-def test_sums_over_uneven_batches() -> None:
+def test_sums_are_exact_over_uneven_batches() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(23, 10), torch.randint(0, 10, (23,))
     sums = EvalSums(torch.device("cpu"))
@@ -26,7 +26,7 @@ def test_sums_over_uneven_batches() -> None:
     }
 
 
-def test_fewer_than_five_classes() -> None:
+def test_top5_works_with_fewer_than_five_classes() -> None:
     sums = EvalSums(torch.device("cpu"))
     sums.add(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1, 0]))
     result = sums.result()

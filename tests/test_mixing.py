@@ -73,7 +73,7 @@ def test_a_mix_depends_on_seed_step_and_place_alone() -> None:
     assert not any(torch.equal(other, expected) for other in others)
 
 
-def test_golden_weights() -> None:
+def test_mixing_weights_match_golden_values() -> None:
     weights = [float(mixed(0, step, 0, **BOTH)[1][0, 0]) for step in range(4)]
     assert weights == pytest.approx(GOLDEN_WEIGHTS, abs=1e-5)
 

@@ -85,7 +85,7 @@ def test_moving_average_equals_torchs() -> None:
             torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_decay_grows() -> None:
+def test_the_decay_grows_with_the_updates() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = WeightAverage(model, decay=0.9)
     with torch.no_grad():

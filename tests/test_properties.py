@@ -175,7 +175,9 @@ def plans(draw: st.DrawFn) -> tuple[Train, Optim, int, list[tuple[int, int]]]:
 
 
 @given(plans())
-def test_the_arithmetic_of_any_run(given: tuple[Train, Optim, int, list[tuple[int, int]]]) -> None:
+def test_the_arithmetic_of_any_run_adds_up(
+    given: tuple[Train, Optim, int, list[tuple[int, int]]],
+) -> None:
     train, optim, num_samples, ways = given
     rates = set()
     for world, micro in ways:

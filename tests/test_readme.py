@@ -34,17 +34,17 @@ HERE = "tests/test_readme.py"
 KNOWN: dict[str, dict[str, str]] = {
     "README.md": {
         "pip install -e '.[demo]' && python tools/make_digits.py && accelerate launch "
-        "fasttrain/train.py recipes/demo.toml": f"{HERE}::test_demo",
+        "fasttrain/train.py recipes/demo.toml": f"{HERE}::test_the_demo_trains",
         "pip install -e '.[test]' && python -m pytest": ".ci/run",
         "python tools/make_shards.py SOURCE data/imagenet": (
-            f"{HERE}::test_shard_train_and_evaluate"
+            f"{HERE}::test_commands_for_imagenet_work"
         ),
-        "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_shard_train_and_evaluate",
+        "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_commands_for_imagenet_work",
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml": (
             "tests/test_processes.py"
         ),
         "python tools/evaluate.py runs/large --data data/imagenet": (
-            f"{HERE}::test_shard_train_and_evaluate"
+            f"{HERE}::test_commands_for_imagenet_work"
         ),
         "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
         "python tools/make_shards.py my_images data/mine --val-fraction 0.1": (
@@ -60,12 +60,12 @@ KNOWN: dict[str, dict[str, str]] = {
     "tests/README.md": {"pip install -e '.[test]' && python -m pytest": ".ci/run"},
     "tools/README.md": {
         "python tools/make_shards.py SOURCE data/imagenet --workers 8": (
-            f"{HERE}::test_shard_train_and_evaluate"
+            f"{HERE}::test_commands_for_imagenet_work"
         ),
-        "python tools/make_digits.py": f"{HERE}::test_demo",
-        "python tools/verify_shards.py data/imagenet": f"{HERE}::test_shard_train_and_evaluate",
+        "python tools/make_digits.py": f"{HERE}::test_the_demo_trains",
+        "python tools/verify_shards.py data/imagenet": f"{HERE}::test_commands_for_imagenet_work",
         "python tools/evaluate.py runs/large --data data/imagenet": (
-            f"{HERE}::test_shard_train_and_evaluate"
+            f"{HERE}::test_commands_for_imagenet_work"
         ),
         "python tools/evaluate.py mobilenetv3-large-1cd25616.pth --recipe recipes/large.toml "
         "--data data/imagenet": "tests/test_evaluate.py",
@@ -162,7 +162,7 @@ DEMO_CASES = [(12, 0), pytest.param(None, 95, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("updates", "top1"), DEMO_CASES)
-def test_demo(clone: Path, updates: int | None, top1: float) -> None:
+def test_the_demo_trains(clone: Path, updates: int | None, top1: float) -> None:
     """With all its updates it is a slow test; a few show that the command runs to its end."""
     install, command = COMMANDS[0].split(" && ", 1)
     assert install == "pip install -e '.[demo]'"
@@ -179,7 +179,7 @@ def test_demo(clone: Path, updates: int | None, top1: float) -> None:
     assert (clone / "runs/demo/DONE").exists()
 
 
-def test_shard_train_and_evaluate(clone: Path, folder: Path) -> None:
+def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     """The commands for ImageNet, on the tests' images and one process without a GPU."""
     shard, plain, _, evaluate = COMMANDS[2:6]
     verify = "python tools/verify_shards.py data/imagenet"
@@ -245,7 +245,7 @@ def test_recipes_take_the_settings_that_the_pages_change() -> None:
 
 
 @pytest.mark.parametrize("name", PAGES | MORE_PAGES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_every_link_leads_to_a_page(name: str) -> None:
     page = (PAGES | MORE_PAGES)[name]
     for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page):
         target = (REPO / name).parent / link if link else REPO / name
@@ -254,7 +254,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES | MORE_PAGES if name != "CHANGELOG.md"])
-def test_settings_exist(name: str) -> None:
+def test_every_setting_exists(name: str) -> None:
     page = (PAGES | MORE_PAGES)[name]
     known = {f"{s}.{k}" for s, table in config.Recipe().model_dump().items() for k in table}
     sections = "|".join(config.Recipe.model_fields)
@@ -264,7 +264,7 @@ def test_settings_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PAGES, ".github/CONTRIBUTING.md", *SETTINGS])
-def test_files_exist(name: str) -> None:
+def test_every_file_exists(name: str) -> None:
     found = names_of((REPO / name).read_text())
     assert {path for path in found if not (REPO / path).exists()} == set()
 

@@ -20,7 +20,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
 
 
-def test_a_record_in_two_parts(tmp_path: Path, measured_here: None) -> None:
+def test_a_record_may_be_made_in_two_parts(tmp_path: Path, measured_here: None) -> None:
     for part in (
         ("--stages", "machine,tests,step,traffic", "--rivals", "torchvision"),
         ("--stages", "imagenette"),
@@ -78,7 +78,7 @@ def test_stages_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_the_other_stages(tmp_path: Path) -> None:
+def test_the_other_stages_are_measured(tmp_path: Path) -> None:
     options = ("--minutes", "5", "--stages", "profile,input,loop,train", "--updates", "64")
     benchmark.main(["record", "--out", str(tmp_path), *options, *TINY])
     lines = lines_of(tmp_path)
@@ -88,7 +88,7 @@ def test_the_other_stages(tmp_path: Path) -> None:
     assert any(line.get("over_bare_step", 0) > 0 for line in lines)
 
 
-def test_bytes_of_compiled_kernels() -> None:
+def test_bytes_of_compiled_kernels_are_counted() -> None:
     signature = "{'in_ptr0': '*bf16', 'in_out_ptr0': '*fp32', 'xnumel': 'i32'}"
     code = f"""
 triton_poi_a_0 = async_compile.triton('triton_poi_a_0', '''
@@ -109,7 +109,7 @@ triton_poi_a_0 = async_compile.triton('triton_poi_a_0', '''
     assert moved.convolutions == 2 * (24 + 20) + 2 * 2 * (20 + 24)
 
 
-def test_a_profile_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_lists_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(function: Any, number: int) -> list[kernels.Kernel]:
         function()
         names = ("triton_poi_a_0", "sm90_xmma_dgrad", "Memcpy HtoD", "void elementwise")
@@ -138,7 +138,7 @@ def run_of() -> Run:
     return Run(arguments, None, 0.0)  # type: ignore[arg-type]
 
 
-def test_kernels_from_the_trace_of_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_read_from_the_trace_of_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [
         {"cat": "kernel", "name": "a", "dur": 300.0}, {"cat": "kernel", "name": "a", "dur": 300.0},
         {"cat": "gpu_memset", "name": "b", "dur": 30.0}, {"cat": "cpu_op", "name": "c", "dur": 9},
@@ -162,7 +162,7 @@ def test_kernels_from_the_trace_of_a_profiler(monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 3
 
 
-def test_tables_of_nothing() -> None:
+def test_an_empty_record_has_a_title() -> None:
     assert tables.markdown([]).startswith("## Record of unknown")
 
 

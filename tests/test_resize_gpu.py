@@ -138,7 +138,7 @@ def test_training_pixels_are_the_cpus(interpreted: ModuleType, cubic: bool, half
         check(found, expected, half, 2.001 if cubic else 1.001)  # torch's cubic is itself off PIL's
 
 
-def test_tiles_as_they_are_on_a_gpu(
+def test_tiles_of_the_size_on_a_gpu_give_the_same_pixels(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interpreted, "TILE_ROWS", 8)
@@ -147,7 +147,7 @@ def test_tiles_as_they_are_on_a_gpu(
     check(resized(interpreted, images, draw, False, True), by_cpu(images, draw, False), True)
 
 
-def test_erased_windows_are_the_mean(interpreted: ModuleType) -> None:
+def test_erased_windows_have_the_mean_colour(interpreted: ModuleType) -> None:
     images, draw = cases(6, [(60, 50), (40, 50)], 40)
     windows = np.array([[3, 5, 20, 9], [0, 0, 0, 0]], np.float32)  # y, x, height, width
     erased = draw._replace(augment=Augment(erase=windows))

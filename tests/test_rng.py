@@ -9,7 +9,7 @@ GOLDEN_TORCH = "0x432ce023fd021085"
 GOLDEN_ORDER = [5, 4, 3, 9, 8, 0, 7, 6, 2, 1]
 
 
-def test_golden_values() -> None:
+def test_draws_match_golden_values() -> None:
     assert [hex(v) for v in hash64(0, Stream.ORDER, 0, np.arange(3))] == GOLDEN_HASHES
     assert hex(hash64(7, Stream.TORCH, 12_512, 3)[0]) == GOLDEN_TORCH
     assert permutation(0, Stream.ORDER, 0, 10).tolist() == GOLDEN_ORDER

@@ -83,7 +83,7 @@ def check_whole(folder: Path) -> None:
     ("resume", "crash"),
     [("auto", loses_power_at), ("anew", dies_at), ("named", loses_power_at)],
 )
-def test_a_crash_at_any_file_system_call_of_a_start(
+def test_a_start_survives_a_crash_at_any_file_system_call(
     tmp_path: Path, resume: str, crash: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)  # real ones take most of the test's time
@@ -132,7 +132,7 @@ def test_lines_are_on_the_disk_when_a_checkpoint_is_saved(
         ("runs/a/checkpoints/step_00000004", False, False, False, "step_00000004", False),
     ],
 )
-def test_what_each_way_to_resume_means(
+def test_each_way_to_resume_has_its_meaning(
     text: str, newest: bool, forced: bool, anew: bool, named: str | None, expects_same_run: bool
 ) -> None:
     resume = run_folder.ResumeRule(text)

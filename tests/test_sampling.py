@@ -57,7 +57,7 @@ def test_an_epoch_holds_each_sample_at_most_once_and_epochs_differ(split: Split)
     assert set().union(*epochs) == set(range(45))  # others are dropped in each epoch
 
 
-def test_golden_draws(split: Split) -> None:
+def test_draws_match_golden_values(split: Split) -> None:
     ids = sampling.epoch_order(0, 1, split, 0)[:4].astype(np.int64)
     sizes = np.array([500, 375, 64, 48], np.uint16), np.array([375, 500, 311, 48], np.uint16)
     windows = sampling.crop_windows(0, 1, ids, sizes, (0.08, 1.0), (3 / 4, 4 / 3))
@@ -119,7 +119,9 @@ def test_an_image_that_no_random_window_fits_gets_torchvisions_fallback() -> Non
 
 @pytest.mark.parametrize("world", range(1, 8))
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 13, 64])
-def test_each_validation_image_exactly_once(dataset: Path, world: int, batch_size: int) -> None:
+def test_each_validation_image_is_drawn_exactly_once(
+    dataset: Path, world: int, batch_size: int
+) -> None:
     split = shards.open_split(dataset, "val")
     seen = []
     for rank in range(world):
@@ -163,7 +165,7 @@ def assert_uniform(drawn: np.ndarray, number: int) -> None:
     assert ((counts - expected) ** 2 / expected).sum() < number - 1 + 5 * (2 * number) ** 0.5
 
 
-def test_golden_augmentation() -> None:
+def test_augmentations_match_golden_values() -> None:
     drawn = sampling.augment_draw(0, 1, np.array(GOLDEN_IDS[:2]), FULL, 224)
     assert drawn.operations is not None and drawn.erase is not None
     assert drawn.operations.tolist() == GOLDEN_OPERATIONS
@@ -284,7 +286,7 @@ def test_size_of_crops_follows_the_epoch(split: Split) -> None:
     assert found == [32] * 6 + [48] * 9 + [64] * 3
 
 
-def test_how_well_blocks_shuffle(split: Split) -> None:
+def test_blocks_mix_as_many_tars_as_they_hold(split: Split) -> None:
     """Pairs of a batch that come from one tar: 1 in as many as are shuffled together."""
     order, shard_of = (
         np.arange(64 * 100, dtype=np.uint64),

@@ -99,7 +99,7 @@ def submit(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Submitted
     return run
 
 
-def test_one_launcher_a_node(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+def test_each_node_gets_one_launcher(submit: Callable[..., Submitted], tmp_path: Path) -> None:
     job = submit(f"touch {tmp_path}/run/DONE", "--set", "train.epochs=7")
     assert job.code == 0 and not job.requeued and "done: " in job.output
     assert [line.split(" launch ")[0] for line in job.launches] == ["node 0 cpu ", "node 1 cpu "]
@@ -115,7 +115,7 @@ def test_one_launcher_a_node(submit: Callable[..., Submitted], tmp_path: Path) -
     assert "srun --kill-on-bad-exit=1" in job.calls
 
 
-def test_one_process_alone_and_without_a_gpu(
+def test_a_node_without_gpus_gets_one_process_by_default(
     submit: Callable[..., Submitted], tmp_path: Path
 ) -> None:
     changes = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": ""}

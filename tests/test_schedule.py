@@ -11,7 +11,7 @@ from fasttrain.faults import ConfigError
 from fasttrain.schedule import lr_at, make_plan
 
 
-def test_every_step_of_a_small_plan() -> None:
+def test_every_step_of_a_small_plan_has_its_rate_and_epoch() -> None:
     train = Train(epochs=4, global_batch_size=10)
     plan = make_plan(train, Optim(lr=0.4, warmup_lr=0.1, warmup_epochs=1), 39, world_size=1)
     assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (3, 12, 3)
@@ -25,7 +25,7 @@ def test_every_step_of_a_small_plan() -> None:
             lr_at(step, plan)
 
 
-def test_the_published_recipe_on_imagenet() -> None:
+def test_the_published_recipe_has_the_published_length_on_imagenet() -> None:
     recipe = config.load(REPO / "recipes/large.toml")
     plans = [make_plan(recipe.train, recipe.optim, 1_281_167, world) for world in (1, 8, 64)]
     for plan in plans:
@@ -60,7 +60,7 @@ def test_max_steps_ends_the_run_and_leaves_the_schedule() -> None:
     assert [short.evals_left(s) for s in range(8)] == [1] * 7 + [0]
 
 
-def test_evaluation_every_few_epochs_and_at_the_end() -> None:
+def test_evaluations_come_every_few_epochs_and_at_the_end() -> None:
     train = Train(epochs=5, global_batch_size=10, eval_every_epochs=2)
     plan = make_plan(train, Optim(), 20, 1)
     assert [s for s in range(11) if plan.eval_due(s)] == [4, 8, 10]

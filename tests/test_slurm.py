@@ -172,7 +172,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     assert checkpoint.find(tmp_path / "run" / "checkpoints")
 
 
-def test_without_an_environment_and_with_one_process(
+def test_a_job_runs_without_an_environment_and_with_one_process(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     job = cluster.submit(
@@ -183,7 +183,7 @@ def test_without_an_environment_and_with_one_process(
     assert (tmp_path / "run" / "DONE").exists()
 
 
-def test_a_preempted_job_goes_on_when_the_other_is_done(
+def test_a_preempted_job_continues_when_the_other_is_done(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = long(tiny, epochs=60)
@@ -200,7 +200,7 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     assert_as_on_one_node(4, recipe, tmp_path / "run")
 
 
-def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
+def test_a_job_whose_node_dies_continues_on_the_nodes_that_are_left(
     cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = long(tiny)
@@ -231,7 +231,7 @@ def test_each_job_of_an_array_has_its_own_folder(
         assert (tmp_path / f"run-{task}" / "DONE").exists()
 
 
-def test_the_commands_of_the_readme(cluster: Cluster, folder: Path, clone: Path) -> None:
+def test_the_commands_of_the_readme_work(cluster: Cluster, folder: Path, clone: Path) -> None:
     """From photographs to a run, submitted at once; on nodes without real GPUs, and for a while."""
     settings = {"train.global_batch_size": 8, "train.max_steps": 2, "train.precision": "no"}
     settings |= {"data.crop_px": 32, "train.micro_batch_size": 4}
@@ -250,7 +250,9 @@ def test_the_commands_of_the_readme(cluster: Cluster, folder: Path, clone: Path)
     assert "done: runs/large" in outputs[f"fasttrain-{trained}.out"]
 
 
-def test_wrong_launches(cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_launches_are_refused(
+    cluster: Cluster, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     """Each fails at once, says why, and is not requeued."""
     wrong: list[tuple[list[object], dict[str, str], str]] = [
         (

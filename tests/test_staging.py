@@ -158,7 +158,7 @@ def test_a_recipe_that_copies_nothing_has_nothing_to_keep(tmp_path: Path) -> Non
             config.load(Path("recipes/demo.toml"), [setting])
 
 
-def test_file_systems() -> None:
+def test_file_systems_and_free_space_are_read() -> None:
     assert staging.file_system_of(Path("/proc/self")) == "proc"
     assert staging.free_bytes(Path("/dev/shm")) > 0
 

@@ -44,7 +44,7 @@ def test_test_serves_as_val_where_there_is_none(tmp_path: Path) -> None:
     assert said == ["test/0.tar and 1 more are left out: val is drawn from train"]
 
 
-def test_tars_without_a_split(tmp_path: Path) -> None:
+def test_tars_without_a_split_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "data-0.tar", samples(0, 1, 0, 1))
     with pytest.raises(ShardError, match=r"data-0.tar: expected train, val or test as a word"):
         scan(tmp_path)
@@ -58,7 +58,7 @@ def test_tars_without_a_split(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
-def test_a_label_of_val_that_train_lacks(tmp_path: Path) -> None:
+def test_a_label_of_val_that_train_lacks_is_refused(tmp_path: Path) -> None:
     pair(tmp_path, samples(0, 1, 2), samples(1, 7))
     with pytest.raises(
         ShardError, match=r"val holds images of 000007, a class that train does not"
@@ -73,7 +73,7 @@ def test_tables_beside_the_tars_are_no_images(tmp_path: Path) -> None:
     assert scan(tmp_path)[0].form == "webdataset"
 
 
-def test_in_place_the_tars_lie_side_by_side(tmp_path: Path) -> None:
+def test_in_place_the_tars_must_be_in_one_folder(tmp_path: Path) -> None:
     tar(tmp_path / "train/0.tar", samples(0))
     tar(tmp_path / "val/0.tar", samples(0))
     with pytest.raises(ShardError, match=r"--in-place: .*train/0.tar is in .* as train-0.tar"):
@@ -88,7 +88,7 @@ def test_in_place_labels_must_be_in_cls(tmp_path: Path) -> None:
         scan(tmp_path, in_place=True)
 
 
-def test_a_tar_that_is_a_dangling_link(tmp_path: Path) -> None:
+def test_a_tar_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
     pair(tmp_path, samples(0))
     (tmp_path / "train-1.tar").symlink_to("/nowhere/train-1.tar")
     with pytest.raises(ShardError, match=r"1 link leads nowhere, .* -> /nowhere/train-1.tar"):
@@ -108,7 +108,7 @@ def test_members_that_macos_adds_are_left_out(tmp_path: Path) -> None:
     assert source.skipped == {"hidden": 4, "in __MACOSX/": 1}
 
 
-def test_names_with_dots_and_in_any_case(tmp_path: Path) -> None:
+def test_names_may_have_dots_and_any_case(tmp_path: Path) -> None:
     dots = [x for n in range(3) for x in sample(f"a/photo.{n}", n)]
     loud = [(name.upper(), data) for name, data in sample("B", 1)]
     source, _ = scan(
@@ -159,7 +159,7 @@ def test_each_fault_of_a_sample_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [".tar", ".tar.gz"])
-def test_compressed_tars(tmp_path: Path, end: str) -> None:
+def test_compressed_tars_are_recognised_under_any_name(tmp_path: Path, end: str) -> None:
     pair(tmp_path, samples(0))
     path = tmp_path / "train-0.tar"
     packed = gzip.compress(path.read_bytes())
@@ -197,7 +197,9 @@ def test_a_compressed_tar_beside_plain_tars_is_not_forgotten(tmp_path: Path, nam
         ("train.0.TBZ2", "bzip2 -dc < train.0.TBZ2 > train.0.tar"),
     ],
 )
-def test_only_compressed_tars(tmp_path: Path, name: str, command: str) -> None:
+def test_compressed_tars_come_with_the_command_to_unpack_them(
+    tmp_path: Path, name: str, command: str
+) -> None:
     for path in (tmp_path / name, tmp_path / name.replace("train", "val")):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
@@ -215,7 +217,7 @@ def test_the_suffix_of_a_tar_may_be_in_capitals(tmp_path: Path) -> None:
     assert [len(source.splits[split]) for split in ("train", "val")] == [2, 1]
 
 
-def test_sparse_members_and_pointers(tmp_path: Path) -> None:
+def test_sparse_members_and_pointers_are_refused(tmp_path: Path) -> None:
     pair(tmp_path, samples(0))
     sparse = tarfile.TarInfo("9.png")
     sparse.size, sparse.pax_headers = 0, {"GNU.sparse.map": "0,0", "GNU.sparse.size": "9"}
@@ -237,7 +239,7 @@ def test_sparse_members_and_pointers(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_names_of_classes_as_labels(tmp_path: Path) -> None:
+def test_labels_may_be_names_of_classes(tmp_path: Path) -> None:
     source, _ = scan(pair(tmp_path, samples("tabby cat", "ant\n", "ant"), samples("tabby cat")))
     assert source.classes == ("ant", "tabby cat")
     assert names(source)["val"] == ["tabby cat/0000.JPEG"]
@@ -274,7 +276,7 @@ def test_numbers_get_the_names_of_a_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [(3, 1), ("cat", "ant"), ("3", "1")])
-def test_labels_in_json(tmp_path: Path, values: tuple[Any, Any]) -> None:
+def test_labels_may_be_in_json(tmp_path: Path, values: tuple[Any, Any]) -> None:
     train = [m for n, v in enumerate(values) for m in sample(str(n), json.dumps({"y": v}), "json")]
     source, _ = scan(pair(tmp_path, train), label_key="y")
     expected = ("ant", "cat") if "cat" in values else ("000001", "000003")
@@ -284,25 +286,25 @@ def test_labels_in_json(tmp_path: Path, values: tuple[Any, Any]) -> None:
         scan(tmp_path, label_key="label")
 
 
-def test_labels_in_txt(tmp_path: Path) -> None:
+def test_labels_may_be_in_txt(tmp_path: Path) -> None:
     members = [m for n, name in enumerate("ba") for m in sample(str(n), name, "txt")]
     assert scan(pair(tmp_path, members), label_key="txt")[0].classes == ("a", "b")
 
 
 @pytest.mark.parametrize("value", ["1.0", "nan", "", "a\nb", "x" * 300])
-def test_labels_that_are_neither_numbers_nor_names(tmp_path: Path, value: str) -> None:
+def test_labels_that_are_neither_numbers_nor_names_are_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ShardError, match=r"0000.cls holds .*; expected a whole number or the name"):
         scan(pair(tmp_path, samples(value)))
 
 
 @pytest.mark.parametrize("value", [None, True, 1.0, [1]])
-def test_labels_of_json_that_are_neither(tmp_path: Path, value: Any) -> None:
+def test_labels_in_json_that_are_neither_are_refused(tmp_path: Path, value: Any) -> None:
     members = sample("0", json.dumps({"label": value}), "json")
     with pytest.raises(ShardError, match=r"0.json: 'label' is .* \(\w+\); expected a whole number"):
         scan(pair(tmp_path, members), label_key="label")
 
 
-def test_labels_that_count_from_one(tmp_path: Path) -> None:
+def test_labels_that_count_from_one_are_recognised(tmp_path: Path) -> None:
     pair(tmp_path, samples(1, 2))
     assert scan(tmp_path)[0].splits["train"].labels.tolist() == [0, 1]
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
@@ -312,12 +314,12 @@ def test_labels_that_count_from_one(tmp_path: Path) -> None:
     assert names(scan(tmp_path)[0])["val"] == ["ant/0000.JPEG"]
 
 
-def test_a_label_below_zero(tmp_path: Path) -> None:
+def test_a_label_below_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"label -1: a negative label means no label"):
         scan(pair(tmp_path, samples(0, -1)))
 
 
-def test_lists_of_classes(tmp_path: Path) -> None:
+def test_class_lists_are_read_from_files_runs_and_data_sets(tmp_path: Path) -> None:
     path = tmp_path / "order.txt"
     path.write_text("b\na\n")
     assert classes.read_list(path) == ("b", "a")

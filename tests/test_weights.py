@@ -79,7 +79,7 @@ WRAPPERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrappers_of_training_scripts(
+def test_wrappers_of_training_scripts_are_understood(
     wrapper: str, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     module = network(seed=1)
@@ -125,14 +125,14 @@ def test_weights_without_batch_counters_load(state: dict[str, Tensor], tmp_path:
         ({"classes": 4}, None),
     ],
 )
-def test_class_names_in_the_file(
+def test_class_names_are_read_from_the_file(
     names: dict[str, Any], expected: Any, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     found = weights.read(saved({"state_dict": state, **names}, tmp_path))
     assert found.known == Known(4, expected)
 
 
-def test_class_names_that_are_given(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_class_names_may_be_given(state: dict[str, Tensor], tmp_path: Path) -> None:
     found = weights.read(saved(state, tmp_path))
     assert weights.with_names(found, NAMES).known == Known(4, NAMES)
     with pytest.raises(WeightsError, match="the network has 4 classes, the list names 3"):
