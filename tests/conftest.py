@@ -52,7 +52,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch() -> Iterator[None]:
-    """Tests work in a folder that has all of the checkout but its user's `data` and `runs`."""
+    """Makes tests work in a copy of the checkout without the user's `data` and `runs`."""
     CHECKOUT.mkdir()
     for path in REPO.iterdir():
         if path.name not in ("data", "runs", ".git"):
@@ -64,7 +64,7 @@ def scratch() -> Iterator[None]:
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth waves and a little noise: as compressible as a photograph."""
+    """An image of smooth waves and a little noise, as compressible as a photograph."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     channels = []
     for _ in range(3):
@@ -172,7 +172,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Benchmarks measure their contestants in the test's own process, which saves its start."""
+    """Makes benchmarks measure their contestants in the test's own process, which saves time."""
     import benchmark
     import torch
     from benchmarks import own_process
@@ -207,7 +207,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Runs an entry point that must end with exit code 2 and these words on standard error."""
+    """Calls an entry point. It must end with exit code 2 and print these texts as errors."""
 
     def check(main: Callable[..., object], words: Sequence[object], *said: str) -> None:
         given = [str(word) for word in words]
@@ -262,7 +262,7 @@ def command_path() -> str:
 def run(
     command: Sequence[object], code: int = 0, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout that tests have, and checks its exit code."""
+    """Runs a command in the tests' checkout, and checks its exit code."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=CHECKOUT,

@@ -47,7 +47,7 @@ def count_calls(at: int, act: Callable[[], object], counted: tuple[Call, ...] = 
 
 
 def in_a_child(work: Callable[[], int]) -> int:
-    """The exit status of a forked process that returns it from `work`; 99 if it raised."""
+    """Runs `work` in a forked process. Returns its result as the exit status; 99 if it raised."""
     child = os.fork()
     if not child:
         status = 99

@@ -1,4 +1,4 @@
-"""Miniatures of the forms in which people hold ImageNet: the same images in each of them."""
+"""Miniatures of the forms in which people hold ImageNet. Each form has the same images."""
 
 import gzip
 import io

@@ -30,7 +30,7 @@ MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader")
 
 
 def launch(world: int) -> list[str]:
-    """The words that launch a command on `world` processes; the port is a free one."""
+    """The words that launch a command on `world` processes. The launcher chooses a free port."""
     if world == 1:
         return ["accelerate", "launch"]
     several = ["--multi_gpu", "--num_processes", str(world), "--main_process_port", "0"]

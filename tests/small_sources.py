@@ -19,7 +19,7 @@ def image(shade: int = 0) -> bytes:
 
 
 def put(root: Path, *names: str) -> Path:
-    """Writes an image, or a text where a name ends in .txt, under every name."""
+    """Writes an image under every name, or a text if the name ends in .txt."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def put(root: Path, *names: str) -> Path:
 
 
 def scan(root: Path, **options: Any) -> tuple[sources.Source, list[str]]:
-    """The source at `root`, recognised and listed, and the messages of listing it."""
+    """Recognises and lists the source at `root`. Returns it, and what was printed meanwhile."""
     said: list[str] = []
     form = sources.recognise(root)
     source = sources.scan(root, form, root, list, said.append, Options(**options))

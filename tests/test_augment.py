@@ -185,7 +185,7 @@ def test_jitter_of_one_kind_gives_torchvisions_pixels() -> None:
 
 @pytest.mark.parametrize("turns", [-0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25])
 def test_the_hue_turns_in_torchvisions_direction(turns: float) -> None:
-    """By about as much, but in YIQ, so that the luma stays; torchvision turns in HSV."""
+    """The angles are about equal. DALI turns in YIQ, which keeps the luma; torchvision in HSV."""
 
     def hue(pixels: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels.astype(np.uint8)).convert("HSV"))[..., 0] / 255

@@ -15,7 +15,7 @@ from fasttrain import caches
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is known yet; TORCHINDUCTOR_CACHE_DIR and the like are put back."""
+    """Forgets what was tested before, and restores TORCHINDUCTOR_CACHE_DIR and the like."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     for name in (caches.COMPILED, "TRITON_CACHE_DIR"):
@@ -65,7 +65,7 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced_with_a_warning(
 def test_without_a_home_a_temporary_folder_is_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a user without a name in a container."""
+    """This happens to a user without a name in a container."""
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "")
     assert caches.cache_dir().parent == tmp_path / "tmp"

@@ -100,7 +100,7 @@ def test_saving_the_same_step_again_replaces_a_damaged_one(tmp_path: Path) -> No
 
 
 def test_a_save_killed_at_any_file_system_call_leaves_two_good_checkpoints(tmp_path: Path) -> None:
-    """With everything that a save does: clearing up, writing, renaming, pruning."""
+    """The kills cover everything that a save does: clearing up, writing, renaming, pruning."""
     steps = (4, 8, 12, 16)
     learners = {step: learner(seed, step) for seed, step in enumerate(steps)}
     before = tmp_path / "before"
@@ -124,7 +124,7 @@ def test_a_save_killed_at_any_file_system_call_leaves_two_good_checkpoints(tmp_p
         good = [path for path in checkpoint.find(root) if not checkpoint.faults_of(path)]
         assert len(good) >= 2 and good == checkpoint.find(root), f"after {at} calls"
         assert good[0].name in ("step_00000012", "step_00000016")
-        if deaths % 7 == 0 or not status:  # it goes on from there, whatever lies about
+        if deaths % 7 == 0 or not status:  # the next save works, whatever files were left
             found = learner(9)
             checkpoint.restore(good[0], found, ABOUT, quiet)
             assert same(found, learners[int(good[0].name[5:])])

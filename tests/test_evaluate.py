@@ -24,7 +24,7 @@ Evaluate = Callable[..., tuple[dict[str, Any], str]]
 def evaluated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Evaluate]:
-    """Runs the command in this process; gives its result, and what it said."""
+    """Runs the command in this process. Returns its result and its messages."""
 
     def run(*words: Any) -> tuple[dict[str, Any], str]:
         capsys.readouterr()
@@ -69,7 +69,7 @@ def test_an_evaluation_gives_the_accuracy_that_the_run_measured(
 
 
 def with_classes(state: dict[str, Tensor], rows: list[int | None]) -> dict[str, Tensor]:
-    """A state dict whose last layer has these of its own rows, and others (None)."""
+    """A state dict whose last layer has these of its own rows; None means a new row."""
     found = dict(state)
     for name in ("classifier.3.weight", "classifier.3.bias"):
         other = torch.full_like(state[name][0], 3.0)

@@ -201,7 +201,7 @@ def test_compiled_equals_eager_over_20_updates() -> None:
 
 @pytest.mark.slow
 def test_the_compiled_network_equals_eager_over_20_updates() -> None:
-    """The bound is tight over 5 updates and wide over 20.
+    """The bound is tight for 5 updates and wide for 20.
 
     Over 20 updates, two eager runs whose first weights differ in the last bit are as far apart:
     1.7e-3 in the losses, for three of four seeds (2026-11-24).
@@ -333,7 +333,7 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
 def test_on_a_gpu_mixed_precision_survives_evaluations_and_a_restart(mode: str) -> None:
-    """Images are float16 and the network bfloat16; evaluations and a resume lie between updates."""
+    """Images are float16, the network is bfloat16. Between updates it evaluates and resumes."""
     recipe = recipe_for(precision="bf16")
     plan = plan_for(recipe)
     accelerator = Accelerator(mixed_precision="bf16")

@@ -1,6 +1,6 @@
 """A damaged data set is refused with the fault, the file and the remedy.
 
-More of sources is in test_sharding.py and test_sources.py.
+test_sharding.py and test_sources.py test faults of sources.
 """
 
 import json
@@ -21,7 +21,7 @@ AGAIN = "make the data set again"
 
 
 def of(manifest: Manifest, *place: Any) -> Any:
-    """Follows keys and list positions down from `splits.train`."""
+    """Follows keys and list positions, beginning at `splits.train`."""
     node = manifest["splits"]["train"]
     for step in place:
         node = node[step]

@@ -111,7 +111,7 @@ def test_a_message_is_left_for_the_launcher(
 ) -> None:
     """torch's launcher prints the message last.
 
-    Accelerate's own launcher prints a traceback after it, and a line says that it adds nothing.
+    Accelerate's own launcher prints a traceback after it. A line says that this tells nothing new.
     """
 
     def said(**environ: str) -> tuple[str, str]:

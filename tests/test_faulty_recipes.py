@@ -1,6 +1,6 @@
 """A wrong recipe or setting is refused with the fault, the place and the remedy.
 
-More is in test_config.py.
+test_config.py has more such tests.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from fasttrain.faults import ConfigError
 
 @pytest.fixture
 def going_on(trained: Path, tiny: Callable[..., Path], tmp_path: Path) -> list[Any]:
-    """The words of a command that resumes a copy of the run `trained`, for one update more."""
+    """The arguments that resume a copy of the run `trained` for one more update."""
     shutil.copytree(trained, tmp_path / "run")
     return [tiny(), "--set", "train.max_steps=3"]
 
@@ -112,7 +112,7 @@ def test_a_training_state_of_another_form_is_refused(
 def test_a_run_resumes_past_damaged_logs_but_not_past_a_damaged_done_file(
     going_on: list[Any], refused: Refused, tmp_path: Path
 ) -> None:
-    """The run resumes without the files that it can spare, and drops only unfinished lines."""
+    """The run resumes without files that it does not need, and drops only unfinished lines."""
     folder = tmp_path / "run"
     for content in (b"", b"\xff\xfe", b"{", b"[]", b"{}", b'{"schedule_steps": 5}', b"null"):
         (folder / "DONE").write_bytes(content)
@@ -153,7 +153,7 @@ def test_each_unusable_run_folder_is_refused(
 def test_a_folder_in_which_nothing_was_saved_takes_another_recipe(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Such a folder is left by a refused start, and the remedy may be another setting."""
+    """A refused start leaves such a folder. The user may then change a setting."""
     recipe = config.load(tiny())
     other = config.load(tiny(), ["model.width=0.5"])
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -15,7 +15,7 @@ from fasttrain import files
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done to files and folders, in order."""
+    """Records what is done to files and folders, in order."""
     found: list[str] = []
     fsync = os.fsync
 
@@ -109,7 +109,7 @@ def test_a_killed_process_gives_its_lock_back(tmp_path: Path) -> None:
 
 
 def test_no_other_module_writes_atomically_or_locks() -> None:
-    """The calls that `files` is there for stand in no other module."""
+    """Only the module `files` makes these calls."""
     source = Path(files.__file__).parent
     own = {"fcntl.flock", "os.fsync", "os.replace"}
     probing = {"caches.py": {"os.fsync"}}  # which looks whether a folder can be filled at all

@@ -62,7 +62,7 @@ def test_an_epoch_names_its_limit(
 
 
 def test_later_runs_are_told_what_whole_epochs_measured() -> None:
-    """A first measurement of 60 images/s, disturbed, is corrected by an epoch at 500."""
+    """A disturbed first measurement gives 60 images/s. An epoch at 500 corrects it."""
     outlook, _, kept = make(Rate(60), Rate(70))
     outlook.stages = Stages(full_s=10)
     outlook.epoch(0, 500, 0.0)

@@ -164,7 +164,7 @@ def test_with_a_scaler_the_guard_judges_the_loss_alone() -> None:
 
 
 def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BatchNorm updates views of them; a bad update on another rank counts on this one."""
+    """BatchNorm updates views of them. An update that is bad on one rank is bad on all ranks."""
     torch.manual_seed(0)
     model = mobilenetv3_small(0.35, num_classes=4).train()
     alone = copy.deepcopy(model)
@@ -186,7 +186,7 @@ def test_statistics_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch)
 
 
 def settled_by(compile_it: bool) -> tuple[list[Tensor], list[str]]:
-    """What a guard holds after 4 updates, the second and third of which are bad."""
+    """The state of a guard after 4 updates, of which the second and the third are bad."""
     torch.manual_seed(0)
     learner = learner_of(mobilenetv3_small(0.35, num_classes=4).train())
     guard = Guard(learner, plan_of(4), max_skipped=9, compile_it=compile_it)

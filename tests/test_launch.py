@@ -21,7 +21,7 @@ NAMES = re.compile(r"\b(?:ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_[A-Z0-
 
 
 def read_by_accelerate() -> set[str]:
-    """The variables that the installed Accelerate reads or sets, and beginnings of their names."""
+    """The variables that the installed Accelerate reads or sets, and prefixes of such names."""
     found = set()
     for path in SOURCE.rglob("*.py"):
         if "test_utils" not in path.parts:
@@ -32,7 +32,7 @@ def read_by_accelerate() -> set[str]:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Lets Accelerate read the environment anew."""
+    """Lets Accelerate read the environment again."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield

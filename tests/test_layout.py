@@ -82,7 +82,7 @@ def test_dali_is_imported_for_the_pipeline_only() -> None:
 
 
 def reached_from(path: Path, at_start: bool = False) -> set[str]:
-    """All that a file imports, directly or through our modules: anywhere, or when it is loaded."""
+    """All that a file imports, directly or through our modules."""
     found, left = set[str](), [path]
     while left:
         for name in imports_of(left.pop(), top_level_only=at_start) - found:
@@ -147,7 +147,7 @@ def test_the_list_of_modules_is_complete() -> None:
 
 
 def test_tests_cannot_reach_what_the_user_keeps() -> None:
-    """Neither data nor runs nor caches of whoever runs the tests are within their reach."""
+    """Tests cannot reach the user's data, runs and caches."""
     assert Path.cwd() == CHECKOUT and (CHECKOUT / "fasttrain" / "train.py").exists()
     assert not (CHECKOUT / "data").is_symlink() and not (CHECKOUT / "runs").is_symlink()
     assert not CHECKOUT.is_relative_to(REPO)

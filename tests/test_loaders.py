@@ -67,7 +67,7 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def error_of(found: torch.Tensor, expected: Image.Image) -> tuple[float, float]:
-    """Mean and, borders aside, largest difference in steps of 1/255."""
+    """The mean difference, and the largest one except at borders, in steps of 1/255."""
     difference = (found - torch.from_numpy(np.asarray(expected, np.float32))).abs()
     return difference.mean().item(), difference[1:-1, 1:-1].max().item()
 
@@ -200,7 +200,7 @@ def test_processes_share_the_validation_images(dataset: Path, world: int) -> Non
     ids: list[int] = []
     for rank in range(world):
         loader = loaders.eval_loader(split, settings, 2, rank, world, CPU)
-        for _ in range(2 if world == 2 else 1):  # a second pass starts anew
+        for _ in range(2 if world == 2 else 1):  # a second pass has all images again
             found = list(loader)
         for batch in found:
             assert batch.draw and len(batch.images) == len(batch.labels) == len(batch.draw.ids)
@@ -247,7 +247,7 @@ def test_a_shard_that_shrank_is_named(dataset: Path, tmp_path: Path) -> None:
 
 
 def damage(split: Split, *samples: int, whole: bool = True) -> None:
-    """Zeroes half of the bytes of those images; or few, and DALI decodes them all the same."""
+    """Sets half of the bytes of these images to 0; or so few that DALI still decodes them."""
     for sample in samples:
         path, size = split.shard_paths[split.shard[sample]], int(split.size[sample])
         tar = bytearray(path.read_bytes())

@@ -108,7 +108,7 @@ def test_an_evaluation_that_is_not_finite_gives_a_warning(
 
 
 class Plain(nn.Sequential):
-    """A network without BatchNorm and dropout: a batch is the mean of its halves."""
+    """A network without BatchNorm and dropout, so a batch gives the mean of its halves."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -225,7 +225,7 @@ def test_bad_updates_are_skipped_and_counted(tmp_path: Path) -> None:
 def test_a_run_that_cannot_be_saved_continues_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Fails twice and is mended; then fails until it must stop."""
+    """Two saves fail and the next one works. Then saves fail until the run must stop."""
     failing = {4, 6, 10, 12, 14}
     tried: list[int] = []
     real = files._write_new
@@ -295,7 +295,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(
 
 
 def test_an_evaluation_is_cut_short(tmp_path: Path) -> None:
-    """The run that resumes makes up for it before it does anything else."""
+    """The run that resumes first evaluates again."""
     asked = iter([0, 0, 0, 0, 0, 0, 75])
     plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(), 32, 1)
     torch.manual_seed(0)

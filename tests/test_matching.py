@@ -37,14 +37,14 @@ def test_numbers_as_folder_names_are_refused_until_they_are_said_to_be_numbers()
 
 
 def test_some_of_the_numbers_are_names_too() -> None:
-    """A test set of 3 of the 4 angles that a network knows: their order is another one."""
+    """The data has 3 of the 4 angles that a network knows, in another order."""
     known = Known(4, ("0", "180", "270", "90"))
     assert matching.to_evaluate(known, ["0", "270", "90"]).rows == [0, 2, 3]
     assert matching.to_evaluate(known, ["0", "270", "90"], by_number=True).rows == [0, 2, 3]
 
 
 def test_numbers_of_the_network_match_names_of_the_data_only_by_number() -> None:
-    """Trained on tars whose labels are numbers, evaluated on folders of names."""
+    """The network was trained on tars with numbers as labels, the data are named folders."""
     known = Known(12, tuple(f"{number:06d}" for number in range(12)))
     with pytest.raises(ClassError, match="the network's class names are numbers"):
         matching.to_evaluate(known, TWELVE)

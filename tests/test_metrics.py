@@ -55,7 +55,7 @@ def test_clock_leaves_out_the_first_step_and_pauses() -> None:
 
 
 class Event:
-    """A CUDA event of a GPU that is busy for `busy_s` with what was queued before it."""
+    """A CUDA event of a GPU that still works for `busy_s` on what was queued before."""
 
     busy_until = 0.0
 

@@ -21,7 +21,7 @@ GOLDEN_WEIGHTS = [0.582765, 0.126623, 0.611126, 0.260011]
 def mixed(
     seed: int, step: int, place: int, dtype: torch.dtype = torch.float32, **alphas: Any
 ) -> tuple[Tensor, Tensor]:
-    """Four images, each of one value, its label, after a mix at (seed, step, place)."""
+    """Mixes four images at (seed, step, place). All pixels of an image have its label's value."""
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 40, 32)
     images = images.to(dtype).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(4)

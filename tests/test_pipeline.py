@@ -43,7 +43,7 @@ COMMON = {"device", "preserve_name", "preserve"}
 
 
 class Node:
-    """An operator of a graph, as its specification prints itself."""
+    """An operator of a graph, read from what its specification prints."""
 
     def __init__(self, operator: Any) -> None:
         spec = operator.spec
@@ -60,7 +60,7 @@ class Node:
 
 
 def test_no_generated_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph with conditions is Python that DALI writes and imports."""
+    """DALI writes a graph with conditions as a Python file, and imports that file."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {name for name in sys.modules if "autograph_generated" in name}
     nodes_of(

@@ -251,7 +251,7 @@ def test_any_split_of_the_work_sees_the_same(
 def test_any_epoch_is_a_permutation(
     split: shards.Split, seed: int, epoch: int, sizes: list[int], block: int
 ) -> None:
-    """Of all samples, whatever the shards hold; in blocks, each block's follow one another."""
+    """It is one of all samples. With blocks, the samples of each block follow one another."""
     shard_of = np.repeat(np.arange(len(sizes)), sizes).astype(np.uint16)
     made = dataclasses.replace(
         split,
@@ -332,10 +332,10 @@ def test_each_damaged_sample_has_a_good_stand_in_of_its_own(bad: set[int], seed:
 def open_with(root: Path, name: str, content: bytes) -> None:
     """Opens the data set at `root` with one file of it replaced: fine, or a `ShardError`.
 
-    The manifest owns up to an index that is replaced, so that all of it is looked at.
+    If the index is replaced, the manifest gets its digest, so that the reader checks it further.
 
     Raises:
-        AssertionError: a sample lies outside of its tar, or has no pixels.
+        AssertionError: a sample is outside of its tar, or has no pixels.
     """
     before = {file: (root / file).read_bytes() for file in ("manifest.json", name)}
     if name == "train.index":
@@ -375,7 +375,7 @@ def own(
 
 
 class Choices:
-    """What changes a file: numbers below a limit and new values, from wherever they come."""
+    """The source of changes to a file: numbers below a limit, and new values."""
 
     def __init__(self, below: Callable[[int], int], value: Callable[[], Any]) -> None:
         self.below, self.value = below, value

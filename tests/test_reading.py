@@ -257,10 +257,10 @@ def test_grey_images_reach_a_gpu_with_plain_sampling_factors() -> None:
 
 @pytest.fixture
 def limit() -> Iterator[Callable[[int, int], None]]:
-    """Sets the soft limit of this process, so that it may open at most so many files more.
+    """Sets the soft limit of this process, so that it may open at most this many more files.
 
-    The limit is on the numbers of descriptors, and not on how many there are. A new file gets the
-    lowest free number, so the limit counts from there: other tests may leave gaps.
+    The system limits the numbers of descriptors, not how many there are. A new file gets the lowest
+    free number, and other tests may leave gaps. So the limit counts from the lowest free number.
     """
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 

@@ -133,7 +133,7 @@ def slugs(page: str) -> set[str]:
 
 
 def shell(command: str, clone: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command on one CPU: threads that wait for each other crawl where tests run beside."""
+    """Runs a command on one CPU. Beside other tests, threads that wait for each other are slow."""
     cpu = max(os.sched_getaffinity(0))
     return subprocess.run(
         ["taskset", "-c", str(cpu), "bash", "-c", command],
@@ -163,7 +163,7 @@ DEMO_CASES = [(12, 0), pytest.param(None, 95, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("updates", "top1"), DEMO_CASES)
 def test_the_demo_trains(clone: Path, updates: int | None, top1: float) -> None:
-    """With all its updates it is a slow test; a few show that the command runs to its end."""
+    """With all updates this is a slow test. A few updates show that the command works."""
     install, command = COMMANDS[0].split(" && ", 1)
     assert install == "pip install -e '.[demo]'"
     shutil.rmtree(clone / "runs", ignore_errors=True)
@@ -180,7 +180,7 @@ def test_the_demo_trains(clone: Path, updates: int | None, top1: float) -> None:
 
 
 def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
-    """The commands for ImageNet, on the tests' images and one process without a GPU."""
+    """They run on the tests' images, in one process without a GPU."""
     shard, plain, _, evaluate = COMMANDS[2:6]
     verify = "python tools/verify_shards.py data/imagenet"
     assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0

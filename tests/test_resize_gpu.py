@@ -69,7 +69,7 @@ def compiled(gpu: None) -> ModuleType:
 def resized(
     kernel: ModuleType, images: Images, draw: Draw, cubic: bool, half: bool, device: str = "cpu"
 ) -> Tensor:
-    """What the kernel makes of whole images, or in training of the rows of their windows."""
+    """The kernel's result for whole images; in training, for the rows of their windows."""
     training = draw.windows.dtype == np.int32
     parts = [
         image[y : y + h] if training else image
@@ -87,7 +87,7 @@ def resized(
 
 
 def by_cpu(images: Images, draw: Draw, cubic: bool) -> Tensor:
-    """What `Resizer` makes of the windows, which are whole pixels."""
+    """The result of `Resizer` for the windows, which are whole pixels."""
     resizer = Resizer(2, "bicubic" if cubic else "bilinear")
     boxes = draw.windows.tolist()
     windows = [i[y : y + h, x : x + w] for i, (x, y, w, h) in zip(images, boxes, strict=True)]
@@ -102,7 +102,7 @@ def steps_apart(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def check(found: Tensor, expected: Tensor, half: bool, most: float = 1.001) -> None:
-    """All but very few values are at most `most` steps of 1/255 apart, and those one more."""
+    """Nearly all values differ by at most `most` steps of 1/255, and the others by one more."""
     assert found.dtype == (torch.float16 if half else torch.float32)
     assert found.shape == expected.shape
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -189,7 +189,7 @@ def evaluated(split: Split, place: Placement, **settings: Any) -> loaders.Loader
 
 
 def check_evaluated(split: Split, batches: Sequence[Batch], half: bool) -> None:
-    """Each image once, as torchvision resizes and crops PIL's."""
+    """Checks that each image comes once, as torchvision resizes and crops PIL's image."""
     tars = [path.read_bytes() for path in split.shard_paths]
     sample = 0
     for batch in batches:

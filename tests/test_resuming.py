@@ -29,9 +29,10 @@ from fasttrain import checkpoint, config, run_folder, stopping, train
 
 
 class StopAfter:
-    """Stands in for the request to stop: it comes when the loop asks for the `asked`-th time.
+    """Stands in for the request to stop. The request comes at call number `asked`.
 
-    The loop asks once before the first update, after each, and after each batch of an evaluation.
+    The loop calls it before the first update, after each update, and after each batch of an
+    evaluation.
     """
 
     asked: int = sys.maxsize
@@ -47,7 +48,7 @@ class StopAfter:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StopAfter]]:
-    """Sets after how many questions runs in this process stop, with `stop_after.asked`."""
+    """Makes runs in this process stop at call number `stop_after.asked` of the loop."""
     monkeypatch.setattr(stopping, "StopRequest", StopAfter)
     yield StopAfter
     StopAfter.asked = sys.maxsize

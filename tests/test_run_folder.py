@@ -33,7 +33,7 @@ def old_run(folder: Path) -> None:
 
 
 def start(folder: Path, resume: str) -> None:
-    """All that a start writes into the folder: from its lock to the lines that it cuts."""
+    """Does all that a start does in the folder, from the lock to the removal of later lines."""
     recipe = recipe_for(folder, resume)
     with run_folder.locked(recipe):
         run_folder.begin(recipe, {"started": "again"})
@@ -42,7 +42,7 @@ def start(folder: Path, resume: str) -> None:
 
 
 def check_one_run(folder: Path, resume: str) -> None:
-    """A start with `auto` finds the whole earlier run, or nothing of it that was to be moved."""
+    """A start with `auto` finds the whole earlier run, or none of its files that had to move."""
     recipe = recipe_for(folder)
     done = run_folder.check(recipe)
     with run_folder.locked(recipe):
@@ -62,7 +62,7 @@ def check_one_run(folder: Path, resume: str) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """No file that a person or a start reads is empty or cut."""
+    """Checks that no file that a person or a start reads is empty or cut."""
     for path in folder.rglob("*"):
         if path.is_dir() or path.name in NOT_READ or path.name.endswith(files.TEMPORARY):
             continue

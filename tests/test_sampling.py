@@ -25,7 +25,7 @@ def plan_for(split: Split, world: int, micro: int, batch: int = 12) -> Plan:
 
 
 def global_batch(split: Split, plan: Plan, step: int) -> list[tuple[Any, ...]]:
-    """What all processes together are fed, in the order of the groups."""
+    """The samples that all processes together get, in the order of the groups."""
     rows: list[tuple[Any, ...]] = []
     for micro in range(plan.accumulation):
         for rank in range(plan.world_size):
@@ -287,7 +287,7 @@ def test_size_of_crops_follows_the_epoch(split: Split) -> None:
 
 
 def test_blocks_mix_as_many_tars_as_they_hold(split: Split) -> None:
-    """Pairs of a batch that come from one tar: 1 in as many as are shuffled together."""
+    """If n tars are shuffled together, 1 in n pairs of a batch comes from one tar."""
     order, shard_of = (
         np.arange(64 * 100, dtype=np.uint64),
         np.repeat(np.arange(64), 100).astype(np.uint16),

@@ -54,7 +54,7 @@ time.sleep(60)'"""
 
 
 class Submitted:
-    """What became of a job."""
+    """The outcome of a job."""
 
     def __init__(self, job: subprocess.Popen[str], calls: Path) -> None:
         self.output = job.communicate(timeout=60)[0]
@@ -191,7 +191,7 @@ def test_processes_share_the_cpus_of_their_task() -> None:
 def test_the_job_script_runs_in_a_container(
     submit: Callable[..., Submitted], tmp_path: Path
 ) -> None:
-    """Python is started by a command, as for Apptainer, or by srun's options, as for pyxis."""
+    """A command may start Python, as for Apptainer, or srun's options may, as for pyxis."""
     wrap = {"FT_WRAP": "env INSIDE=yes", "FT_SRUN": "--container-image=a --container-mounts=b:c"}
     job = submit(f'[ "$INSIDE" = yes ] && touch {tmp_path}/run/DONE', **wrap)
     assert job.code == 0 and len(job.launches) == 2, job.output
@@ -202,7 +202,7 @@ def test_the_job_script_runs_in_a_container(
 def test_each_node_has_one_launcher_for_any_number_of_tasks(
     submit: Callable[..., Submitted],
 ) -> None:
-    """As people ask for one task a GPU: it gets the CPUs of all of a node's."""
+    """People often ask for one task per GPU. The launcher gets the CPUs of all tasks of a node."""
     job = submit("exit 0", SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="8")
     assert len(job.launches) == 2 and "srun cpus 64 export ALL" in job.calls
     assert {"srun --nodes=2", "srun --ntasks=2", "srun --ntasks-per-node=1"} < set(job.calls)

@@ -25,7 +25,7 @@ from fasttrain import checkpoint, stopping, train
 
 @pytest.fixture
 def endless(tiny: Callable[..., Path]) -> Path:
-    """A recipe that is not done before a request to stop comes, and logs each of its updates."""
+    """A recipe that does not end before a request to stop comes, and logs each update."""
     return tiny(
         train={"epochs": 200, "eval_every_epochs": 200},
         checkpoint={"every_steps": 1000},
@@ -126,7 +126,7 @@ def fork(work: Callable[[], object]) -> int:
 def test_the_first_ctrl_c_with_nothing_to_save_or_the_second_ends_the_process(
     training: bool, tmp_path: Path
 ) -> None:
-    """Before the first update the first Ctrl-C does so, and while training the second."""
+    """Before the first update, the first Ctrl-C ends the process; later, the second does."""
 
     def work() -> None:
         os.dup2(os.open(tmp_path / "errors", os.O_WRONLY | os.O_CREAT), 2)
@@ -149,7 +149,7 @@ def test_the_first_ctrl_c_with_nothing_to_save_or_the_second_ends_the_process(
 def test_a_process_that_ignores_sigterm_ends_after_its_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that waits in a collective which never ends behaves so."""
+    """A process that waits in a collective that never ends behaves like this."""
     monkeypatch.setattr(stopping, "ORPHAN_S", 1)
     file = tmp_path / "pid"
 

@@ -93,7 +93,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:
-    """A recipe that is still busy when something happens to it."""
+    """A recipe that trains long enough for something to happen to it."""
     return tiny(
         train={"epochs": epochs, "eval_every_epochs": 8, "global_batch_size": 8},
         optim={"lr": 0.01},  # which two images a process stand
@@ -103,7 +103,7 @@ def long(tiny: Callable[..., Path], epochs: int = 24) -> Path:
 
 
 def assert_as_on_one_node(processes: int, recipe: Path, folder: Path) -> None:
-    """What a job left in `folder` is what so many processes of one node make without a stop."""
+    """Checks that a job left in `folder` what the processes of one node make without a stop."""
     here = folder.with_name("here")
     command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--main_process_port", "0", "fasttrain/train.py", str(recipe)]

@@ -28,7 +28,7 @@ def usage(pid: int) -> tuple[float, int, int]:
 
 @pytest.mark.slow
 def test_memory_files_and_threads_stay_flat(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """`FASTTRAIN_SOAK_S` says how long; each life is 1 to 5 minutes of it."""
+    """`FASTTRAIN_SOAK_S` is the duration. Each process lives for 1 to 5 minutes."""
     folder, moments = tmp_path / "run", random.Random(0)
     recipe = tiny(
         train={

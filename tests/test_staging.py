@@ -168,7 +168,7 @@ def test_file_systems_and_free_space_are_read() -> None:
 def test_one_process_writes_and_one_per_node_looks_at_the_tars(
     dataset: Path, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Rank 0 alone writes; tars are looked at by name by one process a node."""
+    """Rank 0 alone writes. One process per node looks up the tars by name."""
     calls = "openat,newfstatat,statx,access,mkdir,unlink,rename,readlink,getdents64"
     traced = f'exec strace -f -qq -y -e trace={calls} -o {tmp_path}/$RANK python "$@"'
     launch = ["accelerate", "launch", "--no_python", "--multi_gpu", "--num_processes", "2"]

@@ -38,7 +38,7 @@ def headers() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in, compiled; skips where that cannot be."""
+    """Compiles the stand-in. Skips the test if that does not work."""
     if not (torch.version.cuda or "").startswith("13."):
         pytest.skip(f"PyTorch for CUDA {torch.version.cuda}: the stand-in is one for CUDA 13")
     if torch.cuda.is_available():
@@ -66,7 +66,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def story(library: Path, mode: str, folder: Path) -> dict[str, Any]:
-    """What story.py tells of a mode."""
+    """The report of story.py about a mode."""
     changes = {
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}",
@@ -91,7 +91,7 @@ def story(library: Path, mode: str, folder: Path) -> dict[str, Any]:
 def test_each_mode_trains_on_the_stand_in_for_cuda(
     library: Path, mode: str, tmp_path: Path
 ) -> None:
-    """One test for each mode, as the process takes longer to start than to tell all."""
+    """There is one test for each mode, because starting the process takes most of the time."""
     told = story(library, mode, tmp_path)
 
     # A run that is stopped and resumed makes no illegal call, and waits for log lines only.

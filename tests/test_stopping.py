@@ -60,7 +60,7 @@ def test_a_request_is_reported_at_once_and_a_second_ctrl_c_ends_the_process(
 
 
 def test_signals_are_heard_while_torch_computes(stop: StopRequest) -> None:
-    """A long call holds up Python's own signal handlers, as a backward pass does."""
+    """A long call delays Python's signal handlers, as a backward pass does."""
     stop.unsaved, heard = True, threading.Event()
     stop.speaker = SimpleNamespace(say=lambda text: heard.set(), quiet=lambda: None)
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -112,7 +112,7 @@ def test_the_end_of_the_process_shows_the_cursor_again() -> None:
 
 
 def test_a_terminal_that_closes_lets_the_run_save() -> None:
-    """A broken SSH connection closes the terminal so."""
+    """A broken SSH connection closes the terminal in this way."""
     ours, theirs = os.openpty()
     read, write = os.pipe()
     process = os.fork()

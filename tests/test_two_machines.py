@@ -33,7 +33,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them, called eth-ft in both."""
+    """Two network namespaces with a link between them, whose interfaces are called eth-ft."""
     names = [f"ft-{os.getpid()}-{number}" for number in (0, 1)]
     for name in names:
         ip("netns", "add", name)

@@ -23,7 +23,7 @@ def test_a_good_data_set_has_no_findings(dataset: Path) -> None:
 
 
 def test_any_flipped_byte_is_found_and_its_file_named(copied: Path) -> None:
-    """Twenty places of every file, and a hundred anywhere: some 350 flips."""
+    """Twenty bytes of every file and a hundred other bytes are flipped, some 350 in all."""
     draw = random.Random(0)
     files = sorted(copied.iterdir())
     places = [(path, draw.randrange(path.stat().st_size)) for path in files for _ in range(20)]
@@ -59,7 +59,7 @@ def test_missing_and_truncated_files_are_named(copied: Path) -> None:
 
 
 def test_a_wrong_label_is_found(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index whose digest is right and whose label is not: a fault of a writer."""
+    """The index has a right digest and a wrong label, as a faulty writer would leave it."""
     good = shards.open_split(copied, "val")
     label = good.label.copy()
     label[4] = (label[4] + 1) % 3
