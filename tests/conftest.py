@@ -1,5 +1,6 @@
 """Small data sets of real and made-up JPEGs, and a way to run the commands."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ os.environ |= {
 from fasttrain import config, forecast, sharding, shards, sources, train
 
 Refused = Callable[..., None]  # what the fixture `refused` gives
+Interpreter = Callable[[str], ModuleType]  # what the fixture `interpreter` gives
 
 REPO = Path(__file__).parent.parent
 SCRATCH = Path(os.environ["FASTTRAIN_TESTS"])
@@ -222,6 +225,40 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         assert "Traceback" not in output
 
     return check
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Interpreter:
+    """Loads a module of fasttrain whose kernels Triton's interpreter runs, on tensors of the CPU.
+
+    In this test, the module stands in for the one that others import.
+    """
+    # Before the variable is set: the functions of Triton's own library must stay compiled ones.
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.runtime import interpreter
+
+    import fasttrain
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # Triton 3.6 makes no number of a scalar with NumPy 2.4.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.find_spec(f"fasttrain.{name}")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, f"fasttrain.{name}", module)
+        monkeypatch.setattr(fasttrain, name, module, raising=False)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ ROWS = (
     {"decoder"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "operators", "rng"},
-    {"arguments", "faults", "trials"},
+    {"arguments", "depthwise_gpu", "faults", "trials"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}

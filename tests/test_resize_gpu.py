@@ -1,8 +1,6 @@
 """The kernel for raw images gives the CPU's pixels, in Triton's interpreter and on a GPU."""
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
+from conftest import Interpreter, photograph
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-import fasttrain
 from fasttrain import config, loaders, makers, shards
 from fasttrain.batch import Batch, Placement
 from fasttrain.config import Optim, Train
@@ -33,29 +30,12 @@ Images = Sequence[NDArray[np.uint8]]
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def interpreted(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module with its kernel run by Triton's interpreter, on tensors of the CPU."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        # Triton 3.6 makes no number of a scalar with NumPy 2.4.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    spec = importlib.util.find_spec("fasttrain.resize_gpu")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = interpreter("resize_gpu")
     # The interpreter's time is that of programs, not of values.
     monkeypatch.setattr(module, "TILE_ROWS", 32)
     monkeypatch.setattr(module, "TILE_VALUES", 128)
-    monkeypatch.setitem(sys.modules, "fasttrain.resize_gpu", module)
-    monkeypatch.setattr(fasttrain, "resize_gpu", module, raising=False)
     return module
 
 

@@ -1,0 +1,600 @@
+"""Depthwise convolution for training on a GPU: one Triton kernel for each direction.
+
+As they load, the kernels apply the BatchNorm and the activation that come before the convolution.
+As they store, they add up the sums that the BatchNorm after it needs. So each direction reads and
+writes each tensor of images once.
+
+How the work is cut: strips of S columns cut an image. A program holds BLOCK pairs of a strip and a
+channel, channels fastest, so that its accesses are contiguous. It walks down the rows of some
+images. Neighbours along a row are registers of one thread. Neighbours along a column are kept in
+registers from row to row. So the prologue runs (S + K - 1) / S times for a value, not K * K times.
+
+Step i of the walk takes the STRIDE input rows from i * STRIDE on. They touch the output rows
+i - LAG ... i + AHEAD. Columns are alike: the S * STRIDE input columns of a strip touch its S output
+columns, LAG columns on the left and AHEAD on the right.
+
+Batch size, height and width are numbers at run time: other image sizes compile nothing anew.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# A thread accesses two values, so that a warp accesses 128 contiguous bytes of bfloat16. With four,
+# the loops have a tenth fewer instructions, but their weights take twice the registers.
+VECTOR = 2
+WARPS = 4  # of a program
+BLOCK = 32 * WARPS * VECTOR
+
+
+class Tile(NamedTuple):
+    """How the work is cut: counted instructions and registers decide."""
+
+    columns: int  # S: output columns of a strip
+    resident: int  # programs that run on a multiprocessor at a time: its registers are the limit
+
+
+# By kernel size and stride. An H100 issues about 10 instructions for each byte that it copies. So
+# an output value may take 40 with stride 1 and 100 with stride 2. Compiled for it by Triton 3.8, it
+# takes 24 (3 x 3) and 46 (5 x 5) with stride 1, 52 and 79 with stride 2. Backward, an input value
+# may take 80 and 50. It takes 50 and 112 with stride 1, 23 and 33 with stride 2.
+FORWARD_TILES = {(3, 1): Tile(4, 6), (3, 2): Tile(4, 4), (5, 1): Tile(4, 4), (5, 2): Tile(4, 3)}
+BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2), (5, 2): Tile(2, 2)}
+
+
+def depthwise(
+    x: Tensor, prologue: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depthwise convolution of act(x * scale + shift), zero-padded by half the kernel.
+
+    The sums are those of the output before it is rounded to its dtype. They are added up in an
+    order that depends only on the shapes and on the kind of GPU.
+
+    Args:
+        x: images `(B, C, H, W)`, channels-last, on a GPU: bfloat16, float16 or float32. C is a
+            multiple of 8.
+        prologue: float32 `(1, 4, C)`, rows scale, shift, rstd, nmean. Without it, x is convolved
+            as it is.
+        weight: `(C, 1, K, K)`, K is 3 or 5.
+        stride: 1 or 2.
+        act: 0 none, 1 ReLU, 2 hard-swish. Only with a prologue.
+        per_image: one sum for each image.
+    Returns:
+        y `(B, C, ceil(H / stride), ceil(W / stride))`, like x; the sums of y over positions,
+        float32 `(B, C)` if `per_image`, else over images too, `(1, C)`; the sums of y * y, float32
+        `(C,)`.
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    _check([x], [prologue], weight, stride)
+    batch, channels, height, width = x.shape
+    side = weight.shape[2]
+    y = _images_like(x, -(-height // stride), -(-width // stride))
+    tile = FORWARD_TILES[side, stride]
+    cut = _cut(y, tile)
+    totals = 1 if per_image else 2
+    partial = x.new_empty(totals, cut.groups, cut.strips, channels, dtype=torch.float32)
+    of_images = None
+    if per_image:
+        of_images = x.new_empty(batch, cut.strips, channels, dtype=torch.float32)
+    with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
+        _forward[cut.blocks, cut.groups](
+            x, prologue, _by_tap(weight), y, partial, of_images, batch, height, width,
+            C=channels, K=side, STRIDE=stride, ACT=act,
+            S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    folded = _fold(partial)
+    sums = folded[1:] if of_images is None else of_images.sum(1, dtype=torch.float64)
+    return y, sums.float(), folded[0].float()
+
+
+def depthwise_backward(
+    grad: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    x: Tensor,
+    prologue: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both gradients of `depthwise`, from the same loads.
+
+    The gradient of y is alpha * grad + beta + kappa * y. The sums are those of dx before it is
+    rounded to its dtype. Their order is fixed as in `depthwise`.
+
+    Args:
+        grad, y: like the output of `depthwise`.
+        affine: float32 `(N, 3, C)`, rows alpha, beta, kappa. N is 1 or B.
+        x, prologue, weight, stride, act: as given to `depthwise`.
+    Returns:
+        The gradient of x * scale + shift, like x (of x itself without a prologue); the gradient of
+        the weight, float32 `(C, 1, K, K)`; the sums of the first over images and positions, float32
+        `(1, C)`, and those of its products with x * rstd + nmean. Without a prologue both are
+        empty, `(0,)`.
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    _check([x, grad, y], [affine, prologue], weight, stride)
+    batch, channels, height, width = x.shape
+    side = weight.shape[2]
+    taps = side * side
+    dx = _images_like(x, height, width)
+    tile = BACKWARD_TILES[side, stride]
+    cut = _cut(y, tile)
+    totals = taps if prologue is None else taps + 2
+    partial = x.new_empty(totals, cut.groups, cut.strips, channels, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _backward[cut.blocks, cut.groups](
+            grad, y, affine, x, prologue, _by_tap(weight), dx, partial, batch, height, width,
+            C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
+            S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    folded = _fold(partial)
+    dweight = folded[:taps].T.float().contiguous().view(weight.shape)
+    if prologue is None:
+        empty = folded.new_empty(0, dtype=torch.float32)
+        return dx, dweight, empty, empty.clone()  # an operator's results must not share memory
+    total, with_x = folded[taps : taps + 1], folded[taps + 1 :]
+    dots = prologue[:, 2] * with_x + prologue[:, 3] * total  # float64, as the two may cancel out
+    return dx, dweight, total.float(), dots.float()
+
+
+def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, stride: int) -> None:
+    """Raises ValueError if the kernels would read such tensors wrongly."""
+    size = tuple(weight.shape[2:])
+    if size not in ((3, 3), (5, 5)) or stride not in (1, 2):
+        raise ValueError(f"kernel {size} with stride {stride}: must be 3 x 3 or 5 x 5 with 1 or 2")
+    dtype, channels = images[0].dtype, images[0].shape[1]
+    if dtype not in DTYPES:
+        raise ValueError(f"images of {dtype}: must be of {', '.join(map(str, DTYPES))}")
+    if channels % 8 or len(weight) != channels:
+        raise ValueError(f"{channels} channels, {len(weight)} filters: must be equal, in eights")
+    for image in images:
+        if image.dtype != dtype or not image.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError("all images must be channels-last and have one dtype")
+    for table in tables:
+        if table is not None and (table.dtype != torch.float32 or not table.is_contiguous()):
+            raise ValueError("prologue and affine must be contiguous and have dtype float32")
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """Weights `(C, 1, K, K)` as float32 `(K * K, C)`: a program reads neighbouring channels."""
+    return weight.flatten(1).T.float().contiguous()
+
+
+def _images_like(x: Tensor, height: int, width: int) -> Tensor:
+    """Channels-last images of this size, not yet written."""
+    return x.new_empty(len(x), height, width, x.shape[1]).permute(0, 3, 1, 2)
+
+
+class _Cut(NamedTuple):
+    """The programs of a launch."""
+
+    strips: int  # of a row
+    blocks: int  # programs along a row
+    groups: int  # of images: a program takes every groups-th image
+
+
+def _cut(y: Tensor, tile: Tile) -> _Cut:
+    """Cuts the work on output images into programs.
+
+    As many programs as run at the same time take about equally many images each. So there are few
+    partial sums to fold.
+    """
+    batch, channels, _, width = y.shape
+    strips = triton.cdiv(width, tile.columns)
+    blocks = triton.cdiv(strips * channels, BLOCK)
+    groups = max(1, tile.resident * _processors(y.device) // blocks)
+    rounds = triton.cdiv(batch, groups)
+    return _Cut(strips, blocks, triton.cdiv(batch, rounds))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for a CPU, where Triton's interpreter runs the programs."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _fold(partial: Tensor) -> Tensor:
+    """Sums of `(N, groups, strips, C)` as float64 `(N, C)`. torch adds them in a fixed order."""
+    return partial.flatten(1, 2).sum(1, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of the kernels
+# --------------------------------------------------------------------------------------------------
+
+# Hard-swish and ReLU are 0 here, and so are their slopes. Values outside an image become this one.
+_OFF = tl.constexpr(-4.0)
+
+
+@triton.jit
+def _act(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    if ACT == 1:  # NaN stays NaN, as in torch: the guard against bad updates must see it
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACT == 2:
+        return z * tl.minimum(tl.maximum(z * (1 / 6) + 0.5, 0.0), 1.0)
+    return z
+
+
+@triton.jit
+def _through_act(da: tl.tensor, z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+    """The gradient before the activation of z, given the one after it."""
+    if ACT == 1:
+        return tl.where(z > 0.0, da, 0.0)
+    if ACT == 2:
+        gate = tl.minimum(tl.maximum(z * (1 / 6) + 0.5, 0.0), 1.0)
+        return da * tl.where(tl.abs(z) < 3.0, z * (1 / 3) + 0.5, gate)
+    return da
+
+
+@triton.jit
+def _columns(first: tl.tensor, width: tl.tensor, live: tl.tensor, N: tl.constexpr) -> tl.tuple:
+    """Which of the N columns from `first` on lie in the image."""
+    inside: tl.tuple = ()
+    for j in tl.static_range(N):
+        inside += (live & (first + j >= 0) & (first + j < width),)
+    return inside
+
+
+@triton.jit
+def _if_valid(inside: tl.tuple, valid: tl.tensor, N: tl.constexpr) -> tl.tuple:
+    """`inside` of a row that may lie outside the image."""
+    both: tl.tuple = ()
+    for j in tl.static_range(N):
+        both += (inside[j] & valid,)
+    return both
+
+
+@triton.jit
+def _load_row(row: tl.tensor, inside: tl.tuple, C: tl.constexpr, N: tl.constexpr) -> tl.tuple:
+    """N neighbours along a row; 0 outside the image."""
+    values: tl.tuple = ()
+    for j in tl.static_range(N):
+        values += (tl.load(row + j * C, mask=inside[j], other=0.0),)
+    return values
+
+
+@triton.jit
+def _weights(weight: tl.tensor, c: tl.tensor, C: tl.constexpr, TAPS: tl.constexpr) -> tl.tuple:
+    taps: tl.tuple = ()
+    for t in tl.static_range(TAPS):
+        taps += (tl.load(weight + t * C + c),)
+    return taps
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tuple:
+    zeros: tl.tuple = ()
+    for _ in tl.static_range(COUNT):
+        zeros += (tl.full([BLOCK], 0.0, tl.float32),)
+    return zeros
+
+
+# --------------------------------------------------------------------------------------------------
+# Forward
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _activated_row(
+    raw: tl.tuple, affine: tl.tuple, inside: tl.tuple, ACT: tl.constexpr, N: tl.constexpr
+) -> tl.tuple:
+    """The activations of N neighbours along a row; 0 outside the image."""
+    scale, shift = affine
+    row: tl.tuple = ()
+    for j in tl.static_range(N):
+        a = _act(raw[j].to(tl.float32) * scale + shift, ACT)
+        row += (tl.where(inside[j], a, 0.0),)
+    return row
+
+
+@triton.jit
+def _floats(raw: tl.tuple, N: tl.constexpr) -> tl.tuple:
+    row: tl.tuple = ()
+    for j in tl.static_range(N):
+        row += (raw[j].to(tl.float32),)
+    return row
+
+
+@triton.jit
+def _row_sums(
+    acc: tl.tuple,
+    a: tl.tuple,
+    w: tl.tuple,
+    KH: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    S: tl.constexpr,
+) -> tl.tuple:
+    """Adds an input row's share to the sums `acc` of one output row."""
+    grown: tl.tuple = ()
+    for s in tl.static_range(S):
+        y = acc[s]
+        for kw in tl.static_range(K):
+            y += a[s * STRIDE + kw] * w[KH * K + kw]
+        grown += (y,)
+    return grown
+
+
+@triton.jit
+def _put_row(
+    row: tl.tensor,
+    acc: tl.tuple,
+    stored: tl.tuple,
+    sums: tl.tuple,
+    C: tl.constexpr,
+    S: tl.constexpr,
+) -> tl.tuple:
+    """Stores an output row. Returns the sums of it and of its squares, added to `sums`."""
+    total, squares = sums
+    for s in tl.static_range(S):
+        tl.store(row + s * C, acc[s].to(row.dtype.element_ty), mask=stored[s])
+        y = tl.where(stored[s], acc[s], 0.0)
+        total += y
+        squares += y * y
+    return total, squares
+
+
+@triton.jit(do_not_specialize=["B", "H", "W"])
+def _forward(
+    x: tl.tensor,
+    prologue: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    partial: tl.tensor,
+    of_images: tl.tensor,
+    B: tl.tensor,
+    H: tl.tensor,
+    W: tl.tensor,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Keeps the unfinished output rows i - LAG ... i + AHEAD, and adds each input row to them."""
+    PAD: tl.constexpr = K // 2
+    LAG: tl.constexpr = PAD // STRIDE
+    ROWS: tl.constexpr = LAG + (STRIDE - 1 + PAD) // STRIDE + 1
+    READ: tl.constexpr = (S - 1) * STRIDE + K  # columns that a strip reads
+    HO = (H + STRIDE - 1) // STRIDE
+    WO = (W + STRIDE - 1) // STRIDE
+    strips = (WO + S - 1) // S
+    g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    strip = g // C
+    c = g % C
+    live = strip < strips
+    inside = _columns(strip * (S * STRIDE) - PAD, W, live, READ)
+    stored = _columns(strip * S, WO, live, S)
+    x_strip = (strip * (S * STRIDE) - PAD) * C + c
+    y_strip = strip * (S * C) + c
+    w = _weights(weight, c, C, K * K)
+    if prologue is not None:
+        affine = (tl.load(prologue + c), tl.load(prologue + C + c))
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    squares = tl.full([BLOCK], 0.0, tl.float32)
+    wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
+    for n in range(tl.program_id(1), B, tl.num_programs(1)):
+        x_image = x + (n + wide) * (H * W * C) + x_strip
+        y_image = y + (n + wide) * (HO * WO * C) + y_strip
+        acc = _zeros(ROWS * S, BLOCK)
+        for i in range(HO):
+            for p in tl.static_range(STRIDE):
+                ok = inside if p == 0 else _if_valid(inside, i * STRIDE + p < H, READ)
+                raw = _load_row(x_image + (i * STRIDE + p) * (W * C), ok, C, READ)
+                if prologue is not None:
+                    a = _activated_row(raw, affine, ok, ACT, READ)
+                else:
+                    a = _floats(raw, READ)
+                grown: tl.tuple = ()
+                for q in tl.static_range(ROWS):
+                    unfinished = acc[q * S : q * S + S]
+                    for kh in tl.static_range(K):
+                        if kh == p + PAD + (LAG - q) * STRIDE:
+                            unfinished = _row_sums(unfinished, a, w, kh, K, STRIDE, S)
+                    grown += unfinished
+                acc = grown
+            if i >= LAG:
+                row = y_image + (i - LAG) * (WO * C)
+                total, squares = _put_row(row, acc, stored, (total, squares), C, S)
+            acc = acc[S:] + _zeros(S, BLOCK)
+        for q in tl.static_range(LAG):  # no input row below the image adds to these rows
+            if HO - LAG + q >= 0:
+                row = y_image + (HO - LAG + q) * (WO * C)
+                total, squares = _put_row(row, acc[q * S :], stored, (total, squares), C, S)
+        if of_images is not None:
+            tl.store(of_images + n * (strips * C) + g, total, mask=live)
+            total = tl.full([BLOCK], 0.0, tl.float32)
+    at = tl.program_id(1) * (strips * C) + g
+    tl.store(partial + at, squares, mask=live)
+    if of_images is None:
+        tl.store(partial + tl.num_programs(1) * (strips * C) + at, total, mask=live)
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient_row(
+    grad: tl.tensor,
+    y: tl.tensor,
+    affine: tl.tuple,
+    inside: tl.tuple,
+    valid: tl.tensor,
+    C: tl.constexpr,
+    N: tl.constexpr,
+) -> tl.tuple:
+    """The gradient of N neighbours along a row of y; 0 outside the image."""
+    alpha, beta, kappa = affine
+    ok = _if_valid(inside, valid, N)
+    grads = _load_row(grad, ok, C, N)
+    values = _load_row(y, ok, C, N)
+    row: tl.tuple = ()
+    for j in tl.static_range(N):
+        d = values[j].to(tl.float32) * kappa + beta
+        d = grads[j].to(tl.float32) * alpha + d
+        row += (tl.where(ok[j], d, 0.0),)
+    return row
+
+
+@triton.jit
+def _input_gradient(
+    d: tl.tuple,
+    w: tl.tuple,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """The gradient of one column of a strip, in the input row ROW of a step.
+
+    ROW and COLUMN are relative to the input value that the first tap of d[0] touches.
+    """
+    da = tl.full(w[0].shape, 0.0, tl.float32)
+    for kh in tl.static_range(K):
+        for kw in tl.static_range(K):
+            if (ROW - kh) % STRIDE == 0 and (COLUMN - kw) % STRIDE == 0:
+                da += d[(ROW - kh) // STRIDE * WIDE + (COLUMN - kw) // STRIDE] * w[kh * K + kw]
+    return da
+
+
+@triton.jit
+def _tap_sum(
+    tap: tl.tensor,
+    d: tl.tuple,
+    a: tl.tuple,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WIDE: tl.constexpr,
+    IN: tl.constexpr,
+) -> tl.tensor:
+    """Adds the share of an input row to the weight gradient of a tap."""
+    if ROW % STRIDE == 0:
+        for s in tl.static_range(IN):
+            if (COLUMN + s) % STRIDE == 0:
+                tap += d[ROW // STRIDE * WIDE + (COLUMN + s) // STRIDE] * a[s]
+    return tap
+
+
+@triton.jit(do_not_specialize=["B", "H", "W"])
+def _backward(
+    grad: tl.tensor,
+    y: tl.tensor,
+    affine: tl.tensor,
+    x: tl.tensor,
+    prologue: tl.tensor,
+    weight: tl.tensor,
+    dx: tl.tensor,
+    partial: tl.tensor,
+    B: tl.tensor,
+    H: tl.tensor,
+    W: tl.tensor,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Keeps the gradients of the output rows i - LAG ... i + AHEAD.
+
+    An input row then has all it needs for its own gradient and for its share of the weight's.
+    """
+    PAD: tl.constexpr = K // 2
+    LAG: tl.constexpr = PAD // STRIDE
+    AHEAD: tl.constexpr = (STRIDE - 1 + PAD) // STRIDE
+    WIDE: tl.constexpr = LAG + S + AHEAD  # output columns that a strip's inputs touch
+    IN: tl.constexpr = S * STRIDE  # input columns of a strip
+    FIRST: tl.constexpr = LAG * STRIDE + PAD  # of a strip's columns and a step's rows, from d[0]
+    HO = (H + STRIDE - 1) // STRIDE
+    WO = (W + STRIDE - 1) // STRIDE
+    strips = (WO + S - 1) // S
+    g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    strip = g // C
+    c = g % C
+    live = strip < strips
+    inside = _columns(strip * IN, W, live, IN)
+    out_inside = _columns(strip * S - LAG, WO, live, WIDE)
+    in_strip = strip * (IN * C) + c
+    out_strip = (strip * S - LAG) * C + c
+    w = _weights(weight, c, C, K * K)
+    if prologue is not None:
+        scale = tl.load(prologue + c)
+        shift = tl.load(prologue + C + c)
+    if not PER_IMAGE:
+        of_y = (tl.load(affine + c), tl.load(affine + C + c), tl.load(affine + 2 * C + c))
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    dots = tl.full([BLOCK], 0.0, tl.float32)
+    dw = _zeros(K * K, BLOCK)
+    wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
+    for n in range(tl.program_id(1), B, tl.num_programs(1)):
+        x_image = x + (n + wide) * (H * W * C) + in_strip
+        dx_image = dx + (n + wide) * (H * W * C) + in_strip
+        grad_image = grad + (n + wide) * (HO * WO * C) + out_strip
+        y_image = y + (n + wide) * (HO * WO * C) + out_strip
+        if PER_IMAGE:
+            own = affine + n * (3 * C) + c
+            of_y = (tl.load(own), tl.load(own + C), tl.load(own + 2 * C))
+        # Where step i begins, d holds the rows i - LAG ... i + AHEAD - 1. Rows outside are 0.
+        d = _zeros(LAG * WIDE, BLOCK)
+        for q in tl.static_range(AHEAD):
+            top = q * (WO * C)
+            d += _gradient_row(grad_image + top, y_image + top, of_y, out_inside, q < HO, C, WIDE)
+        for i in range(HO):
+            new = i + AHEAD
+            below = new * (WO * C)
+            d += _gradient_row(
+                grad_image + below, y_image + below, of_y, out_inside, new < HO, C, WIDE
+            )
+            for p in tl.static_range(STRIDE):
+                ok = inside if p == 0 else _if_valid(inside, i * STRIDE + p < H, IN)
+                row = (i * STRIDE + p) * (W * C)
+                raw = _load_row(x_image + row, ok, C, IN)
+                a: tl.tuple = ()
+                for s in tl.static_range(IN):
+                    da = _input_gradient(d, w, FIRST + p, FIRST + s, K, STRIDE, WIDE)
+                    e = raw[s].to(tl.float32)
+                    if prologue is not None:
+                        z = tl.where(ok[s], e * scale + shift, 0.0 if ACT == 0 else _OFF)
+                        e_act = _act(z, ACT)
+                        da = _through_act(da, z, ACT)
+                        if ACT == 0:
+                            da = tl.where(ok[s], da, 0.0)
+                        total += da
+                        dots += da * e
+                    else:
+                        e_act = e
+                    a += (e_act,)
+                    tl.store(dx_image + row + s * C, da.to(dx.dtype.element_ty), mask=ok[s])
+                grown: tl.tuple = ()
+                for kh in tl.static_range(K):
+                    for kw in tl.static_range(K):
+                        tap = dw[kh * K + kw]
+                        grown += (
+                            _tap_sum(tap, d, a, FIRST + p - kh, FIRST - kw, STRIDE, WIDE, IN),
+                        )
+                dw = grown
+            d = d[WIDE:]
+    at = tl.program_id(1) * (strips * C) + g
+    size = tl.num_programs(1) * (strips * C)
+    for t in tl.static_range(K * K):
+        tl.store(partial + t * size + at, dw[t], mask=live)
+    if prologue is not None:
+        tl.store(partial + K * K * size + at, total, mask=live)
+        tl.store(partial + (K * K + 1) * size + at, dots, mask=live)
