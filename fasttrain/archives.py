@@ -144,6 +144,7 @@ def images(path: Path, scan: Scan, start: int = 0, size: int | None = None) -> I
             continue
         if member.size > MAX_IMAGE_BYTES:
             raise ShardError(
-                f"{path}: {member.name!r} has a gigabyte or more, so it is no photograph: remove it"
+                f"{path}: {member.name!r} has a gigabyte or more, so it is not a photograph: "
+                "remove it"
             )
         yield member

@@ -158,8 +158,8 @@ class Data(Section):
     the same one on any number of processes and, with `verify = "always"`, after any restart. In an
     evaluation a damaged image always ends the run."""
     max_bad_samples: Annotated[Positive, ON_RESUME] = 100
-    """Number of images, and at most half of all, that each process may replace before the run
-    ends."""
+    """Number of images that each process may replace before the run ends. It never replaces more
+    than half of all images."""
     threads: Annotated[int, Field(ge=0), PER_MACHINE] = 0
     """CPU threads that decode, per process; 0 divides the available CPUs among the processes of a
     machine."""
@@ -211,7 +211,7 @@ class Model(Section):
     weights: ExpandedPath | None = None
     """Start from these weights instead of random ones: a run folder, a checkpoint, or a file of
     weights. The last layer keeps its rows for classes that the data has too, matched by name. Its
-    rows for other classes start anew. A run that resumes from its own checkpoint ignores this
+    other rows start from random values. A run that resumes from its own checkpoint ignores this
     setting."""
 
     def network(self) -> dict[str, Any]:
@@ -240,8 +240,8 @@ class Optim(Section):
     """Decay per update of the moving average of the weights, which is evaluated too; 0 keeps no
     average."""
     backbone_lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor on the learning rate of all layers but the last, for a run that starts from weights
-    and in which only the last layer is new."""
+    """Factor on the learning rate of all layers but the last. It is for runs that start from
+    weights, where only the last layer is new."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Number of the network's first stages, of five, whose weights and BatchNorm statistics do not
     change. A stage begins where the image is halved. With all five, only the classifier learns."""

@@ -60,7 +60,7 @@ def devkit_labels(root: Path) -> LabelOf | None:
         from scipy.io import loadmat
     except ImportError:
         raise ShardError(
-            "scipy is missing, which reads the devkit's meta.mat: pip install -e '.[sources]'"
+            "scipy reads the devkit's meta.mat, but is missing: pip install -e '.[sources]'"
         ) from None
     # The devkit has its own order of classes, and also numbers inner nodes of the hierarchy.
     synsets = np.atleast_1d(loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"])
@@ -180,7 +180,7 @@ def val_tar(path: Path, scan: Scan) -> Iterator[Found]:
     """Yields the images of the official val archive. A file beside it gives their labels.
 
     Raises:
-        ShardError: that file is missing or damaged.
+        ShardError: the file with the labels is missing or damaged.
     """
     label_of = devkit_labels(path.parent) or kaggle_labels(path.parent)
     if label_of is None:

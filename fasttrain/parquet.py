@@ -57,7 +57,7 @@ def files(root: Path) -> list[Path]:
 
 
 def _is_table(path: Path) -> bool:
-    """Returns whether a file describes images beside it, as those of img2dataset do."""
+    """Returns whether a file only describes images beside it, as img2dataset writes them."""
     return path.name == "metadata.parquet" or path.with_suffix(".tar").exists()
 
 
@@ -131,8 +131,8 @@ def _check_splits(root: Path, found: dict[str, list[Path]], scan: Scan) -> None:
                 else "make a data set to evaluate on with --val-only"
             )
             raise ShardError(
-                f"{root}: no parquet file has {split} as a word in its name or in that of its "
-                f"folder (found {some}); download that split too, or {remedy}"
+                f"{root}: no parquet file has {split} as a word in its name or in its folder's "
+                f"name (found {some}); download that split too, or {remedy}"
             )
 
 
@@ -164,8 +164,8 @@ def _check_whole(paths: Sequence[Path], scan: Scan) -> None:
         if missing and not scan.options.allow_partial:
             raise ShardError(
                 f"{example.parent}: {len(missing):,} of the {total:,} files like {example.name} "
-                f"are missing, the first is number {missing[0]}; download them too, or go on with "
-                "--allow-partial"
+                f"are missing, the first is number {missing[0]}; download them too, or do without "
+                "them with --allow-partial"
             )
 
 
@@ -206,7 +206,7 @@ def columns_of(path: Path, options: Options) -> Columns:
 
 
 def _features(schema: "pyarrow.Schema") -> dict[str, dict[str, Any]]:
-    """Returns what Hugging Face's libraries store about columns; empty for files of others."""
+    """Returns what Hugging Face's libraries store about columns; empty if nothing is stored."""
     try:
         found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: value for name, value in found.items() if isinstance(value, dict)}
@@ -242,8 +242,8 @@ def _image_column(path: Path, schema: "pyarrow.Schema", name: str | None) -> str
         name = next((column for column in found if column in usable), found[0] if found else None)
     if name is None:
         raise ShardError(
-            f"{path}: none of the columns {_listed(schema)} is known to hold images: name one with "
-            "--image-column; it must hold bytes, or bytes and path"
+            f"{path}: none of the columns {_listed(schema)} is known to hold images: name a column "
+            "with --image-column; it must hold bytes, or bytes and path"
         )
     if name not in usable:
         raise ShardError(
@@ -288,8 +288,8 @@ def _label_column(
     found = known or (marked if len(marked) == 1 else [])
     if not found:
         raise ShardError(
-            f"{path}: none of the columns {_listed(schema)} is known to hold labels: name one with "
-            "--label-column; it must hold whole numbers or names of classes"
+            f"{path}: none of the columns {_listed(schema)} is known to hold labels: name a column "
+            "with --label-column; it must hold whole numbers or names of classes"
         )
     return found[0]
 
@@ -392,7 +392,7 @@ def scan_parquet(root: Path, scan: Scan) -> None:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise ShardError(
-            "pyarrow is missing, which reads parquet files: pip install -e '.[sources]'"
+            "pyarrow reads parquet files, but is missing: pip install -e '.[sources]'"
         ) from None
     jobs: list[Job] = []
     chosen: list[tuple[Path, Columns]] = []

@@ -1,10 +1,10 @@
 """Makes a data set from a source: decodes, shuffles and writes the images as shards.
 
-    UNFINISHED                     the options; there until the last file is written
+    UNFINISHED                     the options; removed after the last file is written
     train-000003.fasttrain.part    beside a finished shard: its rows of the index, its rejections
 
 A shard depends only on the source and the options. So any number of processes and machines can
-write shards in any order, and a shard that was finished before a kill is not written again.
+write shards, in any order. A shard that was finished before a kill is not written again.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Build:
     seed: int = 0  # of the order of the images
     shard_size: int = SHARD_SIZE  # approximate number of images per shard
     part: tuple[int, int] = (1, 1)  # (i, n): write every n-th shard from the i-th on, i from 1
-    in_place: bool = False  # index the WebDataset tars of the source, which lie in `out`
+    in_place: bool = False  # index the WebDataset tars of the source, which are in `out`
     strict: bool = False  # raise an error for rejected images, after all shards are written
     workers: int = 1  # processes; their number does not change the result
 
@@ -117,8 +117,8 @@ def prepare_image(data: bytes, split: str, policy: Policy) -> Image:
         data: the bytes of the image file.
         split: "train" or "val".
     Raises:
-        ValueError: the data is not an image, is damaged or too large for the index, or its pixels
-            have an unknown range, such as floats.
+        ValueError: the data is not an image, or it is damaged or too large for the index. Or its
+            pixels have an unknown range, such as floats.
     """
     from PIL import Image as pil
     from PIL import UnidentifiedImageError
@@ -360,8 +360,8 @@ def write_dataset(
     Returns:
         The manifest, or None while shards of other parts are missing.
     Raises:
-        ShardError: `out` holds other shards or was begun with other options, images were rejected
-            although `build.strict` is set, or a split has no usable image.
+        ShardError: `out` holds other shards, or was begun with other options. Or images were
+            rejected and `build.strict` is set, or a split has no usable image.
     """
     try:
         claim(out, source, policy, build.seed, build.shard_size, build.in_place)
@@ -401,7 +401,7 @@ def _tasks(source: Source, out: Path, policy: Policy, build: Build) -> list[_Tas
 
 @contextlib.contextmanager
 def _finishing(out: Path) -> Iterator[bool]:
-    """Holds the lock of the data set's last phase. Gives whether the data set is unfinished."""
+    """Holds the lock of the data set's last phase. Yields True if the data set is unfinished."""
     try:
         file = (out / UNFINISHED).open("rb")
     except FileNotFoundError:
@@ -415,7 +415,7 @@ def _finishing(out: Path) -> Iterator[bool]:
 def _finish(
     source: Source, out: Path, policy: Policy, tasks: Sequence[_Task], build: Build
 ) -> None:
-    """Writes the index tables and last the manifest, then removes the temporary files."""
+    """Writes the index tables, then the manifest, and removes the temporary files."""
     splits = {
         split: _finish_split(out, split, [task.part for task in tasks if task.split == split])
         for split in source.splits
@@ -586,7 +586,7 @@ def _digest(source: Source) -> str:
     digest = hashlib.sha256("\0".join(source.classes).encode())
     for split, listing in source.splits.items():
         digest.update(f"\1{split}\1".encode())
-        # File names of other systems may hold bytes that are no UTF-8.
+        # File names of other systems may hold bytes that are not UTF-8.
         digest.update("\0".join(listing.names).encode("utf-8", "surrogateescape"))
         digest.update(listing.labels.tobytes())
         digest.update(listing.size.tobytes())
@@ -692,7 +692,7 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
                 raise ShardError(f"{path}: {error.strerror}") from None
             if len(data) >= MAX_IMAGE_BYTES:
                 raise ShardError(
-                    f"{path}: {name} has a gigabyte or more, so it is no photograph: remove it"
+                    f"{path}: {name} has a gigabyte or more, so it is not a photograph: remove it"
                 )
             if size != len(data):
                 raise ShardError(_CHANGED.format(path))
@@ -700,7 +700,7 @@ def read_images(listing: Listing) -> Iterator[tuple[str, int, bytes]]:
 
 
 class _Archives:
-    """The archives opened last, which stay open. A source may have more than a process may open."""
+    """Keeps the last archives open. A source may have more archives than a process may open."""
 
     def __init__(self) -> None:
         self.descriptors: dict[Path, int] = {}
@@ -716,7 +716,7 @@ class _Archives:
         """Returns the descriptor of an archive, opened if needed.
 
         Raises:
-            ShardError: its modification time is not `mtime`, in ns.
+            ShardError: the archive's modification time is not `mtime`, in ns.
         """
         if path not in self.descriptors:
             if len(self.descriptors) == MAX_OPEN:

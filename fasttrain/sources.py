@@ -2,8 +2,8 @@
 
 Every form gives the same listing: images named `class/file` in sorted order, each with its label
 and the location of its bytes. So the same photographs give the same shards in any form. The label
-of a class is its position among the sorted class names (for ImageNet: the WordNet ids), unless a
-list of classes gives another order.
+of a class is its position among the sorted class names. For ImageNet these are the WordNet ids. A
+list of classes may give another order.
 
 Nothing from a source is executed, unpickled or extracted, and no name in it becomes a path.
 """

@@ -49,7 +49,7 @@ def word_of(path: PurePosixPath) -> str | None:
 
 
 def one_word_each(found: Iterable[str]) -> None:
-    """Checks that one word at most names each split. `val` beside `dev` may be two data sets.
+    """Checks that at most one word names each split. `val` beside `dev` may be two data sets.
 
     Raises:
         ShardError: two words name the same split.

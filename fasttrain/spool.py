@@ -5,9 +5,9 @@
                                                     the state of the file NAME that they are from
 
 Both files are written atomically, so a kill loses at most the file that is being unpacked. Unpacked
-images are used again only if the state of NAME is the same: its size, modification time and last
-bytes, and the version of the rules by which fasttrain reads it. The .bin gets the modification time
-of NAME, because a sharding compares those times.
+images are used again only if the state of NAME is the same. The state is its size, modification
+time and last bytes, and the version of the rules by which fasttrain reads it. The .bin gets the
+modification time of NAME, because a sharding compares those times.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def unpack(jobs: Sequence[Job], read: Read, folder: Path, run: Run) -> None:
     Raises:
         ShardError: a file is damaged.
     """
-    # In random order, so that the parts of a job array unpack different files.
+    # The order is random, so that the parts of a job array unpack different files.
     tasks = [partial(_unpack_one, read, folder, job) for job in random.sample(jobs, len(jobs))]
     for _ in run(tasks):
         pass
@@ -177,8 +177,8 @@ def _write(path: Path, images: Iterable[Item], limit: int) -> list[tuple[str, An
         for name, label, data in images:
             if end + len(data) > limit:
                 raise ShardError(
-                    f"{path.name}: the file unpacks to more than {limit:,} bytes, which "
-                    "photographs do not: give a source of images"
+                    f"{path.name}: the file unpacks to more than {limit:,} bytes, so it does not "
+                    "hold photographs: give a source of images"
                 )
             rows.append((name, label, end, len(data)))
             file.write(data)

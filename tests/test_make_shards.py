@@ -190,7 +190,7 @@ def test_images_of_val_that_are_also_in_train_are_named(
 
 def test_out_may_not_lie_among_the_classes(root: Path, make: Make) -> None:
     code, said, _ = make(root, root / "train/shards")
-    assert code == 2 and f"OUT ({root}/train/shards) lies inside SOURCE ({root}), where it" in said
+    assert code == 2 and f"OUT ({root}/train/shards) is inside SOURCE ({root}), where it" in said
     assert not (root / "train/shards").exists() and make(root, root / "shards")[0] == 0
 
 

@@ -83,8 +83,8 @@ def test_columns_that_are_chosen(tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: content, VAL: content})
     text = fault(root)
     assert f"{root / TRAIN}: none of the columns a (struct<bytes: " in text
-    assert "b (binary), coarse (int64) is known to hold images: name one" in text
-    assert "is known to hold labels: name one" in fault(root, image_column="a")
+    assert "b (binary), coarse (int64) is known to hold images: name a column" in text
+    assert "is known to hold labels: name a column" in fault(root, image_column="a")
     source, _ = scanned(root, image_column="a", label_column="coarse")
     assert source.classes == ("000001",)
     source, _ = scanned(root, image_column="a", label_column="kind")  # not what was unpacked before
@@ -192,7 +192,7 @@ def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:
 def test_a_missing_split(tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: table()})
     text = fault(root)
-    assert "no parquet file has val as a word in its name or in that of its folder" in text
+    assert "no parquet file has val as a word in its name or in its folder's name" in text
     assert f"(found {TRAIN}); download that split too, or draw val from train" in text
     source, _ = scanned(root, val_fraction=0.5)
     assert [len(listing) for listing in source.splits.values()] == [2, 2]
@@ -204,7 +204,7 @@ def test_files_of_a_numbered_export(tmp_path: Path) -> None:
     root = put(tmp_path / "in", dict.fromkeys(names, table()) | {VAL: table()})
     assert fault(root) == (
         f"{root / 'data'}: 2 of the 4 files like train-00000-of-00004.parquet are missing, the "
-        "first is number 1; download them too, or go on with --allow-partial"
+        "first is number 1; download them too, or do without them with --allow-partial"
     )
     assert len(scanned(root, allow_partial=True)[0].splits["train"]) == 8
     for other in (TRAIN, "data/train-00002-of-00004-0af31c.parquet"):

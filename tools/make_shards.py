@@ -7,8 +7,8 @@ SOURCE is a folder that holds one of
     ILSVRC2012_devkit_t12.tar.gz, read in place
   - an ImageFolder: train/<class>/ and val/<class>/. Val may be named valid, validation, dev or
     test. It may be flat, with the devkit, Kaggle's LOC_val_solution.csv or Tiny ImageNet's
-    val_annotations.txt beside it. Train may hold tars such as n01440764.tar. There may be only
-    <class>/, with --val-fraction or --val-only
+    val_annotations.txt beside it. Train may hold tars such as n01440764.tar
+  - <class>/ alone, with --val-fraction or --val-only
   - Kaggle's download: ILSVRC/Data/CLS-LOC/ and LOC_val_solution.csv
   - Hugging Face's parquet files, or its train_images_*.tar.gz and val_images.tar.gz
   - WebDataset tars with <key>.jpg and <key>.cls. Their names or those of their folders contain the
@@ -51,10 +51,10 @@ def main() -> None:
         say(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        say("stopped; run the same command to go on from here")
+        say("stopped; run the same command to continue")
         raise SystemExit(130) from None
     except OSError as error:
-        say(f"cannot go on: {error}; solve that and run the same command to go on from here")
+        say(f"cannot continue: {error}; solve that, and run the same command to continue")
         raise SystemExit(2) from None
     seconds = round(time.monotonic() - start, 2)
     result: dict[str, Any] = {"out": str(arguments.out), "splits": {}, "seconds": seconds}
@@ -133,8 +133,8 @@ def add_source(add: Callable[..., object]) -> None:
         "--classes",
         type=Path,
         metavar="PATH",
-        help="all classes in the order of their labels: a file with one per line, or a checkpoint, "
-        "a run or a data set that has them (default: those of train, sorted by name)",
+        help="all classes in the order of their labels: a file with one per line, a checkpoint, a "
+        "run, or a data set (default: those of train, sorted by name)",
     )
     add(
         "--classes-by-number",
@@ -189,7 +189,7 @@ def add_images(add: Callable[..., object]) -> None:
         "--store",
         choices=("jpeg", "raw"),
         default="jpeg",
-        help="raw stores uncompressed pixels as .ppm; ImageNet at 256 px is 335 GB "
+        help="raw stores uncompressed pixels as .ppm; ImageNet at 256 px is some 336 GB "
         "(default: %(default)s)",
     )
     add("--skip-decoding", action="store_true", help="read only the headers of images")
@@ -300,7 +300,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if faults and not arguments.allow_partial:
         raise shards.ShardError(
             "\n  ".join(["this is not the whole of ImageNet-1k:", *faults])
-            + "\nadd what is missing, or go on with --allow-partial"
+            + "\nadd what is missing, or do without it with --allow-partial"
         )
     warn_of_space(source, policy, out)
     images = sum(map(len, source.splits.values()))
@@ -321,12 +321,12 @@ def make(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def check_outside(root: Path, out: Path) -> None:
-    """Raises ShardError if OUT lies where a class or a split is expected."""
+    """Raises ShardError if OUT is where a class or a split is expected."""
     parents = out.resolve().parents
     has_splits = bool(folders.split_folders(root))
     if root.resolve() in parents and not (has_splits and out.resolve().parent == root.resolve()):
         raise shards.ShardError(
-            f"OUT ({out}) lies inside SOURCE ({root}), where it would count as a class; choose a "
+            f"OUT ({out}) is inside SOURCE ({root}), where it would count as a class; choose a "
             "folder outside"
         )
 
@@ -335,12 +335,12 @@ def check_options(root: Path, form: str, options: listing.Options) -> None:
     """Raises ShardError if an option does not apply to the form of SOURCE."""
     if form != "parquet" and (options.image_column or options.label_column):
         raise shards.ShardError(
-            f"--image-column, --label-column: {root} holds {form}, not parquet files; leave them "
-            "out"
+            f"--image-column, --label-column: {root} holds {form}, not parquet files; leave these "
+            "options out"
         )
     if form != "webdataset" and options.label_key:
         raise shards.ShardError(
-            f"--label-key: {root} holds {form}, not WebDataset tars; leave it out"
+            f"--label-key: {root} holds {form}, not WebDataset tars; leave the option out"
         )
 
 
@@ -459,7 +459,7 @@ def report(manifest: dict[str, Any]) -> None:
 
 
 def say_shared(out: Path, manifest: dict[str, Any]) -> None:
-    """Warns if images of val are also in train, byte for byte, as accuracy is too high then."""
+    """Warns if images of val are also in train, byte for byte: accuracy would be too high."""
     if len(manifest["splits"]) < 2:
         return
     train, val = (shards.open_split(out, name, check_tars=False) for name in shards.SPLITS)
@@ -476,7 +476,7 @@ def say_shared(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line. File names in it may hold bytes that are no UTF-8."""
+    """Prints a line. File names in it may hold bytes that are not UTF-8."""
     sys.stderr.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 

@@ -45,7 +45,7 @@ def choose_device(wanted: str | None) -> Literal["cpu", "gpu"]:
 
     found = torch.cuda.is_available()
     if wanted == "gpu" and not found:
-        raise ConfigError("--device gpu: torch finds no GPU here; leave it out")
+        raise ConfigError("--device gpu: torch finds no GPU here; leave the option out")
     return "gpu" if found else "cpu"
 
 
