@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from benchmarks.layers import Layer, Network, network_of
+from fasttrain.fused_block import Spec
 from fasttrain.model import Arch
 
 Plan = Literal["eager", "compile", "compile_fuse", "depthwise", "project", "expand"]
@@ -88,7 +89,14 @@ class Sizes:
 
 
 def plan_of(mode: str) -> Plan:
-    """The plan by which a mode of `train.execution` carries out updates."""
+    """The plan by which a mode of `train.execution` carries out updates.
+
+    A mode that ends with `+kernels` has the kernels that `fused_block.Spec` has by default.
+    """
+    if mode in PLANS:
+        return mode
+    if mode.endswith("+kernels"):
+        return "expand" if Spec._field_defaults["pointwise_kernel"] else "depthwise"
     if "fuse" in mode:
         return "compile_fuse"
     return "compile" if "compile" in mode else "eager"
@@ -282,7 +290,11 @@ def _between_ours_backward(layer: Layer, sizes: Sizes, ours: Sequence[str]) -> M
     if layer.kind == "project":
         yield "elementwise", 2 * y, 0  # BatchNorm's sums
     if layer.kind == "depthwise" and "project" not in ours:
+        yield "elementwise", y, y  # the input of the next convolution anew
         yield "elementwise", 2 * y, y  # through the activation, with BatchNorm's sums
+    if layer.gate == "after":  # the mean's gradient is added, and sums do not follow from others
+        yield "elementwise", 2 * y, 0
+        yield "elementwise", 2 * y, y
     if layer.gate != "none":  # four rows read, two sums written; three rows of the gradient of y
         yield "elementwise", (4 + 2 + 3) * sizes.per_image, (2 + 3) * sizes.per_image
     if layer.kind not in ours:
@@ -310,13 +322,10 @@ def kept(plan: Plan, setting: Setting) -> int:
 
 def _times_kept(plan: Plan, layer: Layer) -> int:
     """How many tensors of the size of its output a layer keeps."""
+    if plan in OURS and layer.kind in ("expand", "depthwise"):
+        return 1  # what follows within the block is computed anew
     gate, hardswish = layer.gate != "none", layer.act == "hardswish"
-    last = layer.kind != "head"  # the next layer's input; nothing reads the head's output again
-    if plan == "eager":  # y; what is scaled, and what enters hard-swish, are kept as well
-        return 1 + gate + hardswish + last
-    if layer.kind == "expand" and plan in OURS:
-        return 1  # the depthwise kernel applies the rest anew
-    if layer.kind == "depthwise" and "project" in OURS.get(plan, ()):
-        return 1
-    compiled = plan not in OURS and gate and hardswish
-    return 1 + compiled + last
+    result = layer.kind != "head"  # the next layer's input; the head's result is not read again
+    if plan == "eager":  # what is scaled, and what enters hard-swish
+        return 1 + gate + hardswish + result
+    return 1 + (gate and hardswish) + result

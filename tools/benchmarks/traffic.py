@@ -39,7 +39,7 @@ SUMS = ("all convolutions", "bookkeeping")
 class Measured(NamedTuple):
     """What a run measured."""
 
-    mode: str
+    mode: str  # of `train.execution`, or a plan
     images_per_s: float
     bandwidth: float  # bytes/s of a copy on its GPU
     kernel_ms: Mapping[Kind, float] = {}  # of an update, by kind of kernel; empty if unknown
@@ -70,7 +70,10 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     )
     runs = part.add_mutually_exclusive_group()
     runs.add_argument(
-        "--rate", type=rate, metavar="MODE:IMAGES_PER_S", help="what a run on such a GPU reached"
+        "--rate",
+        type=rate,
+        metavar="MODE:IMAGES_PER_S",
+        help="what a run on such a GPU reached, in a mode or by a plan",
     )
     runs.add_argument(
         "--profile", type=Path, metavar="FILE", help="DIR/record.jsonl of `benchmark.py record`"
@@ -78,10 +81,11 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
 
 
 def rate(text: str) -> tuple[str, float]:
-    """`compile:9000`: a mode and its images/s."""
+    """`compile:9000`: a mode or plan, and its images/s."""
     mode, _, number = text.partition(":")
-    if mode not in MODES:
-        raise argparse.ArgumentTypeError(f"{mode}: not among {', '.join(MODES)}")
+    known = dict.fromkeys((*MODES, *PLANS))
+    if mode not in known:
+        raise argparse.ArgumentTypeError(f"{mode}: not among {', '.join(known)}")
     return mode, amount(number)
 
 
