@@ -155,7 +155,7 @@ def test_a_crash_of_a_decoder_is_recorded(
     assert trial.fault == "crashed with signal 11"
 
 
-def test_a_crash_dumps_no_core(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_writes_no_core_file(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
     monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
     monkeypatch.setattr(decoding, "try_here", lambda *_: DecoderTrial("cpu", 1.0, 0.0))

@@ -1,4 +1,4 @@
-"""Runs that start from weights: another last layer, frozen stages, and resuming such a run."""
+"""A run may start from weights with other classes and frozen stages, and resumes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: names of splits, labels beside them, links, clutter."""
+"""Folders of images give the right splits and labels, with links and clutter among them."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo's data set: its photographs, a second run, an interrupted run, and its errors."""
+"""make_digits.py makes the demo's data set, also after an interruption, and names its faults."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""make_shards.py: its options, and what it does where a data set is finished."""
+"""make_shards.py checks its options, and does not change a finished data set."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Make = Callable[..., tuple[int, str, dict[str, Any]]]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Make:
-    """Runs the command in this process: its exit code, what it said, its closing line."""
+    """Runs the command here. Returns its exit code, its messages and its closing record."""
 
     def run(*words: object) -> tuple[int, str, dict[str, Any]]:
         command = ["make_shards.py", *map(str, words), "--workers", "1"]
@@ -64,7 +64,7 @@ def test_a_rerun_has_nothing_to_do(root: Path, tmp_path: Path, make: Make) -> No
         (["--val-only"], "source: other images, sizes or classes"),
     ],
 )
-def test_a_rerun_with_other_options(
+def test_a_rerun_with_other_options_is_refused(
     root: Path, tmp_path: Path, make: Make, options: list[str], difference: str
 ) -> None:
     out = tmp_path / "out"
@@ -89,7 +89,7 @@ def rewritten(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [added, resized, rewritten])
-def test_a_rerun_with_a_changed_source(
+def test_a_rerun_with_a_changed_source_is_refused(
     root: Path, tmp_path: Path, make: Make, change: Callable[[Path], None]
 ) -> None:
     make(root, tmp_path / "out")
@@ -115,7 +115,7 @@ def test_a_rerun_unpacks_nothing(
     assert code == 2 and "source: other files, or other contents of them" in said
 
 
-def test_a_rerun_in_place(tmp_path: Path, make: Make) -> None:
+def test_a_rerun_in_place_has_nothing_to_do(tmp_path: Path, make: Make) -> None:
     pair(tmp_path, [])
     for name in ("train", "val"):
         forms.put(tmp_path / f"{name}-0.tar", forms.tar([("1.cls", b"0"), ("1.jpg", photo())]))
@@ -135,7 +135,9 @@ def labelled(path: Path, *labels: int) -> Path:
     return path
 
 
-def test_tars_that_change_after_they_were_indexed_in_place(tmp_path: Path, make: Make) -> None:
+def test_tars_that_change_after_they_were_indexed_in_place_are_refused(
+    tmp_path: Path, make: Make
+) -> None:
     """The new tar has the size of the old one. The remedy keeps the tars."""
     train, _ = (labelled(tmp_path / f"{name}-0.TAR", 0, 1) for name in ("train", "val"))
     assert make(tmp_path, "--in-place")[0] == 0
@@ -161,8 +163,10 @@ def test_tars_that_change_after_they_were_indexed_in_place(tmp_path: Path, make:
     assert code == 2 and f"keep the tars, remove UNFINISHED in {tmp_path} and start again" in said
 
 
-def test_names_that_are_not_utf8(root: Path, tmp_path: Path, make: Make) -> None:
-    """File names may be any; names of classes are kept as text."""
+def test_class_names_must_be_utf8_and_file_names_may_be_anything(
+    root: Path, tmp_path: Path, make: Make
+) -> None:
+    """File names may be any bytes. Names of classes must be text, because they are kept."""
     name = os.fsdecode(b"caf\xe9")
     for file in (name, "new\nline"):
         (root / f"train/cat/{file}.png").write_bytes(image(3))
@@ -188,14 +192,16 @@ def test_images_of_val_that_are_also_in_train_are_named(
     assert "WARNING: 1 of the 6 images of val are also in train, the first: " in said
 
 
-def test_out_may_not_lie_among_the_classes(root: Path, make: Make) -> None:
+def test_out_may_not_be_among_the_classes(root: Path, make: Make) -> None:
     code, said, _ = make(root, root / "train/shards")
     assert code == 2 and f"OUT ({root}/train/shards) is inside SOURCE ({root}), where it" in said
     assert not (root / "train/shards").exists() and make(root, root / "shards")[0] == 0
 
 
-def test_a_rerun_with_times_in_the_future(root: Path, tmp_path: Path, make: Make) -> None:
-    """As after a clock was set back."""
+def test_times_in_the_future_do_not_count_as_a_change(
+    root: Path, tmp_path: Path, make: Make
+) -> None:
+    """This happens after a clock was set back."""
     later = time.time() + 10_000
     os.utime(root / "train/cat/0.png", (later, later))
     for _ in range(2):
@@ -212,7 +218,7 @@ def photo() -> bytes:
     return next(item.data for item in forms.photographs() if item.name not in forms.ODD.values())
 
 
-def test_val_only_in_the_order_of_a_data_set(root: Path, tmp_path: Path, make: Make) -> None:
+def test_val_only_takes_the_order_of_a_data_set(root: Path, tmp_path: Path, make: Make) -> None:
     (tmp_path / "order.txt").write_text("dog\nbird\ncat\n")
     code, said, result = make(
         root, tmp_path / "val", "--val-only", "--classes", tmp_path / "order.txt"
@@ -225,7 +231,7 @@ def test_val_only_in_the_order_of_a_data_set(root: Path, tmp_path: Path, make: M
     assert shards.read_manifest(tmp_path / "again")["classes"] == ["dog", "bird", "cat"]
 
 
-def test_what_was_left_out_is_said_by_kind(root: Path, tmp_path: Path, make: Make) -> None:
+def test_what_was_left_out_is_printed_by_kind(root: Path, tmp_path: Path, make: Make) -> None:
     put(root, "train/cat/a.txt", "train/cat/b.txt", "train/dog/c.heic", "val/cat/.d.png")
     code, said, _ = make(root, tmp_path / "out")
     assert code == 0 and "left out 4 files: 2 *.txt, 1 *.heic, 1 hidden\n" in said
@@ -233,7 +239,7 @@ def test_what_was_left_out_is_said_by_kind(root: Path, tmp_path: Path, make: Mak
     assert shards.read_manifest(tmp_path / "out")["ignored_files"] == 4
 
 
-def test_pointers_in_place_of_images(root: Path, tmp_path: Path, make: Make) -> None:
+def test_pointers_in_place_of_images_are_rejected(root: Path, tmp_path: Path, make: Make) -> None:
     (root / "train/cat/0.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256")
     (root / "train/cat/1.png").write_text("/annex/objects/SHA256E-s9--0.png\n")
     said = make(root, tmp_path / "out")[1]
@@ -255,7 +261,7 @@ def test_pointers_in_place_of_images(root: Path, tmp_path: Path, make: Make) -> 
         (["--classes", "/nowhere"], "--classes /nowhere: cannot be read (No such file"),
     ],
 )
-def test_options_that_cannot_be(
+def test_wrong_options_are_refused(
     root: Path, tmp_path: Path, make: Make, options: list[str], message: str
 ) -> None:
     code, said, _ = make(root, tmp_path / "out", *options)
@@ -264,7 +270,7 @@ def test_options_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
-def test_in_place_with_labels_of_another_kind(tmp_path: Path, make: Make) -> None:
+def test_in_place_labels_must_be_numbers(tmp_path: Path, make: Make) -> None:
     pair(tmp_path, samples("cat"))
     code, said, _ = make(tmp_path, "--in-place")
     assert code == 2 and "used in place must be numbers: name a folder OUT" in said

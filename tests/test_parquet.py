@@ -1,4 +1,4 @@
-"""Parquet files as people have them: columns, types and layouts, and what is said of the others."""
+"""Parquet files of the usual columns, types and layouts are read, and others are refused."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def put(root: Path, files: dict[str, pa.Table]) -> Path:
 
 
 def scanned(root: Path, **options: Any) -> tuple[Source, list[str]]:
-    """The source at `root`, and what was said."""
+    """Lists the source at `root`. Returns it and the messages."""
     said: list[str] = []
     spool = root.with_name(f"{root.name}-spool")
     spool.mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def scanned(root: Path, **options: Any) -> tuple[Source, list[str]]:
 
 
 def fault(root: Path, **options: Any) -> str:
-    """What is wrong with a source; it is told before anything is unpacked."""
+    """The message about a faulty source, which comes before anything is unpacked."""
     with pytest.raises(ShardError) as error:
         scanned(root, **options)
     assert not [*root.with_name(f"{root.name}-spool").iterdir()]
@@ -70,7 +70,7 @@ def fault(root: Path, **options: Any) -> str:
     "names",
     [("image", "label"), ("img", "label"), ("img", "fine_label"), ("Image", "LABEL")],
 )
-def test_the_usual_names_of_columns(names: tuple[str, str], tmp_path: Path) -> None:
+def test_columns_are_found_by_their_usual_names(names: tuple[str, str], tmp_path: Path) -> None:
     content = table(names=names, id=["a"] * 4, coarse_label=[0] * 4)
     source, said = scanned(put(tmp_path / "in", {TRAIN: content, VAL: content}))
     assert source.splits["train"].labels.tolist() == [0, 0, 1, 1]
@@ -78,7 +78,7 @@ def test_the_usual_names_of_columns(names: tuple[str, str], tmp_path: Path) -> N
     assert f"images are in the column {names[0]}, labels in {names[1]}" in said[0]
 
 
-def test_columns_that_are_chosen(tmp_path: Path) -> None:
+def test_columns_may_be_chosen(tmp_path: Path) -> None:
     content = table(names=("a", "kind"), b=[b"not this"] * 4, coarse=[1, 1, 1, 1])
     root = put(tmp_path / "in", {TRAIN: content, VAL: content})
     text = fault(root)
@@ -94,7 +94,7 @@ def test_columns_that_are_chosen(tmp_path: Path) -> None:
     )
 
 
-def test_two_columns_of_labels(tmp_path: Path) -> None:
+def test_of_two_label_columns_the_usual_one_is_read(tmp_path: Path) -> None:
     content = table(label=[0, 1, 1, 1], category=[5, 5, 5, 5])
     _, said = scanned(put(tmp_path / "in", {TRAIN: content, VAL: content}))
     assert said[0].endswith("labels in label (choose category with --label-column)")
@@ -117,7 +117,7 @@ def test_text_labels_are_names_of_classes(labels: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), "struct"])
-def test_bare_bytes(kind: Any, tmp_path: Path) -> None:
+def test_images_may_be_bare_bytes(kind: Any, tmp_path: Path) -> None:
     rows: Any = [image(n) for n in range(4)]
     if kind == "struct":  # without a path
         rows = [{"bytes": data} for data in rows]
@@ -130,13 +130,13 @@ def test_bare_bytes(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [pa.array([0, 1, 0, 1], pa.uint8()), [False, True] * 2])
-def test_other_whole_numbers(labels: Any, tmp_path: Path) -> None:
+def test_labels_may_be_any_whole_numbers(labels: Any, tmp_path: Path) -> None:
     content = table(label=labels)
     source, _ = scanned(put(tmp_path / "in", {TRAIN: content, VAL: content}))
     assert source.splits["train"].labels.tolist() == [0, 0, 1, 1]
 
 
-def test_names_that_hugging_face_keeps_for_numbers(tmp_path: Path) -> None:
+def test_class_names_in_the_schema_are_read(tmp_path: Path) -> None:
     about = {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}}
     note = {"huggingface": json.dumps({"info": {"features": about}})}
     content = table().replace_schema_metadata(note)
@@ -159,7 +159,7 @@ def test_names_that_hugging_face_keeps_for_numbers(tmp_path: Path) -> None:
         ("data/train-00000-of-00001-0af31c.parquet", "data/valid-00000-of-00001-9e.parquet"),
     ],
 )
-def test_layouts(layout: tuple[str, str], tmp_path: Path) -> None:
+def test_usual_layouts_of_files_are_read(layout: tuple[str, str], tmp_path: Path) -> None:
     first, second = layout
     root = put(tmp_path / "in", {first: table([0, 1, 1]), second: table([1, 0])})
     (root / ".cache").mkdir()
@@ -179,7 +179,7 @@ def test_test_is_used_only_where_there_is_no_val(tmp_path: Path) -> None:
     assert said[0] == f"{TEST} is left out: test is not used if there is a val split"
 
 
-def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:
+def test_several_data_sets_in_one_folder_are_refused(tmp_path: Path) -> None:
     files = {f"{home}/{split}.parquet": table() for home in "ab" for split in ("train", "val")}
     root = put(tmp_path / "in", files)
     assert fault(root) == (
@@ -189,7 +189,7 @@ def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:
     assert len(scanned(root / "b")[0].splits["train"]) == 4
 
 
-def test_a_missing_split(tmp_path: Path) -> None:
+def test_a_missing_split_is_refused(tmp_path: Path) -> None:
     root = put(tmp_path / "in", {TRAIN: table()})
     text = fault(root)
     assert "no parquet file has val as a word in its name or in its folder's name" in text
@@ -198,7 +198,7 @@ def test_a_missing_split(tmp_path: Path) -> None:
     assert [len(listing) for listing in source.splits.values()] == [2, 2]
 
 
-def test_files_of_a_numbered_export(tmp_path: Path) -> None:
+def test_files_of_a_numbered_export_must_be_complete(tmp_path: Path) -> None:
     """An interrupted download, and a second export into the folder of the first."""
     names = [f"data/train-{number:05}-of-00004.parquet" for number in (0, 2)]
     root = put(tmp_path / "in", dict.fromkeys(names, table()) | {VAL: table()})
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_named_before_anything_is_unpacked(case: str, tmp_path:
 
 
 @pytest.mark.parametrize("make", [lambda: table([0, None]), lambda: table(["a", ""])])
-def test_rows_without_a_label_and_without_statistics(
+def test_rows_without_a_label_are_refused_also_without_statistics(
     make: Callable[[], pa.Table], tmp_path: Path
 ) -> None:
     root = put(tmp_path / "in", {VAL: make()})

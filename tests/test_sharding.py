@@ -1,4 +1,4 @@
-"""Making a data set: policies, parts, and dying at any moment."""
+"""A data set is the same with any number of parts, and after a kill at any moment."""
 
 import io
 import json
@@ -176,7 +176,7 @@ def test_twelve_bits_in_sixteen_give_a_warning_of_dark_images() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_a_picture_in_the_alpha_channel_is_reported_as_lost(mode: str) -> None:
-    """Black drawings on a transparent ground: RGB of them is black."""
+    """The RGB values of black drawings on a transparent ground are all black."""
     icon = Image.new("RGBA", (32, 32))
     icon.paste((0, 0, 0, 255), (8, 8, 24, 24))
     data = saved(icon.convert(mode), "PNG")
@@ -274,7 +274,7 @@ def test_sharding_killed_at_any_file_system_call_gives_the_same_bytes(
 
 
 def test_sharding_killed_while_unpacking_gives_the_same_bytes(tmp_path: Path) -> None:
-    """The same for a source that is unpacked first, at every 20th call."""
+    """The source is unpacked first. The process is killed at every 20th call."""
     forms.write("hf-tar", tmp_path / "in", forms.photographs())
 
     def build(out: Path) -> None:

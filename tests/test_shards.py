@@ -1,4 +1,4 @@
-"""The on-disk contract: what is written, who can read it, and what is said when it is damaged."""
+"""Shards follow the format on disk, other libraries read them, and damage gives a message."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from fasttrain.sharding import Policy, Progress
 from fasttrain.shards import ShardError
 
 
-def test_command_line_and_same_bytes_with_any_number_of_workers(
+def test_the_command_writes_the_same_bytes_with_any_number_of_workers(
     folder: Path, tmp_path: Path
 ) -> None:
     results = []
@@ -41,7 +41,7 @@ def test_command_line_and_same_bytes_with_any_number_of_workers(
     }
 
 
-def test_same_bytes_from_processes(folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_processes_write_the_same_bytes(folder: Path, dataset: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     shard(folder, tmp_path, workers=2, shard_size=11, on_progress=seen.append)
     assert files_of(tmp_path) == files_of(dataset)
@@ -59,7 +59,7 @@ def test_shards_are_balanced_and_shuffled(folder: Path, dataset: Path) -> None:
     assert labels != sorted(labels)
 
 
-def test_index_says_where_every_image_lies(folder: Path, dataset: Path) -> None:
+def test_the_index_gives_the_location_of_every_image(folder: Path, dataset: Path) -> None:
     for name in shards.SPLITS:
         split = shards.open_split(dataset, name)
         originals = {p.read_bytes(): p for p in (folder / name).rglob("*.jpg")}
@@ -180,7 +180,7 @@ def test_bad_images_are_rejected_and_odd_ones_repaired(tmp_path: Path) -> None:
         assert (image.format, image.mode) == ("JPEG", "RGB")
 
 
-def test_a_shard_whose_images_were_all_rejected(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_may_lose_all_its_images(folder: Path, tmp_path: Path) -> None:
     source, out = Path(shutil.copytree(folder, tmp_path / "source")), tmp_path / "out"
     before = shard(source, tmp_path / "before", shard_size=1)
     first = shards.open_split(tmp_path / "before", "train")
@@ -217,7 +217,7 @@ def test_a_member_with_an_unreadable_name_is_described(dataset: Path, tmp_path: 
 
 
 def test_a_part_of_a_finished_data_set_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
-    """Of an array of jobs with more parts than shards, some begin when all is done."""
+    """If an array has more jobs than shards, some jobs begin when all is done."""
     out, command = tmp_path / "out", ["python", "tools/make_shards.py", folder, tmp_path / "out"]
     assert shard(folder, out)
     before = files_of(out)
@@ -279,7 +279,7 @@ def test_a_folder_that_is_no_data_set_is_refused(
     )
 
 
-def test_unusable_sources(folder: Path, tmp_path: Path) -> None:
+def test_unusable_sources_are_refused(folder: Path, tmp_path: Path) -> None:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(folder, tmp_path / name))
 

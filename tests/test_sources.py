@@ -1,4 +1,4 @@
-"""Every form of source comes out as the same data set, and what is wrong with one is said."""
+"""Every form of source gives the same data set, and a faulty source gives a message."""
 
 import io
 import json
@@ -113,7 +113,7 @@ def test_odd_images_come_out_as_pil_sees_them(made: dict[str, Path], photos: lis
         assert min(errors) < 3
 
 
-def test_command_line_on_the_official_archives(photos: list[Photo], tmp_path: Path) -> None:
+def test_the_command_reads_the_official_archives(photos: list[Photo], tmp_path: Path) -> None:
     forms.write("official", tmp_path / "in", photos)
     command = ["python", "tools/make_shards.py", tmp_path / "in", tmp_path / "out"]
     failed = run(command, code=2)
@@ -174,7 +174,7 @@ def test_unknown_source_lists_all_forms(tmp_path: Path) -> None:
         sources.recognise(tmp_path / "nowhere")
 
 
-def test_forms_that_lack_something(photos: list[Photo], tmp_path: Path) -> None:
+def test_forms_that_lack_something_are_refused(photos: list[Photo], tmp_path: Path) -> None:
     def without(form: str, *names: str) -> Path:
         root = tmp_path / f"{form}-{len(os.listdir(tmp_path))}"
         forms.write(form, root, photos)

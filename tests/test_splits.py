@@ -1,4 +1,4 @@
-"""Which split a name means, and splits that are drawn."""
+"""Names give the right split, and the draw of a split is stable."""
 
 from pathlib import Path, PurePosixPath
 
@@ -33,12 +33,12 @@ def test_splits_are_whole_words(path: str, word: str | None) -> None:
 
 
 @pytest.mark.parametrize("path", ["train-val-0.tar", "train/test-0.tar", "x-test/val-test.tar"])
-def test_names_that_contradict_each_other(path: str) -> None:
+def test_names_that_contradict_each_other_are_refused(path: str) -> None:
     with pytest.raises(ShardError, match=r"names several splits \(.*\): rename it"):
         splits.word_of(PurePosixPath(path))
 
 
-def test_two_words_for_one_split() -> None:
+def test_two_words_for_one_split_are_refused() -> None:
     splits.one_word_each(["train", "val", "test"])
     with pytest.raises(ShardError, match="dev and val both name the val split"):
         splits.one_word_each(["train", "dev", "val"])

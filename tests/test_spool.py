@@ -1,4 +1,4 @@
-"""What is unpacked first: used again after a kill, and never for a source that was changed."""
+"""Unpacked images are used again after a kill, and never for a source that was changed."""
 
 import io
 import os
@@ -53,7 +53,7 @@ def put(form: str, root: Path, content: list[Photo]) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "hf-tar"])
 def test_images_unpacked_before_a_change_are_not_used(form: str, tmp_path: Path) -> None:
-    """A first try leaves its spool; the data are exported anew under the same names."""
+    """A first try leaves its spool. Then the data are exported again under the same names."""
     root, out = tmp_path / "in", tmp_path / "out"
     out.mkdir()
     put(form, root, photos("red", 2))
@@ -118,7 +118,7 @@ def test_an_unpacked_archive_is_reused_only_if_the_file_is_unchanged(tmp_path: P
 def test_images_read_by_other_rules_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A newer fasttrain reads sources in another way, and finds what an older one left."""
+    """A newer fasttrain that reads sources in another way finds the files of an older one."""
     (tmp_path / "x.gz").write_bytes(b"1")
     job, calls = Job(tmp_path, "x.gz", "train"), list[str]()
     assert unpack(job, reader(b"old", calls), tmp_path) == b"old"
@@ -143,7 +143,7 @@ def test_files_of_one_name_in_two_folders_are_unpacked_apart(tmp_path: Path) -> 
     assert found == [b"a", b"b"]
 
 
-def test_a_file_that_changes_while_it_is_unpacked(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_unpacked_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     path.write_bytes(b"half of it")
 

@@ -1,4 +1,4 @@
-"""WebDataset tars as people have them: which split, which members, which labels."""
+"""WebDataset tars give the right splits, members and labels, and faulty ones are named."""
 
 import gzip
 import json
