@@ -77,10 +77,10 @@ def _raw_grad(grad: Tensor, y: Tensor, affine: Tensor) -> Tensor:
     return (alpha * grad.to(acc) + beta + kappa * y.to(acc)).to(y.dtype)
 
 
-def _conv_backward(
+def conv_backward(
     dy: Tensor, a: Tensor, weight: Tensor, stride: int, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of input and weight."""
+    """The gradients of the input `a` and of the weight of a convolution, padded by K // 2."""
     pad = weight.shape[2] // 2
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, a, weight, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups,
@@ -153,7 +153,7 @@ def plain_depthwise_backward(
         `(1, C)`, and the sums of it times x_hat, acc `(1, C)`; both empty where `table` is None.
     """
     dy, a = _raw_grad(grad, y, affine), _input(x, table, act)
-    da, dweight = _conv_backward(dy, a, weight.to(x.dtype), stride, len(weight))
+    da, dweight = conv_backward(dy, a, weight.to(x.dtype), stride, len(weight))
     dx, sums, dots = _input_grad(da, x, table, act)
     return _channels_last(dx), dweight.to(affine.dtype).contiguous(), sums, dots
 
@@ -197,7 +197,7 @@ def plain_pointwise_backward(
         `(N, C)`; both empty where `table` is None.
     """
     dy, a = _raw_grad(grad, y, affine), _input(x, table, act)
-    da, dweight = _conv_backward(dy, a, weight.to(x.dtype), 1, 1)
+    da, dweight = conv_backward(dy, a, weight.to(x.dtype), 1, 1)
     dx, sums, dots = _input_grad(da, x, table, act)
     dx = dx if skip is None else dx + skip
     return _channels_last(dx), dweight.to(affine.dtype).contiguous(), sums, dots

@@ -81,6 +81,9 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/benchmark.py traffic --bandwidth 4.3e12 --rate compile_graph_fuse:16370": (
             "tests/test_traffic.py::test_command"
         ),
+        "python tools/benchmark.py operators --arch large --batch 1024": (
+            "tests/test_operators_benchmark.py"
+        ),
         "python tools/benchmark.py scaling --step-ms 1024:60,128:9 --inside 200 --input-rate "
         "20000": "tests/test_benchmark.py",
         "python tools/benchmark.py shards IMAGEFOLDER": "tests/test_benchmark.py",

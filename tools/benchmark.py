@@ -5,6 +5,7 @@
     python tools/benchmark.py step [--arch large] [--batch 256,1024] [--profile]
     python tools/benchmark.py loop [--arch large]
     python tools/benchmark.py traffic [--arch large] [--bandwidth 3.0e12] [--profile FILE]
+    python tools/benchmark.py operators [--arch large] [--batch 1024]
     python tools/benchmark.py scaling [--arch large] [--step-ms 1024:60,128:9]
     python tools/benchmark.py record --out DIR [--minutes 10] [--data SHARDS ...] [--stages step]
 
@@ -31,10 +32,19 @@ BENCHMARKS = {
     "step": ("benchmarks.step", "updates without the input"),
     "loop": ("benchmarks.step", "the loop, compared with the bare updates"),
     "traffic": ("benchmarks.traffic", "bytes that an update moves, counted"),
+    "operators": ("benchmarks.operators", "fused kernels, layer by layer"),
     "scaling": ("benchmarks.scaling", "predictions for many devices"),
     "record": ("benchmarks.record.command", "all of these, within a time limit"),
 }
-PARTS = ("input", "packed", "step", "warm", "profile", "machine")  # of `benchmark.py measure`
+PARTS = (
+    "input",
+    "packed",
+    "step",
+    "warm",
+    "profile",
+    "machine",
+    "operators",
+)  # of `benchmark.py measure`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,6 +101,10 @@ def measured(kind: str, job: str) -> dict[str, Any]:
         from benchmarks.record import machine
 
         return machine.measure(machine.MachineJob.model_validate_json(job))
+    if kind == "operators":
+        from benchmarks import operators
+
+        return operators.measure(operators.OperatorsJob.model_validate_json(job))
     from benchmarks import contestants, steps
 
     by_kind = {"step": contestants.measure, "warm": steps.warm, "profile": contestants.profile}

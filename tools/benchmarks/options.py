@@ -10,7 +10,8 @@ from fasttrain.arguments import positive
 from fasttrain.faults import ConfigError
 
 NOT_INSTALLED = "not installed: pip install -e '.[bench]'"
-MODES: tuple[str, ...] = get_args(config.Mode)
+# Modes of `train.execution`, and the one that is probably fastest with `train.kernels`.
+MODES: tuple[str, ...] = (*get_args(config.Mode), "compile_graph_fuse+kernels")
 
 
 def words(known: Sequence[str], text: str) -> list[str]:

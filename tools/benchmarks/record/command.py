@@ -43,6 +43,7 @@ STAGES = {
     "tests": Stage(gpu_tests.stage, 4),
     "step": Stage(updates.stage_step, 8),
     "profile": Stage(updates.stage_profile, 2),
+    "operators": Stage(updates.stage_operators, 2),
     "traffic": Stage(traffic.stage, 1),
     "input": Stage(images.stage, 4),
     "loop": Stage(updates.stage_loop, 2),

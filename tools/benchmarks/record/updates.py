@@ -1,11 +1,12 @@
-"""The stages `step`, `profile` and `loop`: updates on a batch that stays on the device."""
+"""The stages `step`, `profile`, `operators` and `loop`: updates without the input."""
 
 import itertools
 import time
 from importlib import util
 from typing import Any, Literal
 
-from benchmarks import step
+from benchmarks import operators, step
+from benchmarks.operators import OperatorsJob
 from benchmarks.output import rounded
 from benchmarks.record.journal import Run
 from benchmarks.steps import StepJob
@@ -13,6 +14,7 @@ from fasttrain.shards import Split
 
 STAGE_S = 30.0  # the least time of a stage, because a process imports for seconds
 WARM_SHARE = 0.6  # of the time of a setting, for compilation
+LAUNCHES = 20  # of each operator
 OTHERS: tuple[Literal["torchvision", "timm"], ...] = ("torchvision", "timm")
 
 
@@ -94,6 +96,19 @@ def stage_profile(run: Run, data: list[Split]) -> None:
     arch, batch = run.arguments.arch[0], run.arguments.batch[0]
     job = step_job(run, "fasttrain", best_mode(run, arch, batch), arch, batch)
     run.measure(job, "profile", needed=True, **told(job))
+
+
+def stage_operators(run: Run, data: list[Split]) -> None:
+    """Times the operators of the fused kernels at each layer's shape."""
+    arguments = run.arguments
+    for arch in arguments.arch:
+        job = OperatorsJob(
+            name="operators", arch=arch, width=arguments.width, px=arguments.crop_px,
+            batch=arguments.batch[0], precision=arguments.precision, kinds=[*operators.KINDS],
+            device="cuda" if run.gpu else "cpu", launches=LAUNCHES,
+        )  # fmt: skip
+        about = job.model_dump(include={"arch", "batch", "px", "precision"})
+        run.measure(job, "operators", **about)
 
 
 def stage_loop(run: Run, data: list[Split]) -> None:
