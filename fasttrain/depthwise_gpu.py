@@ -7,7 +7,8 @@ writes each tensor of images once.
 How the work is cut: strips of S columns cut an image. A program holds BLOCK pairs of a strip and a
 channel, channels fastest, so that its accesses are contiguous. It walks down the rows of some
 images. Neighbours along a row are registers of one thread. Neighbours along a column are kept in
-registers from row to row. So the prologue runs (S + K - 1) / S times for a value, not K * K times.
+registers from row to row. So BatchNorm and activation are
+computed (S + K - 1) / S times for a value, not K * K times.
 
 Step i of the walk takes the STRIDE input rows from i * STRIDE on. They touch the output rows
 i - LAG ... i + AHEAD. Columns are alike: the S * STRIDE input columns of a strip touch its S output
@@ -49,7 +50,7 @@ BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2), (5
 
 
 def depthwise(
-    x: Tensor, prologue: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution of act(x * scale + shift), zero-padded by half the kernel.
 
@@ -59,11 +60,11 @@ def depthwise(
     Args:
         x: images `(B, C, H, W)`, channels-last, on a GPU: bfloat16, float16 or float32. C is a
             multiple of 8.
-        prologue: float32 `(1, 4, C)`, rows scale, shift, rstd, nmean. Without it, x is convolved
+        table: float32 `(1, 4, C)`, rows scale, shift, rstd, nmean. Without it, x is convolved
             as it is.
         weight: `(C, 1, K, K)`, K is 3 or 5.
         stride: 1 or 2.
-        act: 0 none, 1 ReLU, 2 hard-swish. Only with a prologue.
+        act: 0 none, 1 ReLU, 2 hard-swish. Only with a table.
         per_image: one sum for each image.
     Returns:
         y `(B, C, ceil(H / stride), ceil(W / stride))`, like x; the sums of y over positions,
@@ -72,7 +73,7 @@ def depthwise(
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    _check([x], [prologue], weight, stride)
+    _check([x], [table], weight, stride)
     batch, channels, height, width = x.shape
     side = weight.shape[2]
     y = _images_like(x, -(-height // stride), -(-width // stride))
@@ -85,7 +86,7 @@ def depthwise(
         of_images = x.new_empty(batch, cut.strips, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
         _forward[cut.blocks, cut.groups](
-            x, prologue, _by_tap(weight), y, partial, of_images, batch, height, width,
+            x, table, _by_tap(weight), y, partial, of_images, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act,
             S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
@@ -99,7 +100,7 @@ def depthwise_backward(
     y: Tensor,
     affine: Tensor,
     x: Tensor,
-    prologue: Tensor | None,
+    table: Tensor | None,
     weight: Tensor,
     stride: int,
     act: int,
@@ -112,37 +113,37 @@ def depthwise_backward(
     Args:
         grad, y: like the output of `depthwise`.
         affine: float32 `(N, 3, C)`, rows alpha, beta, kappa. N is 1 or B.
-        x, prologue, weight, stride, act: as given to `depthwise`.
+        x, table, weight, stride, act: as given to `depthwise`.
     Returns:
-        The gradient of x * scale + shift, like x (of x itself without a prologue); the gradient of
+        The gradient of x * scale + shift, like x (of x itself without a table); the gradient of
         the weight, float32 `(C, 1, K, K)`; the sums of the first over images and positions, float32
-        `(1, C)`, and those of its products with x * rstd + nmean. Without a prologue both are
+        `(1, C)`, and those of its products with x * rstd + nmean. Without a table both are
         empty, `(0,)`.
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    _check([x, grad, y], [affine, prologue], weight, stride)
+    _check([x, grad, y], [affine, table], weight, stride)
     batch, channels, height, width = x.shape
     side = weight.shape[2]
     taps = side * side
     dx = _images_like(x, height, width)
     tile = BACKWARD_TILES[side, stride]
     cut = _cut(y, tile)
-    totals = taps if prologue is None else taps + 2
+    totals = taps if table is None else taps + 2
     partial = x.new_empty(totals, cut.groups, cut.strips, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[cut.blocks, cut.groups](
-            grad, y, affine, x, prologue, _by_tap(weight), dx, partial, batch, height, width,
+            grad, y, affine, x, table, _by_tap(weight), dx, partial, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
             S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     folded = _fold(partial)
     dweight = folded[:taps].T.float().contiguous().view(weight.shape)
-    if prologue is None:
+    if table is None:
         empty = folded.new_empty(0, dtype=torch.float32)
         return dx, dweight, empty, empty.clone()  # an operator's results must not share memory
     total, with_x = folded[taps : taps + 1], folded[taps + 1 :]
-    dots = prologue[:, 2] * with_x + prologue[:, 3] * total  # float64, as the two may cancel out
+    dots = table[:, 2] * with_x + table[:, 3] * total  # float64, as the two may cancel out
     return dx, dweight, total.float(), dots.float()
 
 
@@ -161,7 +162,7 @@ def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, st
             raise ValueError("all images must be channels-last and have one dtype")
     for table in tables:
         if table is not None and (table.dtype != torch.float32 or not table.is_contiguous()):
-            raise ValueError("prologue and affine must be contiguous and have dtype float32")
+            raise ValueError("table and affine must be contiguous and have dtype float32")
 
 
 def _by_tap(weight: Tensor) -> Tensor:
@@ -348,7 +349,7 @@ def _put_row(
 @triton.jit(do_not_specialize=["B", "H", "W"])
 def _forward(
     x: tl.tensor,
-    prologue: tl.tensor,
+    table: tl.tensor,
     weight: tl.tensor,
     y: tl.tensor,
     partial: tl.tensor,
@@ -380,8 +381,8 @@ def _forward(
     x_strip = (strip * (S * STRIDE) - PAD) * C + c
     y_strip = strip * (S * C) + c
     w = _weights(weight, c, C, K * K)
-    if prologue is not None:
-        affine = (tl.load(prologue + c), tl.load(prologue + C + c))
+    if table is not None:
+        affine = (tl.load(table + c), tl.load(table + C + c))
     total = tl.full([BLOCK], 0.0, tl.float32)
     squares = tl.full([BLOCK], 0.0, tl.float32)
     wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
@@ -393,7 +394,7 @@ def _forward(
             for p in tl.static_range(STRIDE):
                 ok = inside if p == 0 else _if_valid(inside, i * STRIDE + p < H, READ)
                 raw = _load_row(x_image + (i * STRIDE + p) * (W * C), ok, C, READ)
-                if prologue is not None:
+                if table is not None:
                     a = _activated_row(raw, affine, ok, ACT, READ)
                 else:
                     a = _floats(raw, READ)
@@ -497,7 +498,7 @@ def _backward(
     y: tl.tensor,
     affine: tl.tensor,
     x: tl.tensor,
-    prologue: tl.tensor,
+    table: tl.tensor,
     weight: tl.tensor,
     dx: tl.tensor,
     partial: tl.tensor,
@@ -534,9 +535,9 @@ def _backward(
     in_strip = strip * (IN * C) + c
     out_strip = (strip * S - LAG) * C + c
     w = _weights(weight, c, C, K * K)
-    if prologue is not None:
-        scale = tl.load(prologue + c)
-        shift = tl.load(prologue + C + c)
+    if table is not None:
+        scale = tl.load(table + c)
+        shift = tl.load(table + C + c)
     if not PER_IMAGE:
         of_y = (tl.load(affine + c), tl.load(affine + C + c), tl.load(affine + 2 * C + c))
     total = tl.full([BLOCK], 0.0, tl.float32)
@@ -570,7 +571,7 @@ def _backward(
                 for s in tl.static_range(IN):
                     da = _input_gradient(d, w, FIRST + p, FIRST + s, K, STRIDE, WIDE)
                     e = raw[s].to(tl.float32)
-                    if prologue is not None:
+                    if table is not None:
                         z = tl.where(ok[s], e * scale + shift, 0.0 if ACT == 0 else _OFF)
                         e_act = _act(z, ACT)
                         da = _through_act(da, z, ACT)
@@ -595,6 +596,6 @@ def _backward(
     size = tl.num_programs(1) * (strips * C)
     for t in tl.static_range(K * K):
         tl.store(partial + t * size + at, dw[t], mask=live)
-    if prologue is not None:
+    if table is not None:
         tl.store(partial + K * K * size + at, total, mask=live)
         tl.store(partial + (K * K + 1) * size + at, dots, mask=live)

@@ -280,3 +280,35 @@ def _(
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _backward_shapes(x, table, weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels of a GPU
+# --------------------------------------------------------------------------------------------------
+
+# Triton is imported where a kernel first runs. A CPU does not need it.
+
+
+@depthwise.register_kernel("cuda")
+def _(
+    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fasttrain import depthwise_gpu
+
+    return depthwise_gpu.depthwise(x, table, weight, stride, act, per_image)
+
+
+@depthwise_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fasttrain import depthwise_gpu
+
+    return depthwise_gpu.depthwise_backward(grad, y, affine, x, table, weight, stride, act)

@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     channels: int
     kernel: int
     stride: int
-    act: int | None  # None: no prologue
+    act: int | None  # None: no table
     per_image: bool = False  # squeeze-excite follows: sums and affine for each image
 
     def __str__(self) -> str:
@@ -106,15 +106,15 @@ def check(
     number, height, width = images
     x = images_of(number, channels, height, width)
     weight = 0.3 * random(channels, 1, side, side)
-    prologue = None
+    table = None
     z = x.double()
     if act is not None:
-        prologue = random(1, 4, channels)
-        z = z * by_channel(prologue[:, 0]) + by_channel(prologue[:, 1])
+        table = random(1, 4, channels)
+        z = z * by_channel(table[:, 0]) + by_channel(table[:, 1])
     z.requires_grad_()
     weight64 = weight.double().requires_grad_()
     expected = F.conv2d(ACTS[act or 0](z), weight64, None, stride, side // 2, groups=channels)
-    y, sums, squares = module.depthwise(x, prologue, weight, stride, act or 0, per_image)
+    y, sums, squares = module.depthwise(x, table, weight, stride, act or 0, per_image)
     dims = (2, 3) if per_image else (0, 2, 3)
     errors = {
         "y": apart(y, expected),
@@ -128,13 +128,13 @@ def check(
     expected.backward(alpha * grad.double() + beta + kappa * y.double())
     assert z.grad is not None and weight64.grad is not None
     dx, dweight, sums, dots = module.depthwise_backward(
-        grad, y, affine, x, prologue, weight, stride, act or 0
+        grad, y, affine, x, table, weight, stride, act or 0
     )
     errors |= {"dx": apart(dx, z.grad), "dweight": apart(dweight, weight64.grad)}
-    if prologue is None:
+    if table is None:
         assert sums.shape == dots.shape == (0,)
     else:
-        xhat = x.double() * by_channel(prologue[:, 2]) + by_channel(prologue[:, 3])
+        xhat = x.double() * by_channel(table[:, 2]) + by_channel(table[:, 3])
         errors["dx sums"] = apart(sums, z.grad.sum((0, 2, 3))[None])
         errors["dots"] = apart(dots, (z.grad * xhat).sum((0, 2, 3))[None])
     for name, error in errors.items():
@@ -187,9 +187,9 @@ def test_nan_is_not_hidden(interpreter: Interpreter) -> None:
     """The guard against bad updates must see NaN; a plain maximum with 0 would hide it."""
     x = torch.ones(1, 8, 2, 2).to(memory_format=torch.channels_last)
     x[0, 3, 0, 0] = torch.nan
-    prologue = torch.ones(1, 4, 8)
+    table = torch.ones(1, 4, 8)
     y, sums, _ = interpreter("depthwise_gpu").depthwise(
-        x, prologue, torch.ones(8, 1, 3, 3), 1, 1, False
+        x, table, torch.ones(8, 1, 3, 3), 1, 1, False
     )
     expected = torch.arange(8) == 3
     assert (y.isnan().flatten(2).all(2)[0] == expected).all()
@@ -212,8 +212,8 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             module.depthwise(x, None, weight, stride, 0, False)
     with pytest.raises(ValueError, match="dtype float32"):
-        prologue = torch.zeros(1, 4, 8, dtype=torch.float64)
-        module.depthwise(images(8), prologue, torch.zeros(8, 1, 3, 3), 1, 0, False)
+        table = torch.zeros(1, 4, 8, dtype=torch.float64)
+        module.depthwise(images(8), table, torch.zeros(8, 1, 3, 3), 1, 0, False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def check_code(layer: Layer, forward: bool, capability: int) -> None:
     """Compiles one direction of a layer, and checks its machine code."""
     module = pytest.importorskip("fasttrain.depthwise_gpu")
     images = ("x", "y") if forward else ("x", "y", "grad", "dx")
-    tables = ("prologue", "weight", "partial")
+    tables = ("table", "weight", "partial")
     types = dict.fromkeys(images, "*bf16") | dict.fromkeys(tables, "*fp32")
     types |= dict.fromkeys("BHW", "i32")
     key = layer.kernel, layer.stride

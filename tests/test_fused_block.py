@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Interpreter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from updates import assert_same, batches_for, carry_out, plan_for, recipe_for
@@ -224,3 +225,48 @@ def test_a_network_with_kernels_can_be_scripted_and_exported() -> None:
     x = images(2, 3, 32, 32, dtype=torch.float32)
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(x), network(x))
+
+
+@pytest.mark.parametrize("row", [Row(3, 2.0, 8, 1, 1, 1), Row(5, 1.0, 16, 1, 0, 2)], ids=str)
+def test_a_block_with_the_depthwise_kernels(
+    interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch, row: Row
+) -> None:
+    """Triton's interpreter runs them, within the whole block."""
+    torch.manual_seed(0)
+    block = InvertedResidual(8, row, 1.0).train()
+    fused = copy.deepcopy(block)
+    use_kernels(fused, True)
+    kernels = interpreter("depthwise_gpu")
+    for name in ("depthwise", "depthwise_backward"):
+        monkeypatch.setattr(operators, name, getattr(kernels, name))
+    z = images(2, 8, 3, 4, dtype=torch.float32)
+    grad = torch.randn_like(copy.deepcopy(block)(z))
+    expected, found = gradients(block, z, grad), gradients(fused, z, grad)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_network_on_a_gpu_gives_the_loss_and_gradients_of_pytorchs_layers(
+    gpu: None, arch: Any
+) -> None:
+    """In bfloat16. The layers in float32 say what rounding alone changes."""
+    torch.manual_seed(0)
+    network = build_model(arch, 1.0, 10, 0.0).cuda().to(memory_format=CHANNELS_LAST).train()
+    x = torch.randn(32, 3, 224, 224, device="cuda").contiguous(memory_format=CHANNELS_LAST)
+    labels = torch.arange(32, device="cuda") % 10
+
+    def trained(bf16: bool, kernels: bool) -> tuple[float, Tensor]:
+        copied = copy.deepcopy(network)
+        use_kernels(copied, kernels)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(copied(x), labels)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in copied.parameters()])  # type: ignore[union-attr]
+
+    exact, right = trained(bf16=False, kernels=False)
+    loss, theirs = trained(bf16=True, kernels=False)
+    our_loss, ours = trained(bf16=True, kernels=True)
+    assert abs(our_loss - exact) < max(2 * abs(loss - exact), 1e-3 * exact)
+    assert (ours - right).norm() < 1.5 * (theirs - right).norm()
