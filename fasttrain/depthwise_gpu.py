@@ -17,7 +17,6 @@ columns, LAG columns on the left and AHEAD on the right.
 Batch size, height and width are numbers at run time: other image sizes compile nothing anew.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from fasttrain.triton_parts import activate, check_tensors, processors, through_activation
 
 # A thread accesses two values, so that a warp accesses 128 contiguous bytes of bfloat16. With four,
 # the loops have a tenth fewer instructions, but their weights take twice the registers.
@@ -152,17 +151,10 @@ def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, st
     size = tuple(weight.shape[2:])
     if size not in ((3, 3), (5, 5)) or stride not in (1, 2):
         raise ValueError(f"kernel {size} with stride {stride}: must be 3 x 3 or 5 x 5 with 1 or 2")
-    dtype, channels = images[0].dtype, images[0].shape[1]
-    if dtype not in DTYPES:
-        raise ValueError(f"images of {dtype}: must be of {', '.join(map(str, DTYPES))}")
+    channels = images[0].shape[1]
     if channels % 8 or len(weight) != channels:
         raise ValueError(f"{channels} channels, {len(weight)} filters: must be equal, in eights")
-    for image in images:
-        if image.dtype != dtype or not image.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError("all images must be channels-last and have one dtype")
-    for table in tables:
-        if table is not None and (table.dtype != torch.float32 or not table.is_contiguous()):
-            raise ValueError("table and affine must be contiguous and have dtype float32")
+    check_tensors(images, tables)
 
 
 def _by_tap(weight: Tensor) -> Tensor:
@@ -192,17 +184,9 @@ def _cut(y: Tensor, tile: Tile) -> _Cut:
     batch, channels, _, width = y.shape
     strips = triton.cdiv(width, tile.columns)
     blocks = triton.cdiv(strips * channels, BLOCK)
-    groups = max(1, tile.resident * _processors(y.device) // blocks)
+    groups = max(1, tile.resident * processors(y.device) // blocks)
     rounds = triton.cdiv(batch, groups)
     return _Cut(strips, blocks, triton.cdiv(batch, rounds))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for a CPU, where Triton's interpreter runs the programs."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _fold(partial: Tensor) -> Tensor:
@@ -216,26 +200,6 @@ def _fold(partial: Tensor) -> Tensor:
 
 # Hard-swish and ReLU are 0 here, and so are their slopes. Values outside an image become this one.
 _OFF = tl.constexpr(-4.0)
-
-
-@triton.jit
-def _act(z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
-    if ACT == 1:  # NaN stays NaN, as in torch: the guard against bad updates must see it
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ACT == 2:
-        return z * tl.minimum(tl.maximum(z * (1 / 6) + 0.5, 0.0), 1.0)
-    return z
-
-
-@triton.jit
-def _through_act(da: tl.tensor, z: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
-    """The gradient before the activation of z, given the one after it."""
-    if ACT == 1:
-        return tl.where(z > 0.0, da, 0.0)
-    if ACT == 2:
-        gate = tl.minimum(tl.maximum(z * (1 / 6) + 0.5, 0.0), 1.0)
-        return da * tl.where(tl.abs(z) < 3.0, z * (1 / 3) + 0.5, gate)
-    return da
 
 
 @triton.jit
@@ -294,7 +258,7 @@ def _activated_row(
     scale, shift = affine
     row: tl.tuple = ()
     for j in tl.static_range(N):
-        a = _act(raw[j].to(tl.float32) * scale + shift, ACT)
+        a = activate(raw[j].to(tl.float32) * scale + shift, ACT)
         row += (tl.where(inside[j], a, 0.0),)
     return row
 
@@ -573,8 +537,8 @@ def _backward(
                     e = raw[s].to(tl.float32)
                     if table is not None:
                         z = tl.where(ok[s], e * scale + shift, 0.0 if ACT == 0 else _OFF)
-                        e_act = _act(z, ACT)
-                        da = _through_act(da, z, ACT)
+                        e_act = activate(z, ACT)
+                        da = through_activation(da, z, ACT)
                         if ACT == 0:
                             da = tl.where(ok[s], da, 0.0)
                         total += da

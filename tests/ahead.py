@@ -16,10 +16,16 @@ class Code(NamedTuple):
     spills: int  # accesses to local memory, where registers did not suffice
     narrow: int  # accesses of less than 4 bytes to global memory
     loop: int  # instructions of the longest innermost loop
+    products: int  # instructions for tensor cores
 
 
 def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    warps: int,
+    stages: int | None = None,
 ) -> Code:
     """Compiles a kernel.
 
@@ -28,6 +34,7 @@ def compiled(
             Pointers are multiples of 16, as torch's are.
         constants: values of all other arguments.
         capability: the GPU's compute capability, as 90.
+        stages: tiles of a loop that are loaded at a time. None: as Triton decides.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -49,7 +56,8 @@ def compiled(
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    machine = triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+    options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+    machine = triton.compile(source, target=target, options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine)
         file.flush()
@@ -80,4 +88,5 @@ def read(text: str) -> Code:
         spills=sum(operation.startswith(("LDL", "STL")) for operation in operations),
         narrow=sum(bool(re.match(r"(LDG|STG)\S*\.[US](8|16)", op)) for op in operations),
         loop=max(inner),
+        products=sum("MMA" in operation for operation in operations),
     )

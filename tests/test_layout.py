@@ -39,7 +39,8 @@ ROWS = (
     {"decoder"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "operators", "rng"},
-    {"arguments", "depthwise_gpu", "faults", "trials"},
+    {"arguments", "depthwise_gpu", "faults", "pointwise_gpu", "trials"},
+    {"triton_parts"},
     {"__init__"},
 )
 TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_folder"}

@@ -1,0 +1,481 @@
+"""1 x 1 convolution for training on a GPU: one Triton kernel for each direction.
+
+As they load, the kernels apply the BatchNorm, the gate and the activation that come before the
+convolution. As they store, they add up the sums that the BatchNorm after it needs. So each
+direction reads and writes each tensor of images once.
+
+The convolution is a matrix product: a row is one position of one image, a column one channel. A
+program walks over tiles of rows. Forward, it makes a block of output channels, and takes the input
+channels in steps. Backward, it holds a block of input channels and all output channels: then both
+gradients come from the same loads, and the weight's stays in registers during the whole walk.
+
+With squeeze-excite, each image has its own row of the table. Then a tile does not cross images.
+
+Batch size, height and width are numbers at run time: other image sizes compile nothing anew.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fasttrain.triton_parts import (
+    activate,
+    check_tensors,
+    images_like,
+    processors,
+    through_activation,
+)
+
+
+class Tile(NamedTuple):
+    """How the work is cut: counted instructions and registers decide."""
+
+    rows: int  # positions of a tile
+    inputs: int  # input channels: of a step forward, of a program backward
+    outputs: int  # output channels of a program
+    warps: int  # of a program
+
+
+def forward_tile(channels: int, filters: int) -> Tile:
+    """The tile of a layer.
+
+    Compiled for sm_90 by Triton 3.8, the layers of Large take 90 to 245 registers, and issue their
+    instructions in 0.2 to 1.3 of the time in which an H100 copies their bytes. In backward these
+    are 123 to 252 registers and 0.2 to 2.0 of the time.
+    """
+    inputs, outputs = _power(channels, 64), _power(filters, 128)
+    if 128 < filters <= 256 < channels:
+        # The wide input is read and activated once, not once for each block of outputs.
+        inputs, outputs = 32, 256
+    warps = 4 if inputs * outputs <= 2048 else 8
+    return Tile(128 if outputs == 16 else 64, inputs, outputs, warps)
+
+
+def backward_tile(channels: int, filters: int) -> Tile:
+    """The tile of a layer; see `forward_tile`."""
+    inputs, outputs = _power(channels, 64), _power(filters, filters)
+    small = inputs * outputs <= 1024
+    return Tile(128 if small else 64, inputs, outputs, 4 if small else 8)
+
+
+def _power(channels: int, most: int) -> int:
+    """The least power of two, from 16 on, that is not less than both numbers' minimum.
+
+    Tensor cores multiply blocks of at least 16 channels.
+    """
+    return max(16, int(triton.next_power_of_2(min(channels, most))))
+
+
+def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> bool:
+    """Whether a kernel is expected to be faster than activating first, and then cuBLAS.
+
+    It is so for three reasons, which counts of bytes and instructions give; a GPU has not measured
+    them. Float32 products would not run on tensor cores. A tile that does not cross images wastes
+    the rows that an image does not fill. Backward, a program keeps the gradient of all its weights
+    in registers, and each of several programs reads all of the output's gradient anew.
+
+    Args:
+        x, table, weight: as given to `pointwise`.
+        backward: ask for `pointwise_backward`.
+    """
+    filters, channels = weight.shape[:2]
+    if x.dtype == torch.float32 or channels % 8 or filters % 8:
+        return False
+    tile = (backward_tile if backward else forward_tile)(channels, filters)
+    if table is not None and len(table) > 1:
+        positions = x.shape[2] * x.shape[3]
+        if 2 * positions < triton.cdiv(positions, tile.rows) * tile.rows:
+            return False
+    return not backward or filters <= (256 if channels <= 128 else 128)
+
+
+def pointwise(
+    x: Tensor, table: Tensor | None, weight: Tensor, act: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1 x 1 convolution of act(x * scale + shift), or of x where `table` is None.
+
+    The sums are those of the output before it is rounded to its dtype. They are added up in an
+    order that depends only on the shapes and on the kind of GPU.
+
+    Args:
+        x: images `(B, C, H, W)`, channels-last, on a GPU: bfloat16, float16, or float32, which is
+            slow. C is a multiple of 8.
+        table: float32 `(N, 4, C)`, rows scale, shift, rstd, nmean. N is 1 or B.
+        weight: `(D, C, 1, 1)`, D is a multiple of 8.
+        act: 0 none, 1 ReLU, 2 hard-swish. Only with a table.
+    Returns:
+        y `(B, D, H, W)`, like x; the sums of y over images and positions, float32 `(1, D)`; the
+        sums of y * y, float32 `(D,)`.
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    _check([x], [table], weight)
+    filters, channels = weight.shape[:2]
+    tile = forward_tile(channels, filters)
+    cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table))
+    y = images_like(x, filters)
+    partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
+    with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
+        _forward[cut.blocks, cut.groups](
+            x, table, _matrix(weight, x.dtype), y, partial, cut.runs, cut.length,
+            C=channels, D=filters, ACT=act, PER_IMAGE=_per_image(table),
+            TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
+            FOLD=_folds(tile.outputs, tile),
+        )  # fmt: skip
+    folded = partial.sum(1, dtype=torch.float64).float()  # torch adds in a fixed order
+    return y, folded[:1].clone(), folded[1].clone()  # results must not share memory
+
+
+def pointwise_backward(
+    grad: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    act: int,
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both gradients of `pointwise`, from the same loads.
+
+    The gradient of y is alpha * grad + beta + kappa * y. The sums are those of dx before `skip` is
+    added and before it is rounded to its dtype. Their order is fixed as in `pointwise`.
+
+    Args:
+        grad, y: like the output of `pointwise`.
+        affine: float32 `(N, 3, D)`, rows alpha, beta, kappa. N is 1 or B.
+        x, table, weight, act: as given to `pointwise`. D is at most 256.
+        skip: like x, added to its gradient.
+    Returns:
+        dx, the gradient of x * scale + shift, like x (of x itself without a table); the gradient of
+        the weight, float32 `(D, C, 1, 1)`; the sums of dx over the images that share a row of the
+        table, float32 `(N, C)`, and those of its products with x * rstd + nmean. Without a table
+        both are empty, `(0,)`.
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    _check([x, grad, y, *([] if skip is None else [skip])], [affine, table], weight)
+    filters, channels = weight.shape[:2]
+    if filters > 256:
+        raise ValueError(f"{filters} filters: at most 256 fit into registers")
+    tile = backward_tile(channels, filters)
+    per_image = _per_image(table) or _per_image(affine)
+    cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image)
+    dx = images_like(x, channels)
+    dweight = x.new_empty(cut.groups, filters, channels, dtype=torch.float32)
+    partial = None
+    if table is not None:
+        shape = (cut.runs, cut.tiles // cut.runs) if per_image else (1, cut.groups)
+        partial = x.new_empty(2, *shape, channels, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _backward[cut.blocks, cut.groups](
+            grad, y, affine, x, table, _matrix(weight, x.dtype), skip, dx, dweight, partial,
+            cut.runs, cut.length,
+            C=channels, D=filters, ACT=act, PER_IMAGE=per_image,
+            TABLES=_per_image(table), AFFINES=_per_image(affine),
+            TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
+            FOLD=_folds(tile.inputs, tile), num_stages=1,
+        )  # fmt: skip
+    folded = dweight.sum(0, dtype=torch.float64).float()[:, :, None, None]
+    if table is None or partial is None:
+        empty = folded.new_empty(0)
+        return dx, folded, empty, empty.clone()
+    total, with_x = partial.sum(2, dtype=torch.float64)
+    if len(table) < len(total):
+        total, with_x = total.sum(0, keepdim=True), with_x.sum(0, keepdim=True)
+    dots = table[:, 2] * with_x + table[:, 3] * total  # float64, as the two may cancel out
+    return dx, folded, total.float(), dots.float()
+
+
+def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor) -> None:
+    """Raises ValueError if the kernels would read such tensors wrongly."""
+    check_tensors(images, tables)
+    filters, channels = weight.shape[:2]
+    if channels % 8 or filters % 8 or channels != images[0].shape[1]:
+        raise ValueError(
+            f"{filters} filters of {channels} channels for images of {images[0].shape[1]}: the "
+            "channels must be equal, and all must be multiples of 8"
+        )
+    for table in tables:
+        if table is not None and len(table) not in (1, len(images[0])):
+            raise ValueError(f"{len(table)} rows of a table for {len(images[0])} images")
+
+
+def _per_image(table: Tensor | None) -> bool:
+    return table is not None and len(table) > 1
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.flatten(1).to(dtype).contiguous()
+
+
+def _folds(channels: int, tile: Tile) -> bool:
+    """Whether the sums of a tile are folded at once.
+
+    Otherwise a thread adds each of its values to a register of its own, which takes a quarter of
+    the instructions. Of registers it may take 32 for each of two sums.
+    """
+    return tile.rows * channels > 32 * 32 * tile.warps
+
+
+class _Cut(NamedTuple):
+    """The programs of a launch."""
+
+    runs: int  # of positions that share a row of the table: all, or those of an image
+    length: int  # positions of a run
+    tiles: int
+    blocks: int  # programs along the channels; they run side by side and read the same rows
+    groups: int  # of tiles: a program takes every groups-th tile
+
+
+def _cut(x: Tensor, tile: Tile, blocks: int, per_image: bool) -> _Cut:
+    """Cuts the work on images into programs.
+
+    As many programs as run at the same time take about equally many tiles each. So there are few
+    partial sums to fold.
+    """
+    positions = x.shape[2] * x.shape[3]
+    runs, length = (len(x), positions) if per_image else (1, len(x) * positions)
+    tiles = runs * triton.cdiv(length, tile.rows)
+    resident = 16 // tile.warps  # programs of a multiprocessor: a thread has about 128 registers
+    groups = max(1, resident * processors(x.device) // blocks)
+    rounds = triton.cdiv(tiles, groups)
+    return _Cut(runs, length, tiles, blocks, triton.cdiv(tiles, rounds))
+
+
+# --------------------------------------------------------------------------------------------------
+# The kernels
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(tile: tl.tensor, length: tl.tensor, row: tl.tensor, PER_IMAGE: tl.constexpr) -> tl.tuple:
+    """Run and first position of a tile, and which of its rows are in the run."""
+    run = 0
+    first = tile * row.shape[0]
+    if PER_IMAGE:
+        tiles = (length + row.shape[0] - 1) // row.shape[0]
+        run = tile // tiles
+        first = (tile % tiles) * row.shape[0]
+    return run, first, row < length - first
+
+
+@triton.jit
+def _mask(rows: tl.tensor, columns: tl.tensor, N: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Which values of a tile exist: `rows` does, and the column is one of N."""
+    mask = rows[:, None]
+    if N % BLOCK != 0:
+        mask = mask & (columns < N)[None, :]
+    return mask
+
+
+@triton.jit
+def _table_row(row: tl.tensor, at: tl.tensor, N: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Values of N channels; 0 beyond."""
+    if N % BLOCK == 0:
+        return tl.load(row + at)[None, :]
+    return tl.load(row + at, mask=at < N, other=0.0)[None, :]
+
+
+@triton.jit
+def _weights(
+    weight: tl.tensor,
+    d: tl.tensor,
+    c: tl.tensor,
+    C: tl.constexpr,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """A block of the weights, one row for each output channel."""
+    inside = (d < D)[:, None] & (c < C)[None, :]
+    return tl.load(weight + d[:, None] * C + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _step(
+    acc: tl.tensor,
+    x: tl.tensor,
+    table: tl.tensor,
+    w: tl.tensor,
+    rows: tl.tensor,
+    row: tl.tensor,
+    c: tl.tensor,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Adds the share of a block of input channels to a tile of the output."""
+    mask = _mask(rows, c, C, C_BLOCK)
+    a = tl.load(x + (row[:, None] * C + c[None, :]), mask=mask, other=0.0)
+    if table is not None:
+        scale = _table_row(table, c, C, C_BLOCK)
+        z = a.to(tl.float32) * scale + _table_row(table + C, c, C, C_BLOCK)
+        a = activate(z, ACT).to(a.dtype)
+    return tl.dot(a, w.T, acc, input_precision="ieee")
+
+
+@triton.jit
+def _plus(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    return a + b
+
+
+@triton.jit
+def _column_sums(values: tl.tensor) -> tl.tensor:
+    return tl.reduce(values, 0, _plus)  # `tl.sum` does not run in an interpreter set up later
+
+
+@triton.jit
+def _added(total: tl.tensor, values: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
+    return total + (_column_sums(values) if FOLD else values)
+
+
+@triton.jit
+def _folded(total: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
+    return total if FOLD else _column_sums(total)
+
+
+@triton.jit(do_not_specialize=["runs", "length"])
+def _forward(
+    x: tl.tensor,
+    table: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    partial: tl.tensor,
+    runs: tl.tensor,
+    length: tl.tensor,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    ACT: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    FOLD: tl.constexpr,
+    TILE: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+) -> None:
+    """Makes D_BLOCK output channels of every tile that is this program's."""
+    d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
+    c = tl.arange(0, C_BLOCK)
+    row = tl.arange(0, TILE)
+    if C <= C_BLOCK:
+        w = _weights(weight, d, c, C, D)
+    total = tl.full([D_BLOCK] if FOLD else [TILE, D_BLOCK], 0.0, tl.float32)
+    squares = tl.full([D_BLOCK] if FOLD else [TILE, D_BLOCK], 0.0, tl.float32)
+    wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
+    for tile in range(tl.program_id(1), runs * ((length + TILE - 1) // TILE), tl.num_programs(1)):
+        run, first, rows = _place(tile, length, row, PER_IMAGE)
+        at = run * length + first + wide
+        own = table
+        if PER_IMAGE:
+            own = table + run * (4 * C)
+        acc = tl.full([TILE, D_BLOCK], 0.0, tl.float32)
+        if C <= C_BLOCK:
+            acc = _step(acc, x + at * C, own, w, rows, row, c, C, ACT, C_BLOCK)
+        else:
+            for c0 in range(0, C, C_BLOCK):
+                block = _weights(weight, d, c0 + c, C, D)
+                acc = _step(acc, x + at * C, own, block, rows, row, c0 + c, C, ACT, C_BLOCK)
+        mask = _mask(rows, d, D, D_BLOCK)
+        to = y + at * D + (row[:, None] * D + d[None, :])
+        tl.store(to, acc.to(y.dtype.element_ty), mask=mask)
+        if table is not None:  # rows outside became act(shift)
+            acc = tl.where(rows[:, None], acc, 0.0)
+        total = _added(total, acc, FOLD)
+        squares = _added(squares, acc * acc, FOLD)
+    out = partial + tl.program_id(1) * D + d
+    tl.store(out, _folded(total, FOLD), mask=d < D)
+    tl.store(out + tl.num_programs(1) * D, _folded(squares, FOLD), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["runs", "length"])
+def _backward(
+    grad: tl.tensor,
+    y: tl.tensor,
+    affine: tl.tensor,
+    x: tl.tensor,
+    table: tl.tensor,
+    weight: tl.tensor,
+    skip: tl.tensor,
+    dx: tl.tensor,
+    dweight: tl.tensor,
+    partial: tl.tensor,
+    runs: tl.tensor,
+    length: tl.tensor,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    ACT: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    TABLES: tl.constexpr,
+    AFFINES: tl.constexpr,
+    FOLD: tl.constexpr,
+    TILE: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+) -> None:
+    """Makes the gradients of C_BLOCK input channels from every tile that is this program's.
+
+    TABLES and AFFINES: there is one row of `table` and of `affine` for each image.
+    """
+    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    d = tl.arange(0, D_BLOCK)
+    row = tl.arange(0, TILE)
+    w = _weights(weight, d, c, C, D)
+    if not AFFINES:
+        alpha = _table_row(affine, d, D, D_BLOCK)
+        beta = _table_row(affine + D, d, D, D_BLOCK)
+        kappa = _table_row(affine + 2 * D, d, D, D_BLOCK)
+    if table is not None and not TABLES:
+        scale = _table_row(table, c, C, C_BLOCK)
+        shift = _table_row(table + C, c, C, C_BLOCK)
+    dw = tl.full([D_BLOCK, C_BLOCK], 0.0, tl.float32)
+    total = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
+    dots = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
+    tiles = runs * ((length + TILE - 1) // TILE)
+    wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        run, first, rows = _place(tile, length, row, PER_IMAGE)
+        at = run * length + first + wide
+        if AFFINES:
+            own = affine + run * (3 * D)
+            alpha = _table_row(own, d, D, D_BLOCK)
+            beta = _table_row(own + D, d, D, D_BLOCK)
+            kappa = _table_row(own + 2 * D, d, D, D_BLOCK)
+        if TABLES:
+            gated = table + run * (4 * C)
+            scale = _table_row(gated, c, C, C_BLOCK)
+            shift = _table_row(gated + C, c, C, C_BLOCK)
+        mask = _mask(rows, d, D, D_BLOCK)
+        of_y = at * D + (row[:, None] * D + d[None, :])
+        raw = tl.load(y + of_y, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(grad + of_y, mask=mask, other=0.0).to(tl.float32) * alpha
+        dy = tl.where(rows[:, None], dy + (raw * kappa + beta), 0.0).to(x.dtype.element_ty)
+        mask = _mask(rows, c, C, C_BLOCK)
+        of_x = at * C + (row[:, None] * C + c[None, :])
+        e = tl.load(x + of_x, mask=mask, other=0.0)
+        a = e
+        if table is not None:
+            z = e.to(tl.float32) * scale + shift
+            a = activate(z, ACT).to(e.dtype)
+        dw = tl.dot(dy.T, a, dw, input_precision="ieee")
+        da = tl.dot(dy, w, input_precision="ieee")  # 0 in rows outside, as dy is
+        if table is not None:
+            da = through_activation(da, z, ACT)
+            with_x = da * e.to(tl.float32)
+            if PER_IMAGE:
+                out = partial + tile * C + c
+                tl.store(out, _column_sums(da), mask=c < C)
+                tl.store(out + tiles * C, _column_sums(with_x), mask=c < C)
+            else:
+                total = _added(total, da, FOLD)
+                dots = _added(dots, with_x, FOLD)
+        if skip is not None:
+            da += tl.load(skip + of_x, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + of_x, da.to(dx.dtype.element_ty), mask=mask)
+    inside = (d < D)[:, None] & (c < C)[None, :]
+    block = dweight + tl.program_id(1) * (D * C)
+    tl.store(block + (d[:, None] * C + c[None, :]), dw, mask=inside)
+    if table is not None and not PER_IMAGE:
+        out = partial + tl.program_id(1) * C + c
+        tl.store(out, _folded(total, FOLD), mask=c < C)
+        tl.store(out + tl.num_programs(1) * C, _folded(dots, FOLD), mask=c < C)
