@@ -8,7 +8,7 @@ A benchmark's module has two functions: `add_arguments(parser)` and `run(argumen
     step.py         updates; the loop       steps.py     the training steps that are compared
     loop.py         the loop's own cost     profiles.py, kernels.py   where an update's time goes
     traffic.py      bytes that an update moves, layers.py and plans.py   from which they follow
-    memory.py       the memory of a GPU
+    operators.py    fused kernels by layer  memory.py    the memory of a GPU
 
 Shared: own_process.py runs a contestant in its own process, output.py prints lines and the table,
 options.py holds the types of the command line.
