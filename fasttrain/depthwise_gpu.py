@@ -7,8 +7,8 @@ writes each tensor of images once.
 How the work is cut: strips of S columns cut an image. A program holds BLOCK pairs of a strip and a
 channel, channels fastest, so that its accesses are contiguous. It walks down the rows of some
 images. Neighbours along a row are registers of one thread. Neighbours along a column are kept in
-registers from row to row. So BatchNorm and activation are
-computed (S + K - 1) / S times for a value, not K * K times.
+registers from row to row. So BatchNorm and activation are computed (S + K - 1) / S times for a
+value, not K * K times.
 
 Step i of the walk takes the STRIDE input rows from i * STRIDE on. They touch the output rows
 i - LAG ... i + AHEAD. Columns are alike: the S * STRIDE input columns of a strip touch its S output
@@ -38,14 +38,19 @@ class Tile(NamedTuple):
 
     columns: int  # S: output columns of a strip
     resident: int  # programs that run on a multiprocessor at a time: its registers are the limit
+    unroll: int = 1  # backward: steps of the loop over rows that are written out
 
 
 # By kernel size and stride. An H100 issues about 10 instructions for each byte that it copies. So
 # an output value may take 40 with stride 1 and 100 with stride 2. Compiled for it by Triton 3.8, it
 # takes 24 (3 x 3) and 46 (5 x 5) with stride 1, 52 and 79 with stride 2. Backward, an input value
-# may take 80 and 50. It takes 50 and 112 with stride 1, 23 and 33 with stride 2.
+# may take 80 and 50. It takes 50 and 91 with stride 1, 23 and 33 with stride 2.
+#
+# Unrolling saves 20 % of the 5 x 5 kernel with stride 1, and compiles for 20 s instead of 5. Strips
+# of 4 columns would save a tenth more, but compile for 50 s: Triton's pass for coalesced accesses
+# takes nearly all of that, and grows with the square of the loop.
 FORWARD_TILES = {(3, 1): Tile(4, 6), (3, 2): Tile(4, 4), (5, 1): Tile(4, 4), (5, 2): Tile(4, 3)}
-BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2), (5, 2): Tile(2, 2)}
+BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2, 5), (5, 2): Tile(2, 2)}
 
 
 def depthwise(
@@ -134,7 +139,7 @@ def depthwise_backward(
         _backward[cut.blocks, cut.groups](
             grad, y, affine, x, table, _by_tap(weight), dx, partial, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
-            S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
+            S=tile.columns, UNROLL=tile.unroll, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     folded = _fold(partial)
     dweight = folded[:taps].T.float().contiguous().view(weight.shape)
@@ -456,6 +461,57 @@ def _tap_sum(
     return tap
 
 
+@triton.jit
+def _input_row(
+    x_row: tl.tensor,
+    dx_row: tl.tensor,
+    inside: tl.tuple,
+    of_x: tl.tuple,
+    d: tl.tuple,
+    w: tl.tuple,
+    dw: tl.tuple,
+    sums: tl.tuple,
+    ROW: tl.constexpr,
+    TABLE: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    S: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tuple:
+    """Stores the gradient of an input row.
+
+    Returns `dw` and `sums` with its share.
+    """
+    IN: tl.constexpr = S * STRIDE
+    FIRST: tl.constexpr = K // 2 // STRIDE * STRIDE + K // 2  # of a strip's columns, from d[0]
+    scale, shift = of_x
+    total, dots = sums
+    raw = _load_row(x_row, inside, C, IN)
+    a: tl.tuple = ()
+    for s in tl.static_range(IN):
+        da = _input_gradient(d, w, ROW, FIRST + s, K, STRIDE, WIDE)
+        e = raw[s].to(tl.float32)
+        if TABLE:
+            z = tl.where(inside[s], e * scale + shift, 0.0 if ACT == 0 else _OFF)
+            da = through_activation(da, z, ACT)
+            if ACT == 0:
+                da = tl.where(inside[s], da, 0.0)
+            total += da
+            dots += da * e
+            a += (activate(z, ACT),)
+        else:
+            a += (e,)
+        tl.store(dx_row + s * C, da.to(dx_row.dtype.element_ty), mask=inside[s])
+    grown: tl.tuple = ()
+    for kh in tl.static_range(K):
+        for kw in tl.static_range(K):
+            tap = dw[kh * K + kw]
+            grown += (_tap_sum(tap, d, a, ROW - kh, FIRST - kw, STRIDE, WIDE, IN),)
+    return grown, (total, dots)
+
+
 @triton.jit(do_not_specialize=["B", "H", "W"])
 def _backward(
     grad: tl.tensor,
@@ -475,18 +531,21 @@ def _backward(
     ACT: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     S: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Keeps the gradients of the output rows i - LAG ... i + AHEAD.
+    """Keeps the gradients of the output rows i - LAG ... i + AHEAD in a ring.
 
     An input row then has all it needs for its own gradient and for its share of the weight's.
+    UNROLL is 1 or ROWS. With ROWS, a new row takes the registers of the oldest one. With 1, all
+    other rows move to other registers in each step.
     """
     PAD: tl.constexpr = K // 2
     LAG: tl.constexpr = PAD // STRIDE
     AHEAD: tl.constexpr = (STRIDE - 1 + PAD) // STRIDE
     WIDE: tl.constexpr = LAG + S + AHEAD  # output columns that a strip's inputs touch
     IN: tl.constexpr = S * STRIDE  # input columns of a strip
-    FIRST: tl.constexpr = LAG * STRIDE + PAD  # of a strip's columns and a step's rows, from d[0]
+    ROWS: tl.constexpr = LAG + AHEAD + 1
     HO = (H + STRIDE - 1) // STRIDE
     WO = (W + STRIDE - 1) // STRIDE
     strips = (WO + S - 1) // S
@@ -500,12 +559,12 @@ def _backward(
     out_strip = (strip * S - LAG) * C + c
     w = _weights(weight, c, C, K * K)
     if table is not None:
-        scale = tl.load(table + c)
-        shift = tl.load(table + C + c)
+        of_x = (tl.load(table + c), tl.load(table + C + c))
+    else:
+        of_x = (w[0], w[0])  # not used
     if not PER_IMAGE:
         of_y = (tl.load(affine + c), tl.load(affine + C + c), tl.load(affine + 2 * C + c))
-    total = tl.full([BLOCK], 0.0, tl.float32)
-    dots = tl.full([BLOCK], 0.0, tl.float32)
+    sums = (tl.full([BLOCK], 0.0, tl.float32), tl.full([BLOCK], 0.0, tl.float32))
     dw = _zeros(K * K, BLOCK)
     wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
     for n in range(tl.program_id(1), B, tl.num_programs(1)):
@@ -516,50 +575,38 @@ def _backward(
         if PER_IMAGE:
             own = affine + n * (3 * C) + c
             of_y = (tl.load(own), tl.load(own + C), tl.load(own + 2 * C))
-        # Where step i begins, d holds the rows i - LAG ... i + AHEAD - 1. Rows outside are 0.
+        # Row i of y lies in d at (i + LAG) % ROWS. Rows outside are 0.
         d = _zeros(LAG * WIDE, BLOCK)
         for q in tl.static_range(AHEAD):
             top = q * (WO * C)
             d += _gradient_row(grad_image + top, y_image + top, of_y, out_inside, q < HO, C, WIDE)
-        for i in range(HO):
-            new = i + AHEAD
-            below = new * (WO * C)
-            d += _gradient_row(
-                grad_image + below, y_image + below, of_y, out_inside, new < HO, C, WIDE
-            )
-            for p in tl.static_range(STRIDE):
-                ok = inside if p == 0 else _if_valid(inside, i * STRIDE + p < H, IN)
-                row = (i * STRIDE + p) * (W * C)
-                raw = _load_row(x_image + row, ok, C, IN)
-                a: tl.tuple = ()
-                for s in tl.static_range(IN):
-                    da = _input_gradient(d, w, FIRST + p, FIRST + s, K, STRIDE, WIDE)
-                    e = raw[s].to(tl.float32)
-                    if table is not None:
-                        z = tl.where(ok[s], e * scale + shift, 0.0 if ACT == 0 else _OFF)
-                        e_act = activate(z, ACT)
-                        da = through_activation(da, z, ACT)
-                        if ACT == 0:
-                            da = tl.where(ok[s], da, 0.0)
-                        total += da
-                        dots += da * e
-                    else:
-                        e_act = e
-                    a += (e_act,)
-                    tl.store(dx_image + row + s * C, da.to(dx.dtype.element_ty), mask=ok[s])
-                grown: tl.tuple = ()
-                for kh in tl.static_range(K):
-                    for kw in tl.static_range(K):
-                        tap = dw[kh * K + kw]
-                        grown += (
-                            _tap_sum(tap, d, a, FIRST + p - kh, FIRST - kw, STRIDE, WIDE, IN),
-                        )
-                dw = grown
-            d = d[WIDE:]
-    at = tl.program_id(1) * (strips * C) + g
+        d += _zeros(WIDE, BLOCK)
+        for first in range(0, HO, UNROLL):
+            for u in tl.static_range(UNROLL):
+                if first + u < HO:
+                    new = first + u + AHEAD
+                    below = new * (WO * C)
+                    row = _gradient_row(
+                        grad_image + below, y_image + below, of_y, out_inside, new < HO, C, WIDE
+                    )
+                    d = (
+                        d[: (u + ROWS - 1) % ROWS * WIDE]
+                        + row
+                        + d[((u + ROWS - 1) % ROWS + 1) * WIDE :]
+                    )
+                    for p in tl.static_range(STRIDE):
+                        at = (first + u) * STRIDE + p
+                        ok = inside if p == 0 else _if_valid(inside, at < H, IN)
+                        dw, sums = _input_row(
+                            x_image + at * (W * C), dx_image + at * (W * C), ok, of_x,
+                            d[u * WIDE :] + d[: u * WIDE], w, dw, sums, LAG * STRIDE + PAD + p,
+                            table is not None, C, K, STRIDE, ACT, S, WIDE,
+                        )  # fmt: skip
+            d = d[UNROLL % ROWS * WIDE :] + d[: UNROLL % ROWS * WIDE]
+    part = tl.program_id(1) * (strips * C) + g
     size = tl.num_programs(1) * (strips * C)
     for t in tl.static_range(K * K):
-        tl.store(partial + t * size + at, dw[t], mask=live)
+        tl.store(partial + t * size + part, dw[t], mask=live)
     if table is not None:
-        tl.store(partial + K * K * size + at, total, mask=live)
-        tl.store(partial + (K * K + 1) * size + at, dots, mask=live)
+        tl.store(partial + K * K * size + part, sums[0], mask=live)
+        tl.store(partial + (K * K + 1) * size + part, sums[1], mask=live)

@@ -221,9 +221,10 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------
 
 # Limits of the instructions of the loop over rows, with ReLU and with hard-swish, by kernel size
-# and stride. Triton 3.6 and 3.8 stay a little below them on sm_80 and sm_90.
+# and stride. Backward, the loop of 5 x 5 with stride 1 takes five rows at a time. Triton 3.6 and
+# 3.8 stay a little below them on sm_80 and sm_90.
 FORWARD = {(3, 1): (195, 207), (3, 2): (415, 456), (5, 1): (365, 380), (5, 2): (622, 670)}
-BACKWARD = {(3, 1): (394, 427), (3, 2): (368, 408), (5, 1): (445, 468), (5, 2): (506, 560)}
+BACKWARD = {(3, 1): (394, 427), (3, 2): (368, 408), (5, 1): (1808, 1870), (5, 2): (506, 560)}
 
 
 def check_code(layer: Layer, forward: bool, capability: int) -> None:
@@ -241,6 +242,7 @@ def check_code(layer: Layer, forward: bool, capability: int) -> None:
     }  # fmt: skip
     if not forward:
         types["affine"], constants["PER_IMAGE"] = "*fp32", layer.per_image
+        constants["UNROLL"] = tile.unroll
     elif layer.per_image:
         types["of_images"] = "*fp32"
     else:
@@ -276,14 +278,24 @@ def test_machine_code_of_all_layers_is_fast(layer: Layer, forward: bool, capabil
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("layer", "side"), LAYERS, ids=str)
 def test_results_of_a_gpu_are_those_of_float64(
-    gpu: None, poisoned: None, layer: Layer, side: int, dtype: torch.dtype
+    gpu: None, poisoned: None, layer: Layer, side: int
 ) -> None:
     from fasttrain import depthwise_gpu
 
-    check(depthwise_gpu, layer, (8, side, side), dtype, "cuda")
+    check(depthwise_gpu, layer, (8, side, side), torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", [Layer(72, 3, 1, None), Layer(72, 5, 2, 1, True)], ids=str)
+def test_all_dtypes_work_on_a_gpu(
+    gpu: None, poisoned: None, layer: Layer, dtype: torch.dtype
+) -> None:
+    from fasttrain import depthwise_gpu
+
+    check(depthwise_gpu, layer, (8, 27, 30), dtype, "cuda")
 
 
 @pytest.mark.gpu
