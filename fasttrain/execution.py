@@ -6,7 +6,8 @@ graph    one CUDA graph holds the whole update, so that the host launches one gr
          thousand kernels. One all-reduce of a flat gradient replaces DDP's buckets
 compile_graph  a CUDA graph of the compiled update
 ..._fuse       the compiler recomputes cheap results instead of storing them: compiling.FUSE
-...+kernels    any of these, with the blocks of `fused_block`: `train.kernels`
+...+depthwise  any of these, with the blocks of `fused_block` and its depthwise kernels
+...+kernels    the same, with its 1 x 1 kernels too: see `train.kernels`
 
 `modes` tries them on made-up images and chooses the fastest.
 """
@@ -335,7 +336,12 @@ class Graphed:
 
 Updater = Eager | Graphed
 
-KERNELS = "+kernels"  # the end of a mode's name
+DEPTHWISE, KERNELS = "+depthwise", "+kernels"  # the end of a mode's name
+
+
+def without_kernels(mode: str) -> str:
+    """The mode without DEPTHWISE or KERNELS: a value of `train.execution`."""
+    return mode.partition("+")[0]
 
 
 def prepare(
@@ -344,10 +350,10 @@ def prepare(
     """Builds all that training changes, on the device, and wraps the network for `mode`.
 
     Args:
-        mode: a value of `train.execution`, but not `auto`; or such a value and KERNELS.
+        mode: a value of `train.execution`, but not `auto`. DEPTHWISE or KERNELS may follow.
         module: the network, on its device, channels-last.
     """
-    use_kernels(module, mode.endswith(KERNELS))
+    use_kernels(module, "+" in mode, pointwise=mode.endswith(KERNELS))
     average = WeightAverage(module, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     optimizer: Any = build_optimizer(module, recipe.optim)
     model = module
@@ -394,5 +400,5 @@ def build(
     Restore a checkpoint first: graphs keep the addresses of the tensors.
     """
     kind = Graphed if "graph" in mode else Eager
-    options = compiler_options(mode.removesuffix(KERNELS))
+    options = compiler_options(without_kernels(mode))
     return kind(accelerator, learner, plan, train, options)

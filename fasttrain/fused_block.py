@@ -213,7 +213,6 @@ class _Block(Function):
 def _forward(
     ctx: Any, spec: Spec, eps: list[float], z: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    pointwise = operators.pointwise if spec.pointwise_kernel else operators.plain_pointwise
     depthwise = operators.depthwise if spec.depthwise_kernel else operators.plain_depthwise
     z = z.contiguous(memory_format=torch.channels_last)
     by = _by_layer(spec, weights)
@@ -221,7 +220,7 @@ def _forward(
     ye, table_e, act_e = z, None, operators.NO_ACT
     if spec.expands:
         w, *affine = by.expand
-        ye, sums, squares = pointwise(z, None, w, operators.NO_ACT)
+        ye, sums, squares = _pointwise(spec, z, None, w)
         moments.append(_moments(sums, squares, ye[:, 0].numel(), (affine[0], affine[1]), eps[0]))
         table_e, act_e = moments[0].table, spec.act
     w, *affine = by.depthwise
@@ -235,7 +234,7 @@ def _forward(
         gating = [pooled, *_gate(pooled, by.fc)]
         table_g = _gated(table_d, F.hardsigmoid(gating[-1]))
     w, *affine = by.project
-    yp, sums, squares = pointwise(yd, table_g, w, spec.act)
+    yp, sums, squares = _pointwise(spec, yd, table_g, w)
     moments.append(_moments(sums, squares, count, (affine[0], affine[1]), eps[-1]))
     table_p = moments[-1].table
     out = normalised(yp, table_p)
@@ -247,6 +246,35 @@ def _forward(
     statistics = [tensor for found in moments for tensor in (found.mean, found.variance)]
     ctx.mark_non_differentiable(*statistics)
     return out, *statistics
+
+
+def _pointwise(
+    spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project, or expand where `table` is None: see `operators.plain_pointwise`."""
+    act = operators.NO_ACT if table is None else spec.act
+    if spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=False):
+        return operators.pointwise(x, table, weight, act)
+    return operators.plain_pointwise(x, table, weight, act)
+
+
+def _pointwise_backward(
+    spec: Spec,
+    of_y: tuple[Tensor, Tensor, Tensor],
+    given: tuple[Tensor, Tensor | None, Tensor],
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `_pointwise`.
+
+    Args:
+        of_y: grad, y and affine of `operators.plain_pointwise_backward`.
+        given: what `_pointwise` was given.
+    """
+    x, table, weight = given
+    act = operators.NO_ACT if table is None else spec.act
+    if spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=True):
+        return operators.pointwise_backward(*of_y, x, table, weight, act, skip)
+    return operators.plain_pointwise_backward(*of_y, x, table, weight, act, skip)
 
 
 def _pooled(spec: Spec, yd: Tensor, image_sums: Tensor, table: Tensor) -> Tensor:
@@ -267,11 +295,6 @@ def _gated(table: Tensor, gate: Tensor) -> Tensor:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
     spec: Spec = ctx.spec
-    pointwise = (
-        operators.pointwise_backward
-        if spec.pointwise_kernel
-        else operators.plain_pointwise_backward
-    )
     depthwise = (
         operators.depthwise_backward
         if spec.depthwise_kernel
@@ -288,7 +311,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
     affine = _norm_backward(table_p, sums, dots, count)
     gate = F.hardsigmoid(gating[-1]) if gating else None
     table_g = table_d if gate is None else _gated(table_d, gate)
-    q, dw, sums, dots = pointwise(grad, yp, affine, yd, table_g, by.project[0], spec.act, None)
+    of_project = (yd, table_g, by.project[0])
+    q, dw, sums, dots = _pointwise_backward(spec, (grad, yp, affine), of_project, None)
     grads = [dw, *grads]
     # Squeeze-excite, and the BatchNorm of the depthwise convolution.
     if gate is None:
@@ -311,7 +335,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
         sums, dots = sums[0], dots[0]
         affine = _norm_backward(table_e, sums, dots, ye[:, 0].numel())
         skip = grad if spec.shortcut else None
-        dz, dw, _, _ = pointwise(dz, ye, affine, z, None, by.expand[0], operators.NO_ACT, skip)
+        of_expand = (z, None, by.expand[0])
+        dz, dw, _, _ = _pointwise_backward(spec, (dz, ye, affine), of_expand, skip)
         grads = [dw, dots, sums, *grads]
     elif spec.shortcut:
         dz = dz + grad

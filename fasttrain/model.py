@@ -233,14 +233,20 @@ class MobileNetV3(nn.Module):
         return self.classifier(spatial_mean(x))
 
 
-def use_kernels(network: nn.Module, on: bool) -> None:
-    """Makes blocks train by `fused_block`, or by PyTorch's layers. Evaluation stays as it is."""
+def use_kernels(network: nn.Module, on: bool, pointwise: bool = False) -> None:
+    """Makes blocks train by `fused_block`, or by PyTorch's layers. Evaluation stays as it is.
+
+    Args:
+        on: by `fused_block`, with its depthwise kernels.
+        pointwise: with its 1 x 1 kernels too.
+    """
     for layer in network.modules():
         if isinstance(layer, InvertedResidual):
             # `fused_block` applies a gate before the activation. Hard-swish does not allow that for
             # a gate that comes after it. No network of the tables has such a block.
             fits = not layer.spec.gate_after or layer.spec.act == operators.RELU
             layer.kernels = on and fits
+            layer.spec = layer.spec._replace(pointwise_kernel=pointwise)
 
 
 def _init_weights(module: nn.Module) -> None:

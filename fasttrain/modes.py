@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fasttrain import config, determinism, execution, measured, runtime, schedule
 from fasttrain.batch import half_images
-from fasttrain.execution import KERNELS, Batch, Updater
+from fasttrain.execution import DEPTHWISE, KERNELS, Batch, Updater, without_kernels
 from fasttrain.faults import Fault
 from fasttrain.learner import Learner
 from fasttrain.rng import Stream
@@ -112,11 +112,11 @@ def choose_execution(
         raise ExecutionError(
             "[train] kernels = force: the fused kernels need a GPU; use auto or off"
         )
-    previous = previous_mode.removesuffix(KERNELS) if previous_mode else None
+    previous = without_kernels(previous_mode) if previous_mode else None
     mode, why = _choose_mode(setup, previous, say)
-    had_kernels = previous_mode.endswith(KERNELS) if previous_mode else None
-    kernels, reason = _choose_kernels(setup, mode, had_kernels, say)
-    return (mode + KERNELS if kernels else mode), "\n".join(filter(None, [why, reason]))
+    had = previous_mode.removeprefix(without_kernels(previous_mode)) if previous_mode else None
+    kernels, reason = _choose_kernels(setup, mode, had, say)
+    return mode + kernels, "\n".join(filter(None, [why, reason]))
 
 
 def _choose_mode(
@@ -143,43 +143,53 @@ def _choose_mode(
 
 
 def _choose_kernels(
-    setup: Setup, mode: str, previous: bool | None, say: Callable[[str], object]
-) -> tuple[bool, str]:
-    """Chooses if the fused kernels are used in `mode`, and gives the reason; "" if they are off.
+    setup: Setup, mode: str, previous: str | None, say: Callable[[str], object]
+) -> tuple[str, str]:
+    """Chooses the fused kernels for `mode`.
 
     Args:
-        previous: True if the run used them before it was stopped; None if it is new.
+        previous: those that the run used before it was stopped; None if it is new.
+    Returns:
+        KERNELS, DEPTHWISE or "" for none; and a line with the reason, "" if the recipe has none.
     """
     train = setup.recipe.train
     if train.kernels == "force":
-        return True, "fused kernels: on, as the recipe says"
+        return KERNELS, "fused kernels: on, as the recipe says"
     if train.kernels == "off":
-        return False, ""
+        return "", ""
     if setup.on_cpu or train.precision == "no":
-        return False, "fused kernels: off, as they need a GPU and half precision"
+        return "", "fused kernels: off, as they need a GPU and half precision"
     if previous is not None:
-        return previous, f"fused kernels: {'on' if previous else 'off'}, as before the stop"
+        return previous, f"fused kernels: {_KERNELS_SAID[previous]}, as before the stop"
     if train.deterministic:
-        return False, "fused kernels: off, as a deterministic run must not choose by speed"
+        return "", "fused kernels: off, as a deterministic run must not choose by speed"
     key = _key(setup, mode)
     remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
-        return remembered[
-            "on"
-        ], f"fused kernels: {remembered['why']}, as measured in an earlier run"
+        why = remembered["why"]
+        return remembered["kernels"], f"fused kernels: {why}, as measured in an earlier run"
     say("timing updates with and without fused kernels, which can take minutes")
     return _compare_kernels(mode, setup, key)
 
 
-def _compare_kernels(mode: str, setup: Setup, key: str) -> tuple[bool, str]:
+_KERNELS_SAID = {"": "off", DEPTHWISE: "depthwise only", KERNELS: "on"}
+
+
+def _compare_kernels(mode: str, setup: Setup, key: str) -> tuple[str, str]:
     """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
     without = try_mode(mode, setup)
-    trial = _with_loss_check(try_mode(mode + KERNELS, setup), without.loss)
-    on = not trial.fault and trial.images_per_s >= KERNELS_GAIN * without.images_per_s
-    why = f"{'on' if on else 'off'} ({without}; {trial})"
-    if setup.accelerator.is_main_process and not (without.fault or trial.fault):
-        measured.remember(key, {"on": on, "why": why})
-    return on, f"fused kernels: {why}"
+    trials = [
+        _with_loss_check(try_mode(mode + kernels, setup), without.loss)
+        for kernels in (DEPTHWISE, KERNELS)
+    ]
+    best = fastest(trials)
+    gains = best and best.images_per_s >= KERNELS_GAIN * without.images_per_s
+    chosen = best.mode.removeprefix(mode) if best and gains else ""
+    why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))})"
+    failed = any(trial.fault for trial in (without, *trials))
+    if setup.accelerator.is_main_process and not failed:
+        measured.remember(key, {"kernels": chosen, "why": why})
+    return chosen, f"fused kernels: {why}"
 
 
 def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
@@ -490,9 +500,9 @@ def start(
         del learner
         _free(attempt, setup, updater)
         del updater
-        if attempt.endswith(KERNELS) and recipe.train.kernels == "force":
+        if "+" in attempt and recipe.train.kernels == "force":
             raise ExecutionError(f"[train] kernels = force: {fault}; use auto or off")
-        if recipe.train.execution != "auto" and not attempt.endswith(KERNELS):
+        if recipe.train.execution != "auto" and "+" not in attempt:
             raise ExecutionError(
                 f"[train] execution = {attempt}: {fault}; use auto, which chooses a mode that works"
             )
@@ -502,8 +512,9 @@ def start(
 
 def _simpler(mode: str) -> list[str]:
     """The mode, then those to fall back on, in this order."""
-    plain = mode.removesuffix(KERNELS)
-    found = [mode, plain, plain.removesuffix("_fuse")]
+    plain = without_kernels(mode)
+    found = [mode, *([plain + DEPTHWISE] if mode.endswith(KERNELS) else []), plain]
+    found += [plain.removesuffix("_fuse")]
     found += ["compile"] if "compile" in mode else []
     return [*dict.fromkeys([*found, "eager"])]
 

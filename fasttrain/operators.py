@@ -289,6 +289,41 @@ def _(
 # Triton is imported where a kernel first runs. A CPU does not need it.
 
 
+def pointwise_pays(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> bool:
+    """True if `pointwise`, or its backward, should be the operator and not the plain code.
+
+    On a GPU the rule of `pointwise_gpu.fits` decides. On a CPU both are the same.
+    """
+    if x.device.type != "cuda":
+        return True
+    from fasttrain import pointwise_gpu
+
+    return pointwise_gpu.fits(x, table, weight, backward)
+
+
+@pointwise.register_kernel("cuda")
+def _(x: Tensor, table: Tensor | None, weight: Tensor, act: int) -> tuple[Tensor, Tensor, Tensor]:
+    from fasttrain import pointwise_gpu
+
+    return pointwise_gpu.pointwise(x, table, weight, act)
+
+
+@pointwise_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    y: Tensor,
+    affine: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    act: int,
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fasttrain import pointwise_gpu
+
+    return pointwise_gpu.pointwise_backward(grad, y, affine, x, table, weight, act, skip)
+
+
 @depthwise.register_kernel("cuda")
 def _(
     x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool

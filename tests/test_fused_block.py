@@ -227,17 +227,18 @@ def test_a_network_with_kernels_can_be_scripted_and_exported() -> None:
     torch.testing.assert_close(scripted(x), network(x))
 
 
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
 @pytest.mark.parametrize("row", [Row(3, 2.0, 8, 1, 1, 1), Row(5, 1.0, 16, 1, 0, 2)], ids=str)
-def test_a_block_with_the_depthwise_kernels(
-    interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch, row: Row
+def test_a_block_with_kernels_of_a_gpu(
+    interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch, row: Row, kind: str
 ) -> None:
     """Triton's interpreter runs them, within the whole block."""
     torch.manual_seed(0)
     block = InvertedResidual(8, row, 1.0).train()
     fused = copy.deepcopy(block)
-    use_kernels(fused, True)
-    kernels = interpreter("depthwise_gpu")
-    for name in ("depthwise", "depthwise_backward"):
+    use_kernels(fused, True, pointwise=True)
+    kernels = interpreter(f"{kind}_gpu")
+    for name in (kind, f"{kind}_backward"):
         monkeypatch.setattr(operators, name, getattr(kernels, name))
     z = images(2, 8, 3, 4, dtype=torch.float32)
     grad = torch.randn_like(copy.deepcopy(block)(z))
@@ -257,9 +258,9 @@ def test_a_network_on_a_gpu_gives_the_loss_and_gradients_of_pytorchs_layers(
     x = torch.randn(32, 3, 224, 224, device="cuda").contiguous(memory_format=CHANNELS_LAST)
     labels = torch.arange(32, device="cuda") % 10
 
-    def trained(bf16: bool, kernels: bool) -> tuple[float, Tensor]:
+    def trained(bf16: bool, kernels: bool, pointwise: bool = False) -> tuple[float, Tensor]:
         copied = copy.deepcopy(network)
-        use_kernels(copied, kernels)
+        use_kernels(copied, kernels, pointwise)
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(copied(x), labels)
         loss.backward()
@@ -267,6 +268,7 @@ def test_a_network_on_a_gpu_gives_the_loss_and_gradients_of_pytorchs_layers(
 
     exact, right = trained(bf16=False, kernels=False)
     loss, theirs = trained(bf16=True, kernels=False)
-    our_loss, ours = trained(bf16=True, kernels=True)
-    assert abs(our_loss - exact) < max(2 * abs(loss - exact), 1e-3 * exact)
-    assert (ours - right).norm() < 1.5 * (theirs - right).norm()
+    for pointwise in (False, True):
+        our_loss, ours = trained(bf16=True, kernels=True, pointwise=pointwise)
+        assert abs(our_loss - exact) < max(2 * abs(loss - exact), 1e-3 * exact)
+        assert (ours - right).norm() < 1.5 * (theirs - right).norm()

@@ -104,24 +104,33 @@ def test_a_fault_of_the_eager_mode_is_reported(chosen: Chosen) -> None:
             chosen(broken, kind, precision=precision)
 
 
-def kernels_trial(rate: float, loss: float = 1.5) -> dict[str, ModeTrial]:
-    mode = "compile_graph_fuse+kernels"
-    return GOOD | {mode: ModeTrial(mode, rate, loss)}
+def kernels_trials(depthwise: float, both: float, loss: float = 1.5) -> dict[str, ModeTrial]:
+    """The trials of a GPU, with images/s of the depthwise kernels alone and of all kernels."""
+    names = ("compile_graph_fuse+depthwise", "compile_graph_fuse+kernels")
+    trials = zip(names, (depthwise, both), strict=True)
+    return GOOD | {name: ModeTrial(name, rate, loss) for name, rate in trials}
 
 
 @pytest.mark.parametrize(
-    ("rate", "loss", "end"),
-    [(5200, 1.5, "+kernels"), (5100, 1.5, ""), (9000, 1.6, ""), (9000, float("nan"), "")],
+    ("depthwise", "both", "loss", "end", "said"),
+    [
+        (5100, 5200, 1.5, "+kernels", "on"),
+        (5300, 5200, 1.5, "+depthwise", "depthwise only"),
+        (5100, 5100, 1.5, "", "off"),
+        (9000, 9000, 1.6, "", "off"),
+        (9000, 9000, float("nan"), "", "off"),
+    ],
 )
 def test_kernels_are_kept_if_they_gain_three_percent_and_agree(
-    chosen: Chosen, rate: float, loss: float, end: str
+    chosen: Chosen, depthwise: float, both: float, loss: float, end: str, said: str
 ) -> None:
-    mode, why, tried = chosen(kernels_trial(rate, loss), kernels="auto", cache="one")
+    trials = kernels_trials(depthwise, both, loss)
+    mode, why, tried = chosen(trials, kernels="auto", cache="one")
     assert mode == f"compile_graph_fuse{end}"
-    assert tried == [*GOOD, "compile_graph_fuse", "compile_graph_fuse+kernels"]
+    assert tried == [*GOOD, "compile_graph_fuse", *list(trials)[len(GOOD) :]]
     first, second = why.splitlines()
     assert first.startswith("execution: compile_graph_fuse (")
-    assert second.startswith(f"fused kernels: {'on' if end else 'off'} (compile_graph_fuse 5,000 ")
+    assert second.startswith(f"fused kernels: {said} (compile_graph_fuse 5,000 ")
     if loss == 1.5:
         assert chosen({}, kernels="auto", cache="one")[2] == [], "the choice was not remembered"
 

@@ -1,6 +1,7 @@
 """A run that is resumed ends bit for bit equal to a run that was never stopped."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -162,6 +163,9 @@ def test_a_run_killed_at_500_random_moments_ends_bit_for_bit_equal(
         child = os.fork()
         if not child:
             status = 99
+            # Pipelines of DALI that other tests left behind must not be destroyed here: a forked
+            # process has none of their threads.
+            gc.freeze()
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 train.main([recipe, "--set", f"log.run_dir={folder}"])

@@ -127,7 +127,7 @@ def test_plans_move_less_and_less() -> None:
 
 
 def test_the_plan_of_a_mode() -> None:
-    modes = ("graph", "compile_graph", "compile_graph_fuse", "compile_fuse+kernels", "project")
+    modes = ("graph", "compile_graph", "compile_graph_fuse", "compile_fuse+depthwise", "project")
     found = [plans.plan_of(mode) for mode in modes]
     assert found == ["eager", "compile", "compile_fuse", "depthwise", "project"]
 

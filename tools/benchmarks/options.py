@@ -10,8 +10,9 @@ from fasttrain.arguments import positive
 from fasttrain.faults import ConfigError
 
 NOT_INSTALLED = "not installed: pip install -e '.[bench]'"
-# Modes of `train.execution`, and the one that is probably fastest with `train.kernels`.
-MODES: tuple[str, ...] = (*get_args(config.Mode), "compile_graph_fuse+kernels")
+# Modes of `train.execution`, and the one that is probably the fastest with the fused kernels.
+WITH_KERNELS = ("compile_graph_fuse+depthwise", "compile_graph_fuse+kernels")
+MODES: tuple[str, ...] = (*get_args(config.Mode), *WITH_KERNELS)
 
 
 def words(known: Sequence[str], text: str) -> list[str]:

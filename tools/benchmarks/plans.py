@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from benchmarks.layers import Layer, Network, network_of
-from fasttrain.fused_block import Spec
 from fasttrain.model import Arch
 
 Plan = Literal["eager", "compile", "compile_fuse", "depthwise", "project", "expand"]
@@ -89,14 +88,11 @@ class Sizes:
 
 
 def plan_of(mode: str) -> Plan:
-    """The plan by which a mode of `train.execution` carries out updates.
-
-    A mode that ends with `+kernels` has the kernels that `fused_block.Spec` has by default.
-    """
+    """The plan by which a mode of `train.execution` carries out updates."""
     if mode in PLANS:
         return mode
-    if mode.endswith("+kernels"):
-        return "expand" if Spec._field_defaults["pointwise_kernel"] else "depthwise"
+    if "+" in mode:
+        return "expand" if mode.endswith("+kernels") else "depthwise"
     if "fuse" in mode:
         return "compile_fuse"
     return "compile" if "compile" in mode else "eager"

@@ -175,7 +175,7 @@ def recipe_of(job: StepJob) -> config.Recipe:
             "train": {
                 "global_batch_size": job.batch,
                 "precision": job.precision,
-                "execution": job.execution.removesuffix(execution.KERNELS),
+                "execution": execution.without_kernels(job.execution),
                 "label_smoothing": 0.1,
             },
             "data": {"crop_px": job.px},
