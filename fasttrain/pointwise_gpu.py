@@ -39,14 +39,22 @@ class Tile(NamedTuple):
     warps: int  # of a program
 
 
-def forward_tile(channels: int, filters: int) -> Tile:
-    """The tile of a layer.
+def most_inputs(capability: int, activated: bool) -> int:
+    """Input channels of a tile at most.
 
-    Compiled for sm_90 by Triton 3.8, the layers of Large take 90 to 245 registers, and issue their
-    instructions in 0.2 to 1.3 of the time in which an H100 copies their bytes. In backward these
-    are 123 to 252 registers and 0.2 to 2.0 of the time.
+    Tensor cores of compute capability 9 and 10 read from shared memory. Those of other GPUs read
+    registers. There, 64 activated input channels would need more registers than there are.
     """
-    inputs, outputs = _power(channels, 64), _power(filters, 128)
+    return 32 if activated and capability not in (9, 10) else 64
+
+
+def forward_tile(channels: int, filters: int, most: int) -> Tile:
+    """The tile of a layer. `most` is what `most_inputs` gives.
+
+    Compiled for sm_90 by Triton 3.8, the layers of Large issue their instructions in 0.2 to 1.5 of
+    the time in which an H100 moves their bytes, in both directions. Nothing spills.
+    """
+    inputs, outputs = _power(channels, most), _power(filters, 128)
     if 128 < filters <= 256 < channels:
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
@@ -54,28 +62,28 @@ def forward_tile(channels: int, filters: int) -> Tile:
     return Tile(128 if outputs == 16 else 64, inputs, outputs, warps)
 
 
-def backward_tile(channels: int, filters: int) -> Tile:
+def backward_tile(channels: int, filters: int, most: int) -> Tile:
     """The tile of a layer; see `forward_tile`."""
-    inputs, outputs = _power(channels, 64), _power(filters, filters)
+    inputs, outputs = _power(channels, most), _power(filters, filters)
     small = inputs * outputs <= 1024
     return Tile(128 if small else 64, inputs, outputs, 4 if small else 8)
 
 
 def _power(channels: int, most: int) -> int:
-    """The least power of two, from 16 on, that is not less than both numbers' minimum.
-
-    Tensor cores multiply blocks of at least 16 channels.
-    """
+    """A block for `channels`, or for `most` of them: a power of two from 16 on."""
     return max(16, int(triton.next_power_of_2(min(channels, most))))
 
 
 def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> bool:
-    """Whether a kernel is expected to be faster than activating first, and then cuBLAS.
+    """Whether a kernel should be faster than plain operators, which leave the product to cuBLAS.
 
-    It is so for three reasons, which counts of bytes and instructions give; a GPU has not measured
-    them. Float32 products would not run on tensor cores. A tile that does not cross images wastes
-    the rows that an image does not fill. Backward, a program keeps the gradient of all its weights
-    in registers, and each of several programs reads all of the output's gradient anew.
+    Counts of bytes and instructions give the rules. No GPU has measured them. A kernel is not
+    faster
+
+    - in float32, where its products do not use tensor cores;
+    - where images have rows of the table of their own, but fill less than half of their tiles;
+    - backward, where a program cannot keep the gradient of its weights in registers, or where many
+      programs would each read the output's gradient.
 
     Args:
         x, table, weight: as given to `pointwise`.
@@ -84,7 +92,7 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
     filters, channels = weight.shape[:2]
     if x.dtype == torch.float32 or channels % 8 or filters % 8:
         return False
-    tile = (backward_tile if backward else forward_tile)(channels, filters)
+    tile = (backward_tile if backward else forward_tile)(channels, filters, _most(x, table))
     if table is not None and len(table) > 1:
         positions = x.shape[2] * x.shape[3]
         if 2 * positions < triton.cdiv(positions, tile.rows) * tile.rows:
@@ -114,7 +122,7 @@ def pointwise(
     """
     _check([x], [table], weight)
     filters, channels = weight.shape[:2]
-    tile = forward_tile(channels, filters)
+    tile = forward_tile(channels, filters, _most(x, table))
     cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table))
     y = images_like(x, filters)
     partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
@@ -161,7 +169,7 @@ def pointwise_backward(
     filters, channels = weight.shape[:2]
     if filters > 256:
         raise ValueError(f"{filters} filters: at most 256 fit into registers")
-    tile = backward_tile(channels, filters)
+    tile = backward_tile(channels, filters, _most(x, table))
     per_image = _per_image(table) or _per_image(affine)
     cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image)
     dx = images_like(x, channels)
@@ -206,6 +214,12 @@ def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor) ->
 
 def _per_image(table: Tensor | None) -> bool:
     return table is not None and len(table) > 1
+
+
+def _most(x: Tensor, table: Tensor | None) -> int:
+    """Input channels of a tile at most. Triton's interpreter makes the tiles of sm_90."""
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return most_inputs(capability, table is not None)
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

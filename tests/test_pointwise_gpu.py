@@ -283,7 +283,8 @@ def check_code(layer: Layer, forward: bool, capability: int) -> None:
     images = ("x", "y", "weight") if forward else ("x", "y", "grad", "dx", "weight")
     types = dict.fromkeys(images, "*bf16") | dict.fromkeys(("runs", "length"), "i32")
     types["partial"] = "*fp32"
-    tile = (module.forward_tile if forward else module.backward_tile)(channels, filters)
+    most = module.most_inputs(capability // 10, act is not None)
+    tile = (module.forward_tile if forward else module.backward_tile)(channels, filters, most)
     constants = {
         "C": channels, "D": filters, "ACT": act or 0, "PER_IMAGE": per_image, "TILE": tile.rows,
         "C_BLOCK": tile.inputs, "D_BLOCK": tile.outputs,
