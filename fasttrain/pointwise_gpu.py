@@ -29,6 +29,8 @@ from fasttrain.triton_parts import (
     through_activation,
 )
 
+ROWS = 64  # of a tile; twice as many where there are few channels
+
 
 class Tile(NamedTuple):
     """How the work is cut: counted instructions and registers decide."""
@@ -59,14 +61,14 @@ def forward_tile(channels: int, filters: int, most: int) -> Tile:
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
     warps = 4 if inputs * outputs <= 2048 else 8
-    return Tile(128 if outputs == 16 else 64, inputs, outputs, warps)
+    return Tile(2 * ROWS if outputs == 16 else ROWS, inputs, outputs, warps)
 
 
 def backward_tile(channels: int, filters: int, most: int) -> Tile:
     """The tile of a layer; see `forward_tile`."""
     inputs, outputs = _power(channels, most), _power(filters, filters)
     small = inputs * outputs <= 1024
-    return Tile(128 if small else 64, inputs, outputs, 4 if small else 8)
+    return Tile(2 * ROWS if small else ROWS, inputs, outputs, 4 if small else 8)
 
 
 def _power(channels: int, most: int) -> int:
@@ -81,7 +83,7 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
     faster
 
     - in float32, where its products do not use tensor cores;
-    - where images have rows of the table of their own, but fill less than half of their tiles;
+    - where each image has a row of the table, but fills less than half of a tile;
     - backward, where a program cannot keep the gradient of its weights in registers, or where many
       programs would each read the output's gradient.
 
@@ -89,14 +91,11 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
         x, table, weight: as given to `pointwise`.
         backward: ask for `pointwise_backward`.
     """
-    filters, channels = weight.shape[:2]
+    filters, channels = weight.shape[:2]  # only what the compiler can trace: no Triton, no device
     if x.dtype == torch.float32 or channels % 8 or filters % 8:
         return False
-    tile = (backward_tile if backward else forward_tile)(channels, filters, _most(x, table))
-    if table is not None and len(table) > 1:
-        positions = x.shape[2] * x.shape[3]
-        if 2 * positions < triton.cdiv(positions, tile.rows) * tile.rows:
-            return False
+    if _per_image(table) and 2 * x.shape[2] * x.shape[3] < ROWS:
+        return False
     return not backward or filters <= (256 if channels <= 128 else 128)
 
 

@@ -271,6 +271,19 @@ def test_what_fits() -> None:
     assert fits(16, 64, 112, dtype=torch.float32) == (False, False)
 
 
+def test_the_compiler_traces_what_fits() -> None:
+    """A block asks while it is traced, and must stay one graph."""
+    module = pytest.importorskip("fasttrain.pointwise_gpu")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+        return x + 1 if module.fits(x, table, weight, True) else x
+
+    x, table, weight = torch.zeros(2, 16, 8, 8), torch.zeros(2, 4, 16), torch.zeros(8, 16, 1, 1)
+    assert (traced(x, table, weight) == 0).all()
+    assert (traced(x.bfloat16(), table, weight) == 1).all()
+
+
 # --------------------------------------------------------------------------------------------------
 # Machine code
 # --------------------------------------------------------------------------------------------------
