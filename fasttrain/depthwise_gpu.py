@@ -14,7 +14,7 @@ Step i of the walk takes the STRIDE input rows from i * STRIDE on. They touch th
 i - LAG ... i + AHEAD. Columns are alike: the S * STRIDE input columns of a strip touch its S output
 columns, LAG columns on the left and AHEAD on the right.
 
-Batch size, height and width are numbers at run time: other image sizes compile nothing anew.
+Batch size, height and width are numbers at run time: other image sizes compile nothing.
 """
 
 from typing import NamedTuple
@@ -209,7 +209,7 @@ _OFF = tl.constexpr(-4.0)
 
 @triton.jit
 def _columns(first: tl.tensor, width: tl.tensor, live: tl.tensor, N: tl.constexpr) -> tl.tuple:
-    """Which of the N columns from `first` on lie in the image."""
+    """Which of the N columns from `first` on are in the image."""
     inside: tl.tuple = ()
     for j in tl.static_range(N):
         inside += (live & (first + j >= 0) & (first + j < width),)
@@ -218,7 +218,7 @@ def _columns(first: tl.tensor, width: tl.tensor, live: tl.tensor, N: tl.constexp
 
 @triton.jit
 def _if_valid(inside: tl.tuple, valid: tl.tensor, N: tl.constexpr) -> tl.tuple:
-    """`inside` of a row that may lie outside the image."""
+    """`inside` of a row that may be outside the image."""
     both: tl.tuple = ()
     for j in tl.static_range(N):
         both += (inside[j] & valid,)

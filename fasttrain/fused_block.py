@@ -1,7 +1,7 @@
 """An inverted residual block in training as one autograd function, which moves fewer bytes.
 
 PyTorch keeps each activation several times: raw, normalised, activated. This function keeps the raw
-results of the three convolutions alone. What lies between them is applied where they are read:
+results of the three convolutions alone. What is between them is applied where they are read:
 
     forward    expand     reads z       writes ye    and its sums for BatchNorm
                depthwise  reads ye      writes yd    ... of each image, for squeeze-excite too
@@ -93,7 +93,8 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     assert norm.momentum is not None
     # Weights and statistics may be views of one tensor (`flat`). Autograd would then take a change
-    # of the statistics for a change of the weights that it has saved. `data` is not counted.
+    # of the statistics for a change of the weights that it has saved. It does not see changes made
+    # through `data`.
     norm.running_mean.data.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.data.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
     if norm.num_batches_tracked is not None:
@@ -396,7 +397,7 @@ def _after_backward(parts: _Parts, yd: Tensor, table: Tensor, _: Tensor) -> _Fou
 def _as_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad` with the dtype and the strides of `weight`, which DistributedDataParallel wants.
 
-    All weights here lie in memory in the same order, contiguous or channels-last: depthwise filters
+    For these weights, contiguous and channels-last are the same order in memory: depthwise filters
     have one input channel, and the others one position.
     """
     return grad.to(weight.dtype).contiguous().as_strided(weight.shape, weight.stride())

@@ -5,9 +5,9 @@ normalised, activated. These operators read the raw result of the convolution be
 activate it on the way, and return the sums that the next BatchNorm needs. So each tensor is written
 once.
 
-Each operator stands here twice. `plain_...` is PyTorch code: the compiler can fuse it, and it
-defines the result. `torch.ops.fasttrain....` is one node that the compiler does not look into: the
-same PyTorch code on a CPU, and on a GPU a kernel of `depthwise_gpu` where there is one.
+Each operator has two forms. `plain_...` is PyTorch code: it defines the result, and the compiler
+can fuse it. The form without `plain_` is one node that the compiler does not look into. On a CPU it
+runs the same PyTorch code, on a GPU a kernel of `depthwise_gpu` or `pointwise_gpu`.
 
 Words of all operators. Images are channels-last `(B, C, H, W)`. "acc" is the dtype of sums: float32
 for float16 and bfloat16 images, otherwise that of the images. A BatchNorm's table has four rows:

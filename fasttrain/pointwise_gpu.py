@@ -77,7 +77,7 @@ def _power(channels: int, most: int) -> int:
 
 
 def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> bool:
-    """Whether a kernel should be faster than plain operators, which leave the product to cuBLAS.
+    """True if a kernel should be faster than plain operators, which leave the product to cuBLAS.
 
     Counts of bytes and instructions give the rules. No GPU has measured them. A kernel is not
     faster
@@ -89,7 +89,7 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
 
     Args:
         x, table, weight: as given to `pointwise`.
-        backward: ask for `pointwise_backward`.
+        backward: the question is about `pointwise_backward`.
     """
     filters, channels = weight.shape[:2]  # only what the compiler can trace: no Triton, no device
     if x.dtype == torch.float32 or channels % 8 or filters % 8:
@@ -226,7 +226,7 @@ def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _folds(channels: int, tile: Tile) -> bool:
-    """Whether the sums of a tile are folded at once.
+    """True if the sums of a tile are folded at once.
 
     Otherwise a thread adds each of its values to a register of its own, which takes a quarter of
     the instructions. Of registers it may take 32 for each of two sums.
