@@ -14,6 +14,9 @@ Step i of the walk takes the STRIDE input rows from i * STRIDE on. They touch th
 i - LAG ... i + AHEAD. Columns are alike: the S * STRIDE input columns of a strip touch its S output
 columns, LAG columns on the left and AHEAD on the right.
 
+A program loads the next row before it computes with the one that it has. Without this, it waits for
+memory at each row: backward took two to three times as long on an H200.
+
 Batch size, height and width are numbers at run time: other image sizes compile nothing.
 """
 
@@ -24,7 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttrain.triton_parts import activate, check_tensors, processors, through_activation
+from fasttrain.triton_parts import (
+    activate,
+    check_tensors,
+    fold,
+    fold_dots,
+    processors,
+    through_activation,
+)
 
 # A thread accesses two values, so that a warp accesses 128 contiguous bytes of bfloat16. With four,
 # the loops have a tenth fewer instructions, but their weights take twice the registers.
@@ -34,22 +44,20 @@ BLOCK = 32 * WARPS * VECTOR
 
 
 class Tile(NamedTuple):
-    """How the work is cut: counted instructions and registers decide."""
+    """How the work is cut."""
 
     columns: int  # S: output columns of a strip
-    resident: int  # programs that run on a multiprocessor at a time: its registers are the limit
+    programs: int  # for each multiprocessor; more than run at a time even out the work
     unroll: int = 1  # backward: steps of the loop over rows that are written out
 
 
-# By kernel size and stride. An H100 issues about 10 instructions for each byte that it copies. So
-# an output value may take 40 with stride 1 and 100 with stride 2. Compiled for it by Triton 3.8, it
-# takes 24 (3 x 3) and 46 (5 x 5) with stride 1, 56 and 79 with stride 2. Backward, an input value
-# may take 80 and 50. It takes 50 and 91 with stride 1, 23 and 33 with stride 2.
+# By kernel size and stride: the fastest of 3 to 5 tiles for the layers of Large at batch 1024 on an
+# H200. There the kernels reach 40 to 80 % of the speed of a copy: see recipes/RECORDS.md.
 #
-# Unrolling saves 20 % of the 5 x 5 kernel with stride 1, and compiles for 20 s instead of 5. Strips
-# of 4 columns would save a tenth more, but compile for 50 s: Triton's pass for coalesced accesses
-# takes nearly all of that, and grows with the square of the loop.
-FORWARD_TILES = {(3, 1): Tile(4, 6), (3, 2): Tile(2, 6), (5, 1): Tile(4, 4), (5, 2): Tile(4, 3)}
+# Unrolling makes the 5 x 5 kernel with stride 1 up to 15 % faster, and compiles for 20 to 30 s
+# instead of 10. Strips of 4 columns would compile for a minute: Triton's pass for coalesced
+# accesses takes nearly all of that, and grows with the square of the loop.
+FORWARD_TILES = {(3, 1): Tile(8, 12), (3, 2): Tile(2, 12), (5, 1): Tile(7, 8), (5, 2): Tile(4, 12)}
 BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2, 5), (5, 2): Tile(2, 2)}
 
 
@@ -84,19 +92,20 @@ def depthwise(
     tile = FORWARD_TILES[side, stride]
     cut = _cut(y, tile)
     totals = 1 if per_image else 2
-    partial = x.new_empty(totals, cut.groups, cut.strips, channels, dtype=torch.float32)
+    partial = x.new_empty(totals, cut.groups * cut.strips, channels, dtype=torch.float32)
     of_images = None
     if per_image:
         of_images = x.new_empty(batch, cut.strips, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
         _forward[cut.blocks, cut.groups](
-            x, table, _by_tap(weight), y, partial, of_images, batch, height, width,
+            x, table, weight, y, partial, of_images, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act,
             S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    folded = _fold(partial)
-    sums = folded[1:] if of_images is None else of_images.sum(1, dtype=torch.float64)
-    return y, sums.float(), folded[0].float()
+    squares, *sums = fold(partial, 1)
+    if of_images is not None:
+        sums = fold(of_images, batch)
+    return y, sums[0], squares[0]
 
 
 def depthwise_backward(
@@ -131,24 +140,24 @@ def depthwise_backward(
     side = weight.shape[2]
     taps = side * side
     dx = _images_like(x, height, width)
-    tile = BACKWARD_TILES[side, stride]
+    tile = backward_tile(side, stride, channels)
     cut = _cut(y, tile)
-    totals = taps if table is None else taps + 2
-    partial = x.new_empty(totals, cut.groups, cut.strips, channels, dtype=torch.float32)
+    partial = x.new_empty(taps, cut.groups * cut.strips, channels, dtype=torch.float32)
+    of_x = None
+    if table is not None:
+        of_x = x.new_empty(2, 1, cut.groups * cut.strips, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[cut.blocks, cut.groups](
-            grad, y, affine, x, table, _by_tap(weight), dx, partial, batch, height, width,
+            grad, y, affine, x, table, weight, dx, partial, of_x, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
             S=tile.columns, UNROLL=tile.unroll, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    folded = _fold(partial)
-    dweight = folded[:taps].T.float().contiguous().view(weight.shape)
-    if table is None:
-        empty = folded.new_empty(0, dtype=torch.float32)
+    (dweight,) = fold(partial, taps, transposed=True)
+    dweight = dweight.view(weight.shape)
+    if table is None or of_x is None:
+        empty = dweight.new_empty(0)
         return dx, dweight, empty, empty.clone()  # an operator's results must not share memory
-    total, with_x = folded[taps : taps + 1], folded[taps + 1 :]
-    dots = table[:, 2] * with_x + table[:, 3] * total  # float64, as the two may cancel out
-    return dx, dweight, total.float(), dots.float()
+    return dx, dweight, *fold_dots(of_x, table)
 
 
 def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, stride: int) -> None:
@@ -162,14 +171,16 @@ def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, st
     check_tensors(images, tables)
 
 
-def _by_tap(weight: Tensor) -> Tensor:
-    """Weights `(C, 1, K, K)` as float32 `(K * K, C)`: a program reads neighbouring channels."""
-    return weight.flatten(1).T.float().contiguous()
-
-
 def _images_like(x: Tensor, height: int, width: int) -> Tensor:
     """Channels-last images of this size, not yet written."""
     return x.new_empty(len(x), height, width, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def backward_tile(side: int, stride: int, channels: int) -> Tile:
+    """The tile of `depthwise_backward` for a kernel of this side."""
+    tile = BACKWARD_TILES[side, stride]
+    # Layers with many channels have small images: narrow strips fit into 14 columns.
+    return tile._replace(columns=2) if channels >= 256 and (side, stride) == (3, 1) else tile
 
 
 class _Cut(NamedTuple):
@@ -183,20 +194,15 @@ class _Cut(NamedTuple):
 def _cut(y: Tensor, tile: Tile) -> _Cut:
     """Cuts the work on output images into programs.
 
-    As many programs as run at the same time take about equally many images each. So there are few
+    Programs take about equally many images each. There are few of them, so that there are few
     partial sums to fold.
     """
     batch, channels, _, width = y.shape
     strips = triton.cdiv(width, tile.columns)
     blocks = triton.cdiv(strips * channels, BLOCK)
-    groups = max(1, tile.resident * processors(y.device) // blocks)
+    groups = max(1, tile.programs * processors(y.device) // blocks)
     rounds = triton.cdiv(batch, groups)
     return _Cut(strips, blocks, triton.cdiv(batch, rounds))
-
-
-def _fold(partial: Tensor) -> Tensor:
-    """Sums of `(N, groups, strips, C)` as float64 `(N, C)`. torch adds them in a fixed order."""
-    return partial.flatten(1, 2).sum(1, dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,10 +241,29 @@ def _load_row(row: tl.tensor, inside: tl.tuple, C: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def _weights(weight: tl.tensor, c: tl.tensor, C: tl.constexpr, TAPS: tl.constexpr) -> tl.tuple:
+def _load_rows(
+    image: tl.tensor,
+    first: tl.tensor,
+    height: tl.tensor,
+    pitch: tl.tensor,
+    inside: tl.tuple,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tuple:
+    """N neighbours along each of ROWS rows. Below the image, its last row is read again."""
+    values: tl.tuple = ()
+    for p in tl.static_range(ROWS):
+        row = tl.minimum(first + p, height - 1)
+        values += _load_row(image + row * pitch, inside, C, N)
+    return values
+
+
+@triton.jit
+def _weights(weight: tl.tensor, c: tl.tensor, TAPS: tl.constexpr) -> tl.tuple:
     taps: tl.tuple = ()
     for t in tl.static_range(TAPS):
-        taps += (tl.load(weight + t * C + c),)
+        taps += (tl.load(weight + c * TAPS + t).to(tl.float32),)
     return taps
 
 
@@ -269,10 +294,10 @@ def _activated_row(
 
 
 @triton.jit
-def _floats(raw: tl.tuple, N: tl.constexpr) -> tl.tuple:
+def _floats(raw: tl.tuple, inside: tl.tuple, N: tl.constexpr) -> tl.tuple:
     row: tl.tuple = ()
     for j in tl.static_range(N):
-        row += (raw[j].to(tl.float32),)
+        row += (tl.where(inside[j], raw[j].to(tl.float32), 0.0),)
     return row
 
 
@@ -349,24 +374,31 @@ def _forward(
     stored = _columns(strip * S, WO, live, S)
     x_strip = (strip * (S * STRIDE) - PAD) * C + c
     y_strip = strip * (S * C) + c
-    w = _weights(weight, c, C, K * K)
+    w = _weights(weight, c, K * K)
     if table is not None:
         affine = (tl.load(table + c), tl.load(table + C + c))
     total = tl.full([BLOCK], 0.0, tl.float32)
     squares = tl.full([BLOCK], 0.0, tl.float32)
     wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
+    first = x + (tl.program_id(1) + wide) * (H * W * C) + x_strip
+    ahead = _load_rows(first, 0, H, W * C, inside, C, READ, STRIDE)
     for n in range(tl.program_id(1), B, tl.num_programs(1)):
-        x_image = x + (n + wide) * (H * W * C) + x_strip
         y_image = y + (n + wide) * (HO * WO * C) + y_strip
         acc = _zeros(ROWS * S, BLOCK)
         for i in range(HO):
+            loaded = ahead
+            ends = i + 1 == HO
+            image = tl.where(ends, tl.minimum(n + tl.num_programs(1), B - 1), n)
+            below = tl.where(ends, 0, (i + 1) * STRIDE)
+            x_image = x + (image + wide) * (H * W * C) + x_strip
+            ahead = _load_rows(x_image, below, H, W * C, inside, C, READ, STRIDE)
             for p in tl.static_range(STRIDE):
                 ok = inside if p == 0 else _if_valid(inside, i * STRIDE + p < H, READ)
-                raw = _load_row(x_image + (i * STRIDE + p) * (W * C), ok, C, READ)
+                raw = loaded[p * READ : p * READ + READ]
                 if table is not None:
                     a = _activated_row(raw, affine, ok, ACT, READ)
                 else:
-                    a = _floats(raw, READ)
+                    a = _floats(raw, ok, READ)
                 grown: tl.tuple = ()
                 for q in tl.static_range(ROWS):
                     unfinished = acc[q * S : q * S + S]
@@ -399,23 +431,18 @@ def _forward(
 
 @triton.jit
 def _gradient_row(
-    grad: tl.tensor,
-    y: tl.tensor,
-    affine: tl.tuple,
-    inside: tl.tuple,
-    valid: tl.tensor,
-    C: tl.constexpr,
-    N: tl.constexpr,
+    raw: tl.tuple, affine: tl.tuple, inside: tl.tuple, valid: tl.tensor, N: tl.constexpr
 ) -> tl.tuple:
-    """The gradient of N neighbours along a row of y; 0 outside the image."""
+    """The gradient of N neighbours along a row of y; 0 outside the image.
+
+    `raw` are N values of grad, then N of y.
+    """
     alpha, beta, kappa = affine
     ok = _if_valid(inside, valid, N)
-    grads = _load_row(grad, ok, C, N)
-    values = _load_row(y, ok, C, N)
     row: tl.tuple = ()
     for j in tl.static_range(N):
-        d = values[j].to(tl.float32) * kappa + beta
-        d = grads[j].to(tl.float32) * alpha + d
+        d = raw[N + j].to(tl.float32) * kappa + beta
+        d = raw[j].to(tl.float32) * alpha + d
         row += (tl.where(ok[j], d, 0.0),)
     return row
 
@@ -463,7 +490,7 @@ def _tap_sum(
 
 @triton.jit
 def _input_row(
-    x_row: tl.tensor,
+    raw: tl.tuple,
     dx_row: tl.tensor,
     inside: tl.tuple,
     of_x: tl.tuple,
@@ -488,7 +515,6 @@ def _input_row(
     FIRST: tl.constexpr = K // 2 // STRIDE * STRIDE + K // 2  # of a strip's columns, from d[0]
     scale, shift = of_x
     total, dots = sums
-    raw = _load_row(x_row, inside, C, IN)
     a: tl.tuple = ()
     for s in tl.static_range(IN):
         da = _input_gradient(d, w, ROW, FIRST + s, K, STRIDE, WIDE)
@@ -502,7 +528,7 @@ def _input_row(
             dots += da * e
             a += (activate(z, ACT),)
         else:
-            a += (e,)
+            a += (tl.where(inside[s], e, 0.0),)
         tl.store(dx_row + s * C, da.to(dx_row.dtype.element_ty), mask=inside[s])
     grown: tl.tuple = ()
     for kh in tl.static_range(K):
@@ -522,6 +548,7 @@ def _backward(
     weight: tl.tensor,
     dx: tl.tensor,
     partial: tl.tensor,
+    of_sums: tl.tensor,
     B: tl.tensor,
     H: tl.tensor,
     W: tl.tensor,
@@ -557,7 +584,7 @@ def _backward(
     out_inside = _columns(strip * S - LAG, WO, live, WIDE)
     in_strip = strip * (IN * C) + c
     out_strip = (strip * S - LAG) * C + c
-    w = _weights(weight, c, C, K * K)
+    w = _weights(weight, c, K * K)
     if table is not None:
         of_x = (tl.load(table + c), tl.load(table + C + c))
     else:
@@ -578,17 +605,23 @@ def _backward(
         # Row i of y lies in d at (i + LAG) % ROWS. Rows outside are 0.
         d = _zeros(LAG * WIDE, BLOCK)
         for q in tl.static_range(AHEAD):
-            top = q * (WO * C)
-            d += _gradient_row(grad_image + top, y_image + top, of_y, out_inside, q < HO, C, WIDE)
+            early = _load_rows(grad_image, q, HO, WO * C, out_inside, C, WIDE, 1)
+            early += _load_rows(y_image, q, HO, WO * C, out_inside, C, WIDE, 1)
+            d += _gradient_row(early, of_y, out_inside, q < HO, WIDE)
         d += _zeros(WIDE, BLOCK)
+        of_d = _load_rows(grad_image, AHEAD, HO, WO * C, out_inside, C, WIDE, 1)
+        of_d += _load_rows(y_image, AHEAD, HO, WO * C, out_inside, C, WIDE, 1)
+        of_a = _load_rows(x_image, 0, H, W * C, inside, C, IN, STRIDE)
         for first in range(0, HO, UNROLL):
             for u in tl.static_range(UNROLL):
                 if first + u < HO:
                     new = first + u + AHEAD
-                    below = new * (WO * C)
-                    row = _gradient_row(
-                        grad_image + below, y_image + below, of_y, out_inside, new < HO, C, WIDE
-                    )
+                    row = _gradient_row(of_d, of_y, out_inside, new < HO, WIDE)
+                    loaded = of_a
+                    of_d = _load_rows(grad_image, new + 1, HO, WO * C, out_inside, C, WIDE, 1)
+                    of_d += _load_rows(y_image, new + 1, HO, WO * C, out_inside, C, WIDE, 1)
+                    below = (first + u + 1) * STRIDE
+                    of_a = _load_rows(x_image, below, H, W * C, inside, C, IN, STRIDE)
                     d = (
                         d[: (u + ROWS - 1) % ROWS * WIDE]
                         + row
@@ -598,7 +631,7 @@ def _backward(
                         at = (first + u) * STRIDE + p
                         ok = inside if p == 0 else _if_valid(inside, at < H, IN)
                         dw, sums = _input_row(
-                            x_image + at * (W * C), dx_image + at * (W * C), ok, of_x,
+                            loaded[p * IN : p * IN + IN], dx_image + at * (W * C), ok, of_x,
                             d[u * WIDE :] + d[: u * WIDE], w, dw, sums, LAG * STRIDE + PAD + p,
                             table is not None, C, K, STRIDE, ACT, S, WIDE,
                         )  # fmt: skip
@@ -608,5 +641,5 @@ def _backward(
     for t in tl.static_range(K * K):
         tl.store(partial + t * size + part, dw[t], mask=live)
     if table is not None:
-        tl.store(partial + K * K * size + part, sums[0], mask=live)
-        tl.store(partial + (K * K + 1) * size + part, sums[1], mask=live)
+        tl.store(of_sums + part, sums[0], mask=live)
+        tl.store(of_sums + size + part, sums[1], mask=live)

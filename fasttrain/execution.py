@@ -204,8 +204,10 @@ class Graphed:
             if factor not in self.lrs:
                 self.lrs[factor] = torch.zeros((), device=device)
             group["lr"] = self.lrs[factor]
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else None
-        self.compute = ComputeCopy(learner.module, self.dtype)
+        dtype = torch.bfloat16 if train.precision == "bf16" else None
+        # Of the images. The compiler casts them where they are first read, at no cost.
+        self.dtype = dtype if options is None else None
+        self.compute = ComputeCopy(learner.module, dtype)
         parameters = list(learner.module.parameters())
         self.gradients = torch.zeros_like(learner.flat.weights)
         views = flat.views_of(self.gradients, parameters)

@@ -225,7 +225,7 @@ def _forward(
         moments.append(_moments(sums, squares, ye[:, 0].numel(), (affine[0], affine[1]), eps[0]))
         table_e, act_e = moments[0].table, spec.act
     w, *affine = by.depthwise
-    yd, image_sums, squares = depthwise(ye, table_e, w, spec.stride, act_e, bool(by.fc))
+    yd, image_sums, squares = depthwise(ye, table_e, w, spec.stride, act_e, len(by.fc) > 0)
     count = yd[:, 0].numel()
     moments.append(_moments(image_sums, squares, count, (affine[0], affine[1]), eps[-2]))
     table_d = moments[-1].table
@@ -239,7 +239,11 @@ def _forward(
     moments.append(_moments(sums, squares, count, (affine[0], affine[1]), eps[-1]))
     table_p = moments[-1].table
     out = normalised(yp, table_p)
-    out = (out + z if spec.shortcut else out).to(z.dtype)
+    out = out + z if spec.shortcut else out
+    if out.dtype != z.dtype:
+        # Not where it changes nothing: torch 2.11's compiler would see two results that are one
+        # tensor, and would give a gradient of zeros.
+        out = out.to(z.dtype)
     tables = ([] if table_e is None else [table_e], table_d, table_p)
     raw = (z, ye, yd, yp) if spec.expands else (z, yd, yp)
     ctx.save_for_backward(*raw, *tables[0], table_d, table_p, image_sums, *gating, *weights)
@@ -273,9 +277,12 @@ def _pointwise_backward(
     """
     x, table, weight = given
     act = operators.NO_ACT if table is None else spec.act
-    if spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=True):
-        return operators.pointwise_backward(*of_y, x, table, weight, act, skip)
-    return operators.plain_pointwise_backward(*of_y, x, table, weight, act, skip)
+    if not (spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=True)):
+        return operators.plain_pointwise_backward(*of_y, x, table, weight, act, skip)
+    if operators.wants_output_gradient(table, weight):
+        dy = operators.raw_grad(*of_y)
+        return operators.pointwise_backward(dy, None, None, x, table, weight, act, skip)
+    return operators.pointwise_backward(*of_y, x, table, weight, act, skip)
 
 
 def _pooled(spec: Spec, yd: Tensor, image_sums: Tensor, table: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def _input(x: Tensor, table: Tensor | None, act: int) -> Tensor:
     return x if table is None else activate(normalised(x, table), act).to(x.dtype)
 
 
-def _raw_grad(grad: Tensor, y: Tensor, affine: Tensor) -> Tensor:
-    """The gradient of a convolution's raw result: alpha * grad + beta + kappa * y."""
+def raw_grad(grad: Tensor, y: Tensor, affine: Tensor) -> Tensor:
+    """The gradient of a convolution's raw result: alpha * grad + beta + kappa * y, like y."""
     alpha, beta, kappa = (column(row) for row in affine.unbind(1))
     acc = affine.dtype
     return (alpha * grad.to(acc) + beta + kappa * y.to(acc)).to(y.dtype)
@@ -152,7 +152,7 @@ def plain_depthwise_backward(
         The gradient of x, that of weight (acc, `(C, 1, K, K)`), the sums of the first one, acc
         `(1, C)`, and the sums of it times x_hat, acc `(1, C)`; both empty where `table` is None.
     """
-    dy, a = _raw_grad(grad, y, affine), _input(x, table, act)
+    dy, a = raw_grad(grad, y, affine), _input(x, table, act)
     da, dweight = conv_backward(dy, a, weight.to(x.dtype), stride, len(weight))
     dx, sums, dots = _input_grad(da, x, table, act)
     return _channels_last(dx), dweight.to(affine.dtype).contiguous(), sums, dots
@@ -177,8 +177,8 @@ def plain_pointwise(
 
 def plain_pointwise_backward(
     grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
+    y: Tensor | None,
+    affine: Tensor | None,
     x: Tensor,
     table: Tensor | None,
     weight: Tensor,
@@ -188,7 +188,8 @@ def plain_pointwise_backward(
     """The gradients of `plain_pointwise`. The gradient of y is alpha * grad + beta + kappa * y.
 
     Args:
-        grad: like `y`.
+        grad: like the result of `plain_pointwise`.
+        y: that result; None: `grad` is its gradient, and there is no `affine`.
         affine: acc `(N, 3, D)`, rows alpha, beta and kappa; N is 1 or B.
         skip: like `x`, is added to its gradient; only where `table` is None.
     Returns:
@@ -196,11 +197,12 @@ def plain_pointwise_backward(
         images that share a row of `table`, acc `(N, C)`, and the sums of it times x_hat, acc
         `(N, C)`; both empty where `table` is None.
     """
-    dy, a = _raw_grad(grad, y, affine), _input(x, table, act)
+    dy = grad if y is None or affine is None else raw_grad(grad, y, affine)
+    a = _input(x, table, act)
     da, dweight = conv_backward(dy, a, weight.to(x.dtype), 1, 1)
     dx, sums, dots = _input_grad(da, x, table, act)
     dx = dx if skip is None else dx + skip
-    return _channels_last(dx), dweight.to(affine.dtype).contiguous(), sums, dots
+    return _channels_last(dx), dweight.to(acc_dtype(x)).contiguous(), sums, dots
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,8 +273,8 @@ def _(
 @pointwise_backward.register_fake
 def _(
     grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
+    y: Tensor | None,
+    affine: Tensor | None,
     x: Tensor,
     table: Tensor | None,
     weight: Tensor,
@@ -301,6 +303,14 @@ def pointwise_pays(x: Tensor, table: Tensor | None, weight: Tensor, backward: bo
     return pointwise_gpu.fits(x, table, weight, backward)
 
 
+def wants_output_gradient(table: Tensor | None, weight: Tensor) -> bool:
+    """True if `pointwise_backward` should be given the gradient of its output, without y.
+
+    Many programs read it where there are many input channels. Each would make it anew.
+    """
+    return table is not None and weight.shape[1] > 32
+
+
 @pointwise.register_kernel("cuda")
 def _(x: Tensor, table: Tensor | None, weight: Tensor, act: int) -> tuple[Tensor, Tensor, Tensor]:
     from fasttrain import pointwise_gpu
@@ -311,8 +321,8 @@ def _(x: Tensor, table: Tensor | None, weight: Tensor, act: int) -> tuple[Tensor
 @pointwise_backward.register_kernel("cuda")
 def _(
     grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
+    y: Tensor | None,
+    affine: Tensor | None,
     x: Tensor,
     table: Tensor | None,
     weight: Tensor,

@@ -24,6 +24,9 @@ from torch import Tensor
 from fasttrain.triton_parts import (
     activate,
     check_tensors,
+    column_sums,
+    fold,
+    fold_dots,
     images_like,
     processors,
     through_activation,
@@ -39,6 +42,8 @@ class Tile(NamedTuple):
     inputs: int  # input channels: of a step forward, of a program backward
     outputs: int  # output channels of a program
     warps: int  # of a program
+    stages: int = 3  # tiles, forward steps of input channels, that are loaded at a time
+    registers: int | None = None  # of a thread, at most: with 128, a multiprocessor runs 16 warps
 
 
 def most_inputs(capability: int, activated: bool) -> int:
@@ -50,7 +55,7 @@ def most_inputs(capability: int, activated: bool) -> int:
     return 32 if activated and capability not in (9, 10) else 64
 
 
-def forward_tile(channels: int, filters: int, most: int) -> Tile:
+def forward_tile(channels: int, filters: int, most: int, activated: bool) -> Tile:
     """The tile of a layer. `most` is what `most_inputs` gives.
 
     Compiled for sm_90 by Triton 3.8, the layers of Large issue their instructions in 0.2 to 1.5 of
@@ -61,14 +66,26 @@ def forward_tile(channels: int, filters: int, most: int) -> Tile:
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
     warps = 4 if inputs * outputs <= 2048 else 8
-    return Tile(2 * ROWS if outputs == 16 else ROWS, inputs, outputs, warps)
+    wide = outputs == 16 or activated and outputs <= 128
+    return Tile(2 * ROWS if wide else ROWS, inputs, outputs, warps, 3 if activated else 5)
 
 
-def backward_tile(channels: int, filters: int, most: int) -> Tile:
-    """The tile of a layer; see `forward_tile`."""
-    inputs, outputs = _power(channels, most), _power(filters, filters)
-    small = inputs * outputs <= 1024
-    return Tile(2 * ROWS if small else ROWS, inputs, outputs, 4 if small else 8)
+def backward_tile(channels: int, filters: int, most: int, ready: bool) -> Tile:
+    """The tile of a layer; see `forward_tile`.
+
+    With 128 registers, two programs of 8 warps run on a multiprocessor: while one waits for memory,
+    the other one works.
+
+    Args:
+        ready: the gradient of the output is given, and not made from it.
+    """
+    outputs = _power(filters, filters)
+    if ready:
+        return Tile(ROWS, _power(channels, 32), outputs, 8, 3, 128)
+    inputs = _power(channels, most)
+    if outputs <= 64:
+        return Tile(ROWS, inputs, outputs, 4, 3, 128)
+    return Tile(ROWS, inputs, outputs, 8, 1, 128 if outputs <= 128 else None)
 
 
 def _power(channels: int, most: int) -> int:
@@ -94,9 +111,9 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
     filters, channels = weight.shape[:2]  # only what the compiler can trace: no Triton, no device
     if x.dtype == torch.float32 or channels % 8 or filters % 8:
         return False
-    if _per_image(table) and 2 * x.shape[2] * x.shape[3] < ROWS:
-        return False
-    return not backward or filters <= (256 if channels <= 128 else 128)
+    if table is None:
+        return channels <= 64 and (not backward or filters <= 256)
+    return x.shape[2] * x.shape[3] >= 2 * ROWS and (not backward or filters <= 256)
 
 
 def pointwise(
@@ -121,8 +138,8 @@ def pointwise(
     """
     _check([x], [table], weight)
     filters, channels = weight.shape[:2]
-    tile = forward_tile(channels, filters, _most(x, table))
-    cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table))
+    tile = forward_tile(channels, filters, _most(x, table), table is not None)
+    cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table), whole_runs=False)
     y = images_like(x, filters)
     partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
     with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
@@ -130,16 +147,16 @@ def pointwise(
             x, table, _matrix(weight, x.dtype), y, partial, cut.runs, cut.length,
             C=channels, D=filters, ACT=act, PER_IMAGE=_per_image(table),
             TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
-            FOLD=_folds(tile.outputs, tile),
+            FOLD=_folds(tile.outputs, tile), num_stages=tile.stages,
         )  # fmt: skip
-    folded = partial.sum(1, dtype=torch.float64).float()  # torch adds in a fixed order
-    return y, folded[:1].clone(), folded[1].clone()  # results must not share memory
+    sums, squares = fold(partial, 1)
+    return y, sums, squares[0]
 
 
 def pointwise_backward(
     grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
+    y: Tensor | None,
+    affine: Tensor | None,
     x: Tensor,
     table: Tensor | None,
     weight: Tensor,
@@ -152,7 +169,8 @@ def pointwise_backward(
     added and before it is rounded to its dtype. Their order is fixed as in `pointwise`.
 
     Args:
-        grad, y: like the output of `pointwise`.
+        grad: like the output of `pointwise`.
+        y: that output. None: `grad` is its gradient, and there is no `affine`.
         affine: float32 `(N, 3, D)`, rows alpha, beta, kappa. N is 1 or B.
         x, table, weight, act: as given to `pointwise`. D is at most 256.
         skip: like x, added to its gradient.
@@ -164,19 +182,19 @@ def pointwise_backward(
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    _check([x, grad, y, *([] if skip is None else [skip])], [affine, table], weight)
+    _check([x, grad, *(t for t in (y, skip) if t is not None)], [affine, table], weight)
     filters, channels = weight.shape[:2]
     if filters > 256:
         raise ValueError(f"{filters} filters: at most 256 fit into registers")
-    tile = backward_tile(channels, filters, _most(x, table))
     per_image = _per_image(table) or _per_image(affine)
-    cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image)
+    tile = backward_tile(channels, filters, _most(x, table), y is None)
+    cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image, whole_runs=per_image)
     dx = images_like(x, channels)
     dweight = x.new_empty(cut.groups, filters, channels, dtype=torch.float32)
     partial = None
     if table is not None:
-        shape = (cut.runs, cut.tiles // cut.runs) if per_image else (1, cut.groups)
-        partial = x.new_empty(2, *shape, channels, dtype=torch.float32)
+        rows = cut.runs if per_image else cut.groups
+        partial = x.new_empty(2, rows, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[cut.blocks, cut.groups](
             grad, y, affine, x, table, _matrix(weight, x.dtype), skip, dx, dweight, partial,
@@ -184,17 +202,14 @@ def pointwise_backward(
             C=channels, D=filters, ACT=act, PER_IMAGE=per_image,
             TABLES=_per_image(table), AFFINES=_per_image(affine),
             TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
-            FOLD=_folds(tile.inputs, tile), num_stages=1,
+            FOLD=_folds(tile.inputs, tile), num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-    folded = dweight.sum(0, dtype=torch.float64).float()[:, :, None, None]
+    (of_weight,) = fold(dweight.view(1, cut.groups, -1), 1)
+    of_weight = of_weight.view(filters, channels, 1, 1)
     if table is None or partial is None:
-        empty = folded.new_empty(0)
-        return dx, folded, empty, empty.clone()
-    total, with_x = partial.sum(2, dtype=torch.float64)
-    if len(table) < len(total):
-        total, with_x = total.sum(0, keepdim=True), with_x.sum(0, keepdim=True)
-    dots = table[:, 2] * with_x + table[:, 3] * total  # float64, as the two may cancel out
-    return dx, folded, total.float(), dots.float()
+        empty = of_weight.new_empty(0)
+        return dx, of_weight, empty, empty.clone()  # an operator's results must not share memory
+    return dx, of_weight, *fold_dots(partial.view(2, len(table), -1, channels), table)
 
 
 def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor) -> None:
@@ -239,24 +254,27 @@ class _Cut(NamedTuple):
 
     runs: int  # of positions that share a row of the table: all, or those of an image
     length: int  # positions of a run
-    tiles: int
     blocks: int  # programs along the channels; they run side by side and read the same rows
-    groups: int  # of tiles: a program takes every groups-th tile
+    groups: int  # of tiles or runs: a program takes every groups-th
 
 
-def _cut(x: Tensor, tile: Tile, blocks: int, per_image: bool) -> _Cut:
+def _cut(x: Tensor, tile: Tile, blocks: int, per_image: bool, whole_runs: bool) -> _Cut:
     """Cuts the work on images into programs.
 
     As many programs as run at the same time take about equally many tiles each. So there are few
     partial sums to fold.
+
+    Args:
+        blocks: programs along the channels.
+        whole_runs: a program takes whole runs, not single tiles.
     """
     positions = x.shape[2] * x.shape[3]
     runs, length = (len(x), positions) if per_image else (1, len(x) * positions)
-    tiles = runs * triton.cdiv(length, tile.rows)
+    units = runs if whole_runs else runs * triton.cdiv(length, tile.rows)
     resident = 16 // tile.warps  # programs of a multiprocessor: a thread has about 128 registers
     groups = max(1, resident * processors(x.device) // blocks)
-    rounds = triton.cdiv(tiles, groups)
-    return _Cut(runs, length, tiles, blocks, triton.cdiv(tiles, rounds))
+    rounds = triton.cdiv(units, groups)
+    return _Cut(runs, length, blocks, triton.cdiv(units, rounds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,23 +348,13 @@ def _step(
 
 
 @triton.jit
-def _plus(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    return a + b
-
-
-@triton.jit
-def _column_sums(values: tl.tensor) -> tl.tensor:
-    return tl.reduce(values, 0, _plus)  # `tl.sum` does not run in an interpreter set up later
-
-
-@triton.jit
 def _added(total: tl.tensor, values: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
-    return total + (_column_sums(values) if FOLD else values)
+    return total + (column_sums(values) if FOLD else values)
 
 
 @triton.jit
 def _folded(total: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
-    return total if FOLD else _column_sums(total)
+    return total if FOLD else column_sums(total)
 
 
 @triton.jit(do_not_specialize=["runs", "length"])
@@ -434,21 +442,22 @@ def _backward(
     d = tl.arange(0, D_BLOCK)
     row = tl.arange(0, TILE)
     w = _weights(weight, d, c, C, D)
-    if not AFFINES:
+    if y is not None and not AFFINES:
         alpha = _table_row(affine, d, D, D_BLOCK)
         beta = _table_row(affine + D, d, D, D_BLOCK)
         kappa = _table_row(affine + 2 * D, d, D, D_BLOCK)
     if table is not None and not TABLES:
         scale = _table_row(table, c, C, C_BLOCK)
         shift = _table_row(table + C, c, C, C_BLOCK)
-    dw = tl.full([D_BLOCK, C_BLOCK], 0.0, tl.float32)
-    total = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
-    dots = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
-    tiles = runs * ((length + TILE - 1) // TILE)
+    # Tensor cores want 64 rows of a product at least.
+    TURNED: tl.constexpr = D_BLOCK < 64 and C_BLOCK >= 64
+    dw = tl.full([C_BLOCK, D_BLOCK] if TURNED else [D_BLOCK, C_BLOCK], 0.0, tl.float32)
     wide = tl.program_id(1).to(tl.int64) * 0  # a batch may have more than 2^31 values
-    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        run, first, rows = _place(tile, length, row, PER_IMAGE)
-        at = run * length + first + wide
+    # A program takes whole images, or every num_programs-th tile of the only run.
+    steps = tl.num_programs(1)
+    for run in range(tl.program_id(1) if PER_IMAGE else 0, runs, steps if PER_IMAGE else 1):
+        total = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
+        dots = tl.full([C_BLOCK] if FOLD else [TILE, C_BLOCK], 0.0, tl.float32)
         if AFFINES:
             own = affine + run * (3 * D)
             alpha = _table_row(own, d, D, D_BLOCK)
@@ -458,37 +467,49 @@ def _backward(
             gated = table + run * (4 * C)
             scale = _table_row(gated, c, C, C_BLOCK)
             shift = _table_row(gated + C, c, C, C_BLOCK)
-        mask = _mask(rows, d, D, D_BLOCK)
-        of_y = at * D + (row[:, None] * D + d[None, :])
-        raw = tl.load(y + of_y, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(grad + of_y, mask=mask, other=0.0).to(tl.float32) * alpha
-        dy = tl.where(rows[:, None], dy + (raw * kappa + beta), 0.0).to(x.dtype.element_ty)
-        mask = _mask(rows, c, C, C_BLOCK)
-        of_x = at * C + (row[:, None] * C + c[None, :])
-        e = tl.load(x + of_x, mask=mask, other=0.0)
-        a = e
-        if table is not None:
-            z = e.to(tl.float32) * scale + shift
-            a = activate(z, ACT).to(e.dtype)
-        dw = tl.dot(dy.T, a, dw, input_precision="ieee")
-        da = tl.dot(dy, w, input_precision="ieee")  # 0 in rows outside, as dy is
-        if table is not None:
-            da = through_activation(da, z, ACT)
-            with_x = da * e.to(tl.float32)
-            if PER_IMAGE:
-                out = partial + tile * C + c
-                tl.store(out, _column_sums(da), mask=c < C)
-                tl.store(out + tiles * C, _column_sums(with_x), mask=c < C)
+        for tile in range(
+            0 if PER_IMAGE else tl.program_id(1),
+            (length + TILE - 1) // TILE,
+            1 if PER_IMAGE else steps,
+        ):
+            at = run * length + tile * TILE + wide
+            rows = row < length - tile * TILE
+            mask = _mask(rows, d, D, D_BLOCK)
+            of_y = at * D + (row[:, None] * D + d[None, :])
+            dy = tl.load(grad + of_y, mask=mask, other=0.0)
+            if y is not None:
+                raw = tl.load(y + of_y, mask=mask, other=0.0).to(tl.float32)
+                dy = dy.to(tl.float32) * alpha + (raw * kappa + beta)
+                dy = tl.where(rows[:, None], dy, 0.0).to(x.dtype.element_ty)
+            mask = _mask(rows, c, C, C_BLOCK)
+            of_x = at * C + (row[:, None] * C + c[None, :])
+            e = tl.load(x + of_x, mask=mask, other=0.0)
+            a = e
+            if table is not None:
+                z = e.to(tl.float32) * scale + shift
+                a = activate(z, ACT).to(e.dtype)
+            if TURNED:
+                dw = tl.dot(a.T, dy, dw, input_precision="ieee")
             else:
+                dw = tl.dot(dy.T, a, dw, input_precision="ieee")
+            da = tl.dot(dy, w, input_precision="ieee")  # 0 in rows outside, as dy is
+            if table is not None:
+                da = through_activation(da, z, ACT)
+                with_x = da * e.to(tl.float32)
                 total = _added(total, da, FOLD)
                 dots = _added(dots, with_x, FOLD)
-        if skip is not None:
-            da += tl.load(skip + of_x, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + of_x, da.to(dx.dtype.element_ty), mask=mask)
-    inside = (d < D)[:, None] & (c < C)[None, :]
+            if skip is not None:
+                da += tl.load(skip + of_x, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + of_x, da.to(dx.dtype.element_ty), mask=mask)
+        if table is not None:
+            out = partial + (run if PER_IMAGE else tl.program_id(1)) * C + c
+            tl.store(out, _folded(total, FOLD), mask=c < C)
+            out += (runs if PER_IMAGE else steps) * C
+            tl.store(out, _folded(dots, FOLD), mask=c < C)
     block = dweight + tl.program_id(1) * (D * C)
-    tl.store(block + (d[:, None] * C + c[None, :]), dw, mask=inside)
-    if table is not None and not PER_IMAGE:
-        out = partial + tl.program_id(1) * C + c
-        tl.store(out, _folded(total, FOLD), mask=c < C)
-        tl.store(out + tl.num_programs(1) * C, _folded(dots, FOLD), mask=c < C)
+    if TURNED:
+        inside = (c < C)[:, None] & (d < D)[None, :]
+        tl.store(block + (d[None, :] * C + c[:, None]), dw, mask=inside)
+    else:
+        inside = (d < D)[:, None] & (c < C)[None, :]
+        tl.store(block + (d[:, None] * C + c[None, :]), dw, mask=inside)

@@ -13,8 +13,8 @@ class Code(NamedTuple):
     """What a kernel was compiled to."""
 
     registers: int  # of a thread
-    spills: int  # accesses to local memory, where registers did not suffice
-    narrow: int  # accesses of less than 4 bytes to global memory
+    spills: int  # accesses to local memory in loops, where registers did not suffice
+    narrow: int  # accesses of less than 4 bytes to global memory in loops
     loop: int  # instructions of the longest innermost loop
     products: int  # instructions for tensor cores
 
@@ -26,6 +26,7 @@ def compiled(
     capability: int,
     warps: int,
     stages: int | None = None,
+    most_registers: int | None = None,
 ) -> Code:
     """Compiles a kernel.
 
@@ -35,6 +36,7 @@ def compiled(
         constants: values of all other arguments.
         capability: the GPU's compute capability, as 90.
         stages: tiles of a loop that are loaded at a time. None: as Triton decides.
+        most_registers: of a thread. None: as the compiler decides.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -56,7 +58,8 @@ def compiled(
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+    options = {"num_warps": warps, "maxnreg": most_registers}
+    options |= {} if stages is None else {"num_stages": stages}
     machine = triton.compile(source, target=target, options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine)
@@ -83,10 +86,15 @@ def read(text: str) -> Code:
         for first, last in loops
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
     ]
+    looped = [
+        operation
+        for number, operation in enumerate(operations)
+        if any(first <= number <= last for first, last in loops)
+    ]
     return Code(
         registers=int(registers[1]),
-        spills=sum(operation.startswith(("LDL", "STL")) for operation in operations),
-        narrow=sum(bool(re.match(r"(LDG|STG)\S*\.[US](8|16)", op)) for op in operations),
+        spills=sum(operation.startswith(("LDL", "STL")) for operation in looped),
+        narrow=sum(bool(re.match(r"(LDG|STG)\S*\.[US](8|16)", op)) for op in looped),
         loop=max(inner),
         products=sum("MMA" in operation for operation in operations),
     )
