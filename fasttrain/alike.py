@@ -16,13 +16,15 @@ from fasttrain.runtime import Process
 CLOCK_S = 60.0  # largest difference allowed between the clocks of two machines
 
 
-def code_digest(package: Path = Path(__file__).parent) -> str:
-    """Returns 12 hex digits that depend on the names and contents of all modules of a package.
+def code_digest(package: Path = Path(__file__).parent, modules: Sequence[str] = ()) -> str:
+    """Returns 12 hex digits that depend on the names and contents of modules of a package.
 
-    Modules in sub-folders count too.
+    Args:
+        modules: their names; by default all modules, and those in sub-folders too.
     """
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    paths = [package / f"{name}.py" for name in modules] or package.rglob("*.py")
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]

@@ -284,11 +284,10 @@ class Train(Section):
     uses torch.compile, `graph` one CUDA graph, `compile_graph` both. With `_fuse` the compiler
     recomputes cheap results instead of storing them. `auto` tries the modes before the run, takes
     the fastest one whose loss agrees with that of `eager`, and remembers it for later runs."""
-    kernels: Annotated[Literal["off", "auto", "force"], ON_RESUME] = "off"
+    kernels: Annotated[Literal["off", "auto", "force"], ON_RESUME] = "auto"
     """Train the blocks with fused kernels, which move fewer bytes; they give the same result up to
     rounding. They need a GPU and half precision. `auto` times updates with and without them before
-    the run, and takes all of them, the depthwise ones alone, or none. No GPU has measured them yet,
-    so they are off by default."""
+    the run, and takes all of them, the depthwise ones alone, or none."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
     """Precision of the gradients' all-reduce; bf16 halves the bytes that are sent."""
     max_skipped_steps: Annotated[int, Field(ge=0), ON_RESUME] = 0

@@ -8,7 +8,7 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttrain import config, determinism, execution, measured, runtime, schedule
+from fasttrain.alike import code_digest
 from fasttrain.batch import half_images
 from fasttrain.execution import DEPTHWISE, KERNELS, Batch, Updater, without_kernels
 from fasttrain.faults import Fault
@@ -26,6 +27,7 @@ from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 from fasttrain.trials import fastest
 
+KERNEL_SOURCES = ("depthwise_gpu", "pointwise_gpu", "triton_parts", "operators", "fused_block")
 LOSS_TOLERANCE = 0.01  # relative difference of a mode's mean loss from eager's
 COMPILE_S = 120  # duration of compiling on a CPU: 111 s measured for Small 0.75
 KERNELS_GAIN = 1.03  # speed at which the fused kernels are used: less may be noise
@@ -113,16 +115,20 @@ def choose_execution(
             "[train] kernels = force: the fused kernels need a GPU; use auto or off"
         )
     previous = without_kernels(previous_mode) if previous_mode else None
-    mode, why = _choose_mode(setup, previous, say)
+    known: dict[str, ModeTrial] = {}
+    mode, why = _choose_mode(setup, previous, known, say)
     had = previous_mode.removeprefix(without_kernels(previous_mode)) if previous_mode else None
-    kernels, reason = _choose_kernels(setup, mode, had, say)
+    kernels, reason = _choose_kernels(setup, mode, had, known, say)
     return mode + kernels, "\n".join(filter(None, [why, reason]))
 
 
 def _choose_mode(
-    setup: Setup, previous_mode: str | None, say: Callable[[str], object]
+    setup: Setup,
+    previous_mode: str | None,
+    known: dict[str, ModeTrial],
+    say: Callable[[str], object],
 ) -> tuple[str, str]:
-    """`choose_execution`, without the kernels."""
+    """`choose_execution`, without the kernels. Adds the trials that it makes to `known`."""
     train = setup.recipe.train
     if train.execution != "auto":
         return train.execution, f"execution: {train.execution}, as the recipe says"
@@ -139,26 +145,32 @@ def _choose_mode(
     remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
         return remembered["mode"], f"execution: {remembered['why']}, as measured in an earlier run"
-    return _choose_by_trials(setup, key, say)
+    return _choose_by_trials(setup, key, known, say)
 
 
 def _choose_kernels(
-    setup: Setup, mode: str, previous: str | None, say: Callable[[str], object]
+    setup: Setup,
+    mode: str,
+    previous: str | None,
+    known: Mapping[str, ModeTrial],
+    say: Callable[[str], object],
 ) -> tuple[str, str]:
     """Chooses the fused kernels for `mode`.
 
     Args:
         previous: those that the run used before it was stopped; None if it is new.
+        known: trials that were made already, by mode.
     Returns:
-        KERNELS, DEPTHWISE or "" for none; and a line with the reason, "" if the recipe has none.
+        KERNELS, DEPTHWISE or "" for none; and a line with the reason. On a CPU, and if the recipe
+        has none, the line is "".
     """
     train = setup.recipe.train
     if train.kernels == "force":
         return KERNELS, "fused kernels: on, as the recipe says"
-    if train.kernels == "off":
+    if train.kernels == "off" or setup.on_cpu:
         return "", ""
-    if setup.on_cpu or train.precision == "no":
-        return "", "fused kernels: off, as they need a GPU and half precision"
+    if train.precision == "no":
+        return "", "fused kernels: off, as they need half precision"
     if previous is not None:
         return previous, f"fused kernels: {_KERNELS_SAID[previous]}, as before the stop"
     if train.deterministic:
@@ -169,15 +181,17 @@ def _choose_kernels(
         why = remembered["why"]
         return remembered["kernels"], f"fused kernels: {why}, as measured in an earlier run"
     say("timing updates with and without fused kernels, which can take minutes")
-    return _compare_kernels(mode, setup, key)
+    return _compare_kernels(mode, setup, key, known)
 
 
 _KERNELS_SAID = {"": "off", DEPTHWISE: "depthwise only", KERNELS: "on"}
 
 
-def _compare_kernels(mode: str, setup: Setup, key: str) -> tuple[str, str]:
+def _compare_kernels(
+    mode: str, setup: Setup, key: str, known: Mapping[str, ModeTrial]
+) -> tuple[str, str]:
     """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
-    without = try_mode(mode, setup)
+    without = known.get(mode) or try_mode(mode, setup)
     trials = [
         _with_loss_check(try_mode(mode + kernels, setup), without.loss)
         for kernels in (DEPTHWISE, KERNELS)
@@ -210,8 +224,10 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
     return 1 / ratio
 
 
-def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> tuple[str, str]:
-    """The result of `choose_execution` by trials; stores it under `key` if no trial failed."""
+def _choose_by_trials(
+    setup: Setup, key: str, known: dict[str, ModeTrial], say: Callable[[str], object]
+) -> tuple[str, str]:
+    """The result of `_choose_mode` by trials; stores it under `key` if no trial failed."""
     notice = (
         "trying several ways to carry out updates, which can take minutes; later runs reuse the "
         "result; --set train.execution=MODE skips the trials"
@@ -226,6 +242,7 @@ def _choose_by_trials(setup: Setup, key: str, say: Callable[[str], object]) -> t
             return "eager", "execution: eager, as compiling would take longer than it could save"
         say(notice)
     trials = [eager, *_try_others(setup, eager.loss)]
+    known |= {trial.mode: trial for trial in trials}
     best = fastest(trials)
     assert best  # eager worked
     why = f"{best.mode} ({'; '.join(map(str, trials))})"
@@ -272,7 +289,9 @@ def _key(setup: Setup, kernels_in: str = "") -> str:
     """
     device = setup.accelerator.device
     recipe, plan = setup.recipe, setup.plan
-    choice = f"kernels in {kernels_in}" if kernels_in else "execution"
+    choice = "execution"
+    if kernels_in:  # other kernels, another speed
+        choice = f"kernels {code_digest(modules=KERNEL_SOURCES)} in {kernels_in}"
     return measured.key_of(
         choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
         recipe.model, recipe.train.precision, recipe.train.gradient_exchange,

@@ -66,7 +66,7 @@ def forward_tile(channels: int, filters: int, most: int, activated: bool) -> Til
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
     warps = 4 if inputs * outputs <= 2048 else 8
-    wide = outputs == 16 or activated and outputs <= 128
+    wide = outputs == 16 or (activated and outputs <= 128)
     return Tile(2 * ROWS if wide else ROWS, inputs, outputs, warps, 3 if activated else 5)
 
 

@@ -1,11 +1,10 @@
 """The kernels of 1 x 1 convolutions give the float64 results, and compile to fast code for GPUs."""
 
 import itertools
-import sys
 import zlib
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -261,13 +260,13 @@ def test_what_fits() -> None:
         filters: int,
         side: int,
         rows: int = 1,
-        table: Any = True,
+        table: bool = True,
         dtype: torch.dtype = torch.bfloat16,
     ) -> tuple[bool, bool]:
         x = torch.empty(2, channels, side, side, dtype=dtype)
         weight = torch.empty(filters, channels, 1, 1)
-        table = torch.empty(rows, 4, channels) if table else None
-        return module.fits(x, table, weight, False), module.fits(x, table, weight, True)
+        given = torch.empty(rows, 4, channels) if table else None
+        return module.fits(x, given, weight, False), module.fits(x, given, weight, True)
 
     assert fits(16, 16, 112) == (True, True)
     assert fits(672, 112, 14, rows=2) == (True, True)
