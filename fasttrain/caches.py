@@ -51,8 +51,8 @@ def keep_compiled() -> None:
     chosen = _chosen()
     if not chosen or fault_of(chosen):
         os.environ[COMPILED] = str(cache_dir() / "inductor")
-    if fault_of(_wanted()):  # Triton would write into the same home folder
-        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+    # One folder for all kernels: the compiler would choose another one in the middle of a run.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
 
 
 @cache

@@ -194,6 +194,11 @@ def _by_layer(spec: Spec, weights: list[Tensor]) -> _Weights:
     return _Weights(weights[:at], weights[at : at + 3], weights[at + 3 : -3], weights[-3:])
 
 
+def _autocast_device(x: Tensor) -> str:
+    """The device type of `x` for autocast, which does not know tensors without data."""
+    return "cuda" if x.is_meta else x.device.type
+
+
 class _Block(Function):
     """See the module. Returns the result, then mean and variance of each BatchNorm's input."""
 
@@ -202,12 +207,12 @@ class _Block(Function):
         ctx: Any, spec: Spec, eps: list[float], z: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         # The small matrices of squeeze-excite stay in the dtype of sums.
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(_autocast_device(z), enabled=False):
             return _forward(ctx, spec, eps, z, list(weights))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Grad, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(_autocast_device(grad), enabled=False):
             return _backward(ctx, grad)
 
 

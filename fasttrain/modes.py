@@ -17,17 +17,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain import config, determinism, execution, measured, runtime, schedule
+from fasttrain import config, determinism, execution, kernel_build, measured, runtime, schedule
 from fasttrain.alike import code_digest
 from fasttrain.batch import half_images
 from fasttrain.execution import DEPTHWISE, KERNELS, Batch, Updater, without_kernels
 from fasttrain.faults import Fault
 from fasttrain.learner import Learner
+from fasttrain.model import use_kernels
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 from fasttrain.trials import fastest
 
-KERNEL_SOURCES = ("depthwise_gpu", "pointwise_gpu", "triton_parts", "operators", "fused_block")
 LOSS_TOLERANCE = 0.01  # relative difference of a mode's mean loss from eager's
 COMPILE_S = 120  # duration of compiling on a CPU: 111 s measured for Small 0.75
 KERNELS_GAIN = 1.03  # speed at which the fused kernels are used: less may be noise
@@ -291,7 +291,7 @@ def _key(setup: Setup, kernels_in: str = "") -> str:
     recipe, plan = setup.recipe, setup.plan
     choice = "execution"
     if kernels_in:  # other kernels, another speed
-        choice = f"kernels {code_digest(modules=KERNEL_SOURCES)} in {kernels_in}"
+        choice = f"kernels {code_digest(modules=kernel_build.SOURCES)} in {kernels_in}"
     return measured.key_of(
         choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
         recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
@@ -361,6 +361,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
         plan, micro_batch_size=size, accumulation=1, global_batch_size=size * plan.world_size
     )
     tried = replace(setup, plan=plan)
+    _compile_kernels(mode, tried)
     images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
     # Each rank tries alone first. If it failed later, the others would wait in a collective.
     if plan.world_size > 1 and mode != "eager":
@@ -401,6 +402,23 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     rate = timed * plan.global_batch_size / max(taken for taken, _, _ in results)
     mean = sum(found for _, found, _ in results) / len(results)
     return ModeTrial(mode, rate, mean, faults[0] if faults else "", remark)
+
+
+def _compile_kernels(mode: str, setup: Setup) -> None:
+    """Compiles the fused kernels of a mode side by side, once on a machine. All ranks call it."""
+    if "+" not in mode or setup.on_cpu:
+        return
+    accelerator, train = setup.accelerator, setup.recipe.train
+    if accelerator.is_local_main_process:
+        network = copy.deepcopy(setup.module).train()
+        use_kernels(network, True, pointwise=mode.endswith(KERNELS))
+        images = torch.float16 if train.precision == "fp16" else torch.bfloat16
+        weights = images if "graph" in mode else torch.float32
+        px = schedule.largest_crop_px(setup.recipe.data.crop_px)
+        size = setup.plan.micro_batch_size, px
+        calls = kernel_build.calls_of(network, size, (images, weights))
+        kernel_build.build(calls, kernel_build.target_of(accelerator.device))
+    accelerator.wait_for_everyone()
 
 
 def _updates(updater: Updater, batch: Batch, lr: float) -> Callable[[int], float]:
@@ -504,6 +522,7 @@ def start(
     """
     recipe, plan = setup.recipe, setup.plan
     for attempt in _simpler(mode):
+        _compile_kernels(attempt, setup)
         learner = execution.prepare(attempt, setup.accelerator, setup.module, recipe, plan)
         restore(learner)
         updater = execution.build(attempt, setup.accelerator, learner, plan, recipe.train)

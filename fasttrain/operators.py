@@ -294,9 +294,9 @@ def _(
 def pointwise_pays(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> bool:
     """True if `pointwise`, or its backward, should be the operator and not the plain code.
 
-    On a GPU the rule of `pointwise_gpu.fits` decides. On a CPU both are the same.
+    The rule of `pointwise_gpu.fits` decides. On a CPU both are the same.
     """
-    if x.device.type != "cuda":
+    if x.device.type == "cpu":
         return True
     from fasttrain import pointwise_gpu
 

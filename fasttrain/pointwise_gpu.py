@@ -230,10 +230,14 @@ def _per_image(table: Tensor | None) -> bool:
     return table is not None and len(table) > 1
 
 
+def capability_of(x: Tensor) -> int:
+    """The major compute capability. Triton's interpreter makes the tiles of sm_90."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def _most(x: Tensor, table: Tensor | None) -> int:
-    """Input channels of a tile at most. Triton's interpreter makes the tiles of sm_90."""
-    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    return most_inputs(capability, table is not None)
+    """Input channels of a tile at most."""
+    return most_inputs(capability_of(x), table is not None)
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,9 +33,13 @@ def test_a_home_that_can_be_written_is_used(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert caches.cache_dir() == tmp_path / "fasttrain" and caches.remarks() == []
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     caches.keep_compiled()
     assert os.environ[caches.COMPILED] == str(tmp_path / "fasttrain" / "inductor")
-    assert "TRITON_CACHE_DIR" not in os.environ
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "fasttrain" / "triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    caches.keep_compiled()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "Read-only"), (errno.EDQUOT, "quota")])

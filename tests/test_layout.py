@@ -17,7 +17,7 @@ ROWS = (
     {"session"},
     {"loop", "decoding", "modes"},
     {"checkpoint", "execution"},
-    {"evaluator", "guard", "weights"},
+    {"evaluator", "guard", "kernel_build", "weights"},
     {"loaders"},
     {"alike", "compiling", "learner"},
     {"display", "graphs", "makers", "metrics", "mixing", "runtime"},
