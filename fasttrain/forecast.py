@@ -105,7 +105,7 @@ class Forecast:
 
         Args:
             epoch: from 0.
-            images_per_s: speed of the epoch.
+            images_per_s: speed of the epoch; 0 if no update of it was timed.
             data_wait: fraction of its time spent waiting for data.
         Returns:
             The fields of a `limit` record; those of `loader` are fractions of the loader's time.
@@ -118,13 +118,13 @@ class Forecast:
         # If the queue is mostly full, the loader is not the limit, even if updates waited.
         if data_wait >= STALLED and spent.full_s < total / 2:
             limit = "storage" if spent.storage_s > spent.decode_s else "decode"
-        if limit != self.limit:
+        if limit != self.limit and images_per_s:
             remedy = f"; {self.advice[limit]}" if limit in self.advice else ""
             self.say(
                 f"epoch {epoch + 1}: {limit} is the limit: {images_per_s:,.0f} images/s, "
                 f"{data_wait:.0%} of the time spent waiting for data{remedy}"
             )
-        self.limit = limit
+            self.limit = limit
         if loader_s >= LONG_S and images_per_s:
             self.remember("step", images_per_s / (1 - min(data_wait, 0.99)))
             if limit != "compute" or images_per_s > self.input.images_per_s:

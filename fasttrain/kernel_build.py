@@ -120,17 +120,33 @@ def _cost(call: Call) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-def build(calls: Iterable[Call], target: Target) -> None:
-    """Compiles what was not compiled before. A kernel that fails will fail at its first launch.
+def build(
+    network: nn.Module,
+    images: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    target: Target,
+) -> None:
+    """Compiles the kernels of a network into `TRITON_CACHE_DIR`, unless that was done before.
 
-    The kernels are written into `TRITON_CACHE_DIR`.
+    A kernel that fails to compile will fail again at its first launch, which says why.
+
+    Args:
+        network, images, dtypes: as `calls_of` takes them.
     """
-    todo = list(calls)
+    import triton
+
+    facts = [str(network), images, list(map(str, dtypes)), target]
+    text = json.dumps([triton.__version__, code_digest(modules=SOURCES), *facts])
     folder = Path(os.environ["TRITON_CACHE_DIR"])
-    done = folder / f"fasttrain-{_digest(todo, target)}"
-    if not todo or done.exists():
-        return
-    number = min(WORKERS, len(os.sched_getaffinity(0)), len(todo))
+    done = folder / f"fasttrain-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not done.exists() and compile_side_by_side(calls_of(network, images, dtypes), target):
+        folder.mkdir(parents=True, exist_ok=True)
+        done.touch()
+
+
+def compile_side_by_side(calls: list[Call], target: Target) -> bool:
+    """Compiles the kernels of calls in several processes. Returns False if one of them failed."""
+    number = min(WORKERS, len(os.sched_getaffinity(0)), len(calls))
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "fasttrain.kernel_build"],
@@ -141,21 +157,12 @@ def build(calls: Iterable[Call], target: Target) -> None:
         )
         for _ in range(number)
     ]
-    for worker, first in zip(workers, range(number), strict=True):
+    for first, worker in enumerate(workers):
         assert worker.stdin
-        json.dump([target, todo[first::number]], worker.stdin)
+        json.dump([target, calls[first::number]], worker.stdin)
         worker.stdin.close()
     codes = [worker.wait() for worker in workers]
-    if not any(codes):
-        folder.mkdir(parents=True, exist_ok=True)
-        done.touch()
-
-
-def _digest(calls: list[Call], target: Target) -> str:
-    import triton
-
-    text = json.dumps([triton.__version__, code_digest(modules=SOURCES), target, calls])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return not any(codes)
 
 
 def _python_path() -> str:

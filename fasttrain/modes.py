@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -416,8 +417,9 @@ def _compile_kernels(mode: str, setup: Setup) -> None:
         weights = images if "graph" in mode else torch.float32
         px = schedule.largest_crop_px(setup.recipe.data.crop_px)
         size = setup.plan.micro_batch_size, px
-        calls = kernel_build.calls_of(network, size, (images, weights))
-        kernel_build.build(calls, kernel_build.target_of(accelerator.device))
+        target = kernel_build.target_of(accelerator.device)
+        with suppress(Exception):  # the first launch compiles too, and says what is wrong
+            kernel_build.build(network, size, (images, weights), target)
     accelerator.wait_for_everyone()
 
 

@@ -17,6 +17,7 @@ class Code(NamedTuple):
     narrow: int  # accesses of less than 4 bytes to global memory in loops
     loop: int  # instructions of the longest innermost loop
     products: int  # instructions for tensor cores
+    shared: int  # bytes of shared memory of a program
 
 
 def compiled(
@@ -60,16 +61,16 @@ def compiled(
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": warps, "maxnreg": most_registers}
     options |= {} if stages is None else {"num_stages": stages}
-    machine = triton.compile(source, target=target, options=options).asm["cubin"]
+    result = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(machine)
+        file.write(result.asm["cubin"])
         file.flush()
         command = [str(tools / "cuobjdump"), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return read(text)
+    return read(text, result.metadata.shared)
 
 
-def read(text: str) -> Code:
+def read(text: str, shared: int) -> Code:
     """Reads the output of `cuobjdump -res-usage -sass`."""
     registers = re.search(r"REG:(\d+)", text)
     assert registers, text[:500]
@@ -97,4 +98,5 @@ def read(text: str) -> Code:
         narrow=sum(bool(re.match(r"(LDG|STG)\S*\.[US](8|16)", op)) for op in looped),
         loop=max(inner),
         products=sum("MMA" in operation for operation in operations),
+        shared=shared,
     )

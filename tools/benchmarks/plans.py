@@ -9,6 +9,10 @@
     project       the same, and our kernels for the 1x1 convolutions that end the blocks
     expand        the same, and our kernels for the 1x1 convolutions that begin the blocks
 
+project and expand count kernels of ours for all these layers. A run leaves some of them to cuBLAS
+(`pointwise_gpu.fits`), and makes the gradient of project's output in a pass of its own. So it moves
+more.
+
 A tensor that a kernel reads or writes counts once. What caches serve counts nothing: the borders
 that neighbours share, and a tensor that several columns of blocks read. Not counted, because at
 batch 1024 they are below one thousandth: what the fully connected layers of squeeze-excite move,
