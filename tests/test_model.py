@@ -10,7 +10,13 @@ import reference_model as reference
 import torch
 from torch import nn
 
-from fasttrain.model import build_model, count_macs, mobilenetv3_large, mobilenetv3_small
+from fasttrain.model import (
+    StemConv2d,
+    build_model,
+    count_macs,
+    mobilenetv3_large,
+    mobilenetv3_small,
+)
 
 Arch = Literal["large", "small"]
 NETWORKS = {
@@ -119,3 +125,16 @@ def test_scripted_traced_and_exported_with_the_same_logits(tmp_path: Path) -> No
     for size in (2, 5):
         images = torch.randn(size, 3, 32, 32)
         torch.testing.assert_close(exported(images), model(images))
+
+
+def test_padding_the_channels_of_images_changes_no_result() -> None:
+    """On a GPU, the first convolution works with eight channels."""
+    torch.manual_seed(0)
+    conv = StemConv2d(3, 16, 3, 2, 1, bias=False).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 33, 32).contiguous(memory_format=torch.channels_last)
+    results = [conv(images), conv.padded(images)]
+    assert results[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(results[1], results[0])
+    grads = [torch.autograd.grad(y.square().sum(), conv.weight)[0] for y in results]
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[1].shape == conv.weight.shape
