@@ -47,23 +47,28 @@ class Tile(NamedTuple):
     registers: int | None = None  # of a thread, at most: with 128, a multiprocessor runs 16 warps
 
 
-def most_inputs(capability: int, activated: bool) -> int:
+def _products_in_shared_memory(capability: int) -> bool:
+    """True if tensor cores read from shared memory. Those of other GPUs read registers."""
+    return capability in (9, 10)
+
+
+def _most_inputs(capability: int, activated: bool) -> int:
     """Input channels of a tile at most.
 
-    Tensor cores of compute capability 9 and 10 read from shared memory. Those of other GPUs read
-    registers. There, 64 activated input channels would need more registers than there are.
+    In registers, 64 activated input channels would need more of them than there are.
     """
-    return 32 if activated and capability not in (9, 10) else 64
+    return 64 if _products_in_shared_memory(capability) or not activated else 32
 
 
-def forward_tile(channels: int, filters: int, most: int, activated: bool) -> Tile:
+def forward_tile(channels: int, filters: int, capability: int, activated: bool) -> Tile:
     """The tile of a layer: the fastest of 4 to 6 for the layers of Large on an H200.
 
     Args:
-        most: what `most_inputs` gives.
+        capability: the GPU's major compute capability.
         activated: there is a table.
     """
-    inputs, outputs = _power(channels, most), _power(filters, 128)
+    inputs = _power(channels, _most_inputs(capability, activated))
+    outputs = _power(filters, 128)
     if 128 < filters <= 256 < channels:
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
@@ -72,7 +77,9 @@ def forward_tile(channels: int, filters: int, most: int, activated: bool) -> Til
     return Tile(2 * ROWS if wide else ROWS, inputs, outputs, warps, 3 if activated else 5)
 
 
-def backward_tile(channels: int, filters: int, most: int, ready: bool) -> Tile:
+def backward_tile(
+    channels: int, filters: int, capability: int, activated: bool, ready: bool
+) -> Tile:
     """The tile of a layer, found as that of `forward_tile`.
 
     With 128 registers, two programs of 8 warps run on a multiprocessor: while one waits for memory,
@@ -82,12 +89,17 @@ def backward_tile(channels: int, filters: int, most: int, ready: bool) -> Tile:
         ready: the gradient of the output is given, and not made from it.
     """
     outputs = _power(filters, filters)
+    few = 128 if _products_in_shared_memory(capability) else None
     if ready:
-        return Tile(ROWS, _power(channels, 32), outputs, 8, 3, 128)
-    inputs = _power(channels, most)
+        return Tile(ROWS, _power(channels, 32), outputs, 8, 3, few)
+    inputs = _power(channels, _most_inputs(capability, activated))
     if outputs <= 64:
-        return Tile(ROWS, inputs, outputs, 4, 3, 128)
-    return Tile(ROWS, inputs, outputs, 8, 1, 128 if outputs <= 128 else None)
+        return Tile(ROWS, inputs, outputs, 4, 3, few)
+    if outputs > 128:
+        return Tile(ROWS, inputs, outputs, 8, 1)
+    if few and inputs == 64:
+        return Tile(ROWS, inputs, outputs, 4, 2)
+    return Tile(ROWS, inputs, outputs, 8, 1, few)
 
 
 def _power(channels: int, most: int) -> int:
@@ -144,7 +156,7 @@ def pointwise(
     """
     _check([x], [table], weight)
     filters, channels = weight.shape[:2]
-    tile = forward_tile(channels, filters, _most(x, table), table is not None)
+    tile = forward_tile(channels, filters, capability_of(x), table is not None)
     cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table), whole_runs=False)
     y = images_like(x, filters)
     partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
@@ -193,7 +205,8 @@ def pointwise_backward(
     if filters > 256:
         raise ValueError(f"{filters} filters: at most 256 fit into registers")
     per_image = _per_image(table) or _per_image(affine)
-    tile = backward_tile(channels, filters, _most(x, table), y is None)
+    activated = table is not None
+    tile = backward_tile(channels, filters, capability_of(x), activated, y is None)
     cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image, whole_runs=per_image)
     dx = images_like(x, channels)
     dweight = x.new_empty(cut.groups, filters, channels, dtype=torch.float32)
@@ -239,11 +252,6 @@ def _per_image(table: Tensor | None) -> bool:
 def capability_of(x: Tensor) -> int:
     """The major compute capability. Triton's interpreter makes the tiles of sm_90."""
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-
-
-def _most(x: Tensor, table: Tensor | None) -> int:
-    """Input channels of a tile at most."""
-    return most_inputs(capability_of(x), table is not None)
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -304,12 +304,11 @@ def check_code(layer: Layer, forward: bool, capability: int) -> None:
     images = ("x", "y", "weight") if forward else ("x", "y", "grad", "dx", "weight")
     types = dict.fromkeys(images, "*bf16") | dict.fromkeys(("runs", "length"), "i32")
     types["partial"] = "*fp32"
-    most = module.most_inputs(capability // 10, act is not None)
     ready = act is not None and channels > 32  # as operators.wants_output_gradient
     if forward:
-        tile = module.forward_tile(channels, filters, most, act is not None)
+        tile = module.forward_tile(channels, filters, capability // 10, act is not None)
     else:
-        tile = module.backward_tile(channels, filters, most, ready)
+        tile = module.backward_tile(channels, filters, capability // 10, act is not None, ready)
     constants = {
         "C": channels, "D": filters, "ACT": act or 0, "PER_IMAGE": per_image, "TILE": tile.rows,
         "C_BLOCK": tile.inputs, "D_BLOCK": tile.outputs,
