@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of the fused blocks before training, in several processes.
 
-Triton compiles a kernel at its first launch, one kernel after the other: Large has some 70, which
+Triton compiles a kernel at its first launch, one kernel after the other: Large has some 50, which
 take minutes. Here processes compile them side by side into Triton's cache on disk. They need no
 GPU: the operators run on tensors without data, and a stand-in for Triton's driver says which GPU to
 compile for, and launches nothing.
@@ -28,9 +28,8 @@ from fasttrain.model import InvertedResidual
 
 SOURCES = ("depthwise_gpu", "pointwise_gpu", "triton_parts", "operators", "fused_block")  # modules
 WORKERS = 8  # processes at most; each needs 0.7 GB of memory
-Call = list[
-    Any
-]  # name of an operator, then its arguments; a tensor is {"shape": ..., "dtype": ...}
+# Name of an operator, then its arguments. A tensor is {"shape": [...], "dtype": "bfloat16"}.
+Call = list[Any]
 
 
 class Target(NamedTuple):

@@ -138,14 +138,22 @@ def small(on: bool) -> nn.Module:
     return network.train()
 
 
-def test_a_block_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "row", [Row(3, 2.0, 8, 1, 1, 1), Row(5, 1.0, 8, 0, 0, 1), Row(3, 2.0, 16, 0, 1, 2)], ids=str
+)
+def test_a_block_compiles_as_one_graph_with_the_same_gradients(
+    row: Row, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    block = InvertedResidual(8, Row(3, 2.0, 8, 1, 1, 1), 1.0).train()
-    use_kernels(block, True)
-    z = images(2, 8, 4, 4, dtype=torch.float32)
-    expected = gradients(copy.deepcopy(block), z, torch.ones_like(z))
+    block = InvertedResidual(8, row, 1.0).train()
+    use_kernels(block, True, pointwise=True)
+    z = images(2, 8, 4, 4, dtype=dtype)
+    grad = torch.randn_like(copy.deepcopy(block)(z))
+    expected = gradients(copy.deepcopy(block), z, grad)
+    torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
-    found = gradients(compiled, z, torch.ones_like(z))
+    found = gradients(compiled, z, grad)
     for name, value in expected.items():
         torch.testing.assert_close(found.get(name, found.get(f"_orig_mod.{name}")), value)
 
