@@ -362,7 +362,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
         plan, micro_batch_size=size, accumulation=1, global_batch_size=size * plan.world_size
     )
     tried = replace(setup, plan=plan)
-    _compile_kernels(mode, tried)
+    compile_kernels(mode, tried)
     images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
     # Each rank tries alone first. If it failed later, the others would wait in a collective.
     if plan.world_size > 1 and mode != "eager":
@@ -405,7 +405,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     return ModeTrial(mode, rate, mean, faults[0] if faults else "", remark)
 
 
-def _compile_kernels(mode: str, setup: Setup) -> None:
+def compile_kernels(mode: str, setup: Setup) -> None:
     """Compiles the fused kernels of a mode side by side, once on a machine. All ranks call it."""
     if "+" not in mode or setup.on_cpu:
         return
@@ -524,7 +524,7 @@ def start(
     """
     recipe, plan = setup.recipe, setup.plan
     for attempt in _simpler(mode):
-        _compile_kernels(attempt, setup)
+        compile_kernels(attempt, setup)
         learner = execution.prepare(attempt, setup.accelerator, setup.module, recipe, plan)
         restore(learner)
         updater = execution.build(attempt, setup.accelerator, learner, plan, recipe.train)

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 
 from benchmarks import own_process, plans
-from benchmarks.layers import Layer, network_of
+from benchmarks.layers import NUM_CLASSES, Layer, network_of
 from benchmarks.options import amount, choose_device, words
 from benchmarks.output import Line, for_people, machine, rounded, write
 from benchmarks.own_process import Job, Result
@@ -144,9 +144,32 @@ def measure(job: OperatorsJob) -> Result:
     from benchmarks import profiles
 
     torch.manual_seed(0)
+    if job.device == "cuda":
+        _compile_kernels(job)
     copied = profiles.copy_bandwidth(job.device)
     rows = [rounded(_row(case, job, copied)) for case in cases(job)]
     return {"copy_gb_per_s": copied / 1e9, "rows": rows}
+
+
+def _compile_kernels(job: OperatorsJob) -> None:
+    """Compiles our kernels side by side. One after the other they take minutes."""
+    import torch
+
+    from fasttrain import caches, kernel_build
+    from fasttrain.model import build_model, use_kernels
+
+    caches.keep_compiled()
+    network = build_model(job.arch, job.width, NUM_CLASSES, 0.2).train()
+    use_kernels(network, True, pointwise=True)
+    dtype = _dtype(job)
+    target = kernel_build.target_of(torch.device(job.device))
+    kernel_build.build(network, (job.batch, job.px), (dtype, dtype), target)
+
+
+def _dtype(job: OperatorsJob) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[job.precision]
 
 
 def cases(job: OperatorsJob) -> Iterator[Case]:
@@ -245,7 +268,7 @@ def _tensors(case: Case, job: OperatorsJob) -> dict[str, Any]:
     import torch
     from torch import Tensor
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[job.precision]
+    dtype = _dtype(job)
     layer = case.layer
     rows = job.batch if case.per_image else 1
 

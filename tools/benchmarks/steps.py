@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks import own_process
 from benchmarks.layers import NUM_CLASSES
 from benchmarks.own_process import Result
-from fasttrain import caches, config, determinism, execution, runtime
+from fasttrain import caches, config, determinism, execution, modes, runtime
 from fasttrain.batch import half_images
 from fasttrain.model import build_model
 from fasttrain.rng import Stream
@@ -189,6 +189,8 @@ def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, exe
     accelerator = runtime.accelerator_for(job.precision, cpu=not job.gpu)
     module = build_model(**recipe.model.network(), num_classes=job.classes)
     module.to(accelerator.device).to(memory_format=layout(job))
+    setup = modes.Setup(accelerator, module, recipe, plan, job.classes)
+    modes.compile_kernels(job.execution, setup)
     learner = execution.prepare(job.execution, accelerator, module, recipe, plan)
     updater = execution.build(job.execution, accelerator, learner, plan, recipe.train)
     return accelerator, learner, updater
