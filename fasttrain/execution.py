@@ -205,7 +205,7 @@ class Graphed:
                 self.lrs[factor] = torch.zeros((), device=device)
             group["lr"] = self.lrs[factor]
         dtype = torch.bfloat16 if train.precision == "bf16" else None
-        # Of the images. The compiler casts them where they are first read, at no cost.
+        # Of the images. The compiler casts them where they are first read.
         self.dtype = dtype if options is None else None
         self.compute = ComputeCopy(learner.module, dtype)
         parameters = list(learner.module.parameters())

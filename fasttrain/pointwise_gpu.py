@@ -37,13 +37,13 @@ ROWS = 64  # of a tile; twice as many where there are few channels
 
 
 class Tile(NamedTuple):
-    """How the work is cut: counted instructions and registers decide."""
+    """How the work is cut."""
 
     rows: int  # positions of a tile
     inputs: int  # input channels: of a step forward, of a program backward
     outputs: int  # output channels of a program
     warps: int  # of a program
-    stages: int = 3  # tiles, forward steps of input channels, that are loaded at a time
+    stages: int  # of the pipeline: tiles (forward: steps of input channels) loaded at a time
     registers: int | None = None  # of a thread, at most: with 128, a multiprocessor runs 16 warps
 
 
@@ -129,9 +129,9 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
     filters, channels = weight.shape[:2]  # only what the compiler can trace: no Triton, no device
     if x.dtype == torch.float32 or channels % 8 or filters % 8:
         return False
-    if table is None:
-        return channels <= 64 and (not backward or filters <= 256)
-    return x.shape[2] * x.shape[3] >= 2 * ROWS and (not backward or filters <= 256)
+    if backward and filters > 256:
+        return False
+    return channels <= 64 if table is None else x.shape[2] * x.shape[3] >= 2 * ROWS
 
 
 def pointwise(
@@ -158,7 +158,7 @@ def pointwise(
     filters, channels = weight.shape[:2]
     tile = forward_tile(channels, filters, capability_of(x), table is not None)
     cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table), whole_runs=False)
-    y = images_like(x, filters)
+    y = images_like(x, filters, *x.shape[2:])
     partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
     with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
         _forward[cut.blocks, cut.groups](
@@ -208,7 +208,7 @@ def pointwise_backward(
     activated = table is not None
     tile = backward_tile(channels, filters, capability_of(x), activated, y is None)
     cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image, whole_runs=per_image)
-    dx = images_like(x, channels)
+    dx = images_like(x, channels, *x.shape[2:])
     dweight = x.new_empty(cut.groups, filters, channels, dtype=torch.float32)
     partial = None
     if table is not None:
@@ -223,7 +223,7 @@ def pointwise_backward(
             TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
             FOLD=_folds(tile.inputs, tile), num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-    (of_weight,) = fold(dweight.view(1, cut.groups, -1), 1)
+    of_weight, _ = fold(dweight.view(1, cut.groups, -1), 1)
     of_weight = of_weight.view(filters, channels, 1, 1)
     if table is None or partial is None:
         empty = of_weight.new_empty(0)

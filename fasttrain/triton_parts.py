@@ -50,10 +50,9 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def images_like(x: Tensor, channels: int) -> Tensor:
-    """Channels-last images of the size of `x`, not yet written."""
-    batch, _, height, width = x.shape
-    return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+def images_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """As many images as `x` has, channels-last and not yet written."""
+    return x.new_empty(len(x), height, width, channels).permute(0, 3, 1, 2)
 
 
 def check_tensors(images: list[Tensor], tables: list[Tensor | None]) -> None:
@@ -76,30 +75,27 @@ def check_tensors(images: list[Tensor], tables: list[Tensor | None]) -> None:
 _CELLS = 4096  # partial sums that a program adds at a time
 
 
-def fold(partial: Tensor, *counts: int, transposed: bool = False) -> list[Tensor]:
+def fold(partial: Tensor, first: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """Adds up partial sums, in float64 and in a fixed order, by one kernel.
 
     Args:
         partial: float32 `(N, G, C)`, contiguous: N sums of G parts for each of C channels.
-        counts: how many of the N sums the first result has, the second one, ... At most two
-            results; the last one has the rest.
-        transposed: the first result is `(C, N)`.
+        first: how many of the N sums the first result has.
+        transposed: the first result is `(C, first)`.
     Returns:
-        For each count, and for the rest if there is one, float32 `(n, C)`.
+        The first sums, float32 `(first, C)`, and the others, `(N - first, C)`. They share no
+        memory, as an operator's results must not.
     """
     number, groups, channels = partial.shape
-    sizes = [*counts, *([number - sum(counts)] if number > sum(counts) else [])]
-    assert len(sizes) <= 2
-    found = [partial.new_empty(size, channels) for size in sizes]
-    if transposed:
-        found[0] = partial.new_empty(channels, sizes[0])
+    found = partial.new_empty((channels, first) if transposed else (first, channels))
+    others = partial.new_empty(number - first, channels)
     rows, block = _fold_tile(groups, channels)
     with torch.cuda.device_of(partial):
         _fold[triton.cdiv(channels, block), number](
-            partial, found[0], found[-1], groups, channels, sizes[0],
+            partial, found, others if len(others) else found, groups, channels, first,
             TRANSPOSED=transposed, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return found
+    return found, others
 
 
 def fold_dots(partial: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
