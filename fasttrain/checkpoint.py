@@ -47,7 +47,9 @@ class Saved(BaseModel):
     data: dict[str, str]  # digests of the index, by split
     world_size: int
     cpu_threads: int
-    execution: dict[str, config.Mode] = {}  # mode of execution, by the device's name
+    # By the device's name:
+    execution: dict[str, config.RunMode] = {}  # mode of execution
+    layers: dict[str, list[tuple[bool, bool, bool, bool]]] = {}  # fused_block.Own of each block
 
 
 def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     model_validator,
 )
@@ -36,6 +37,10 @@ Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
 # Modes of execution: see `Train.execution`.
 Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
+# What a checkpoint stores: the mode, and after it which fused kernels the run used.
+RunMode = Annotated[
+    str, StringConstraints(pattern=rf"^({'|'.join(get_args(Mode))})(\+depthwise|\+kernels)?$")
+]
 # Clusters need `~` and environment variables: root = "$SLURM_TMPDIR/imagenet".
 ExpandedPath = Annotated[
     Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))

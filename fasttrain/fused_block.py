@@ -34,6 +34,15 @@ from fasttrain.operators import NMEAN, RSTD, SCALE, SHIFT, acc_dtype, column, ha
 Grad = Tensor | None
 
 
+class Own(NamedTuple):
+    """Which passes through a block's 1 x 1 layers run a kernel of ours."""
+
+    expand: bool
+    expand_backward: bool
+    project: bool
+    project_backward: bool
+
+
 class Spec(NamedTuple):
     """What a block is, beside its weights."""
 
@@ -44,6 +53,7 @@ class Spec(NamedTuple):
     shortcut: bool
     depthwise_kernel: bool = True  # one operator, not code that the compiler may fuse
     pointwise_kernel: bool = False  # the same, for expand and project
+    own: Own | None = None  # in which passes; None: by the rule of `operators.pointwise_pays`
 
 
 class Layers(NamedTuple):
@@ -226,7 +236,7 @@ def _forward(
     ye, table_e, act_e = z, None, operators.NO_ACT
     if spec.expands:
         w, *affine = by.expand
-        ye, sums, squares = _pointwise(spec, z, None, w)
+        ye, sums, squares = pointwise(spec, z, None, w)
         moments.append(_moments(sums, squares, ye[:, 0].numel(), (affine[0], affine[1]), eps[0]))
         table_e, act_e = moments[0].table, spec.act
     w, *affine = by.depthwise
@@ -240,7 +250,7 @@ def _forward(
         gating = [pooled, *_gate(pooled, by.fc)]
         table_g = _gated(table_d, F.hardsigmoid(gating[-1]))
     w, *affine = by.project
-    yp, sums, squares = _pointwise(spec, yd, table_g, w)
+    yp, sums, squares = pointwise(spec, yd, table_g, w)
     moments.append(_moments(sums, squares, count, (affine[0], affine[1]), eps[-1]))
     table_p = moments[-1].table
     out = normalised(yp, table_p)
@@ -258,36 +268,46 @@ def _forward(
     return out, *statistics
 
 
-def _pointwise(
+def pointwise(
     spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project, or expand where `table` is None: see `operators.plain_pointwise`."""
     act = operators.NO_ACT if table is None else spec.act
-    if spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=False):
+    if _uses_kernel(spec, x, table, weight, backward=False):
         return operators.pointwise(x, table, weight, act)
     return operators.plain_pointwise(x, table, weight, act)
 
 
-def _pointwise_backward(
+def pointwise_backward(
     spec: Spec,
     of_y: tuple[Tensor, Tensor, Tensor],
     given: tuple[Tensor, Tensor | None, Tensor],
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `_pointwise`.
+    """The gradients of `pointwise`.
 
     Args:
         of_y: grad, y and affine of `operators.plain_pointwise_backward`.
-        given: what `_pointwise` was given.
+        given: what `pointwise` was given.
     """
     x, table, weight = given
     act = operators.NO_ACT if table is None else spec.act
-    if not (spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward=True)):
+    if not _uses_kernel(spec, x, table, weight, backward=True):
         return operators.plain_pointwise_backward(*of_y, x, table, weight, act, skip)
     if operators.wants_output_gradient(table, weight):
         dy = operators.raw_grad(*of_y)
         return operators.pointwise_backward(dy, None, None, x, table, weight, act, skip)
     return operators.pointwise_backward(*of_y, x, table, weight, act, skip)
+
+
+def _uses_kernel(
+    spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor, backward: bool
+) -> bool:
+    if spec.own is None or not spec.pointwise_kernel:
+        return spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward)
+    if table is None:
+        return spec.own.expand_backward if backward else spec.own.expand
+    return spec.own.project_backward if backward else spec.own.project
 
 
 def _pooled(spec: Spec, yd: Tensor, image_sums: Tensor, table: Tensor) -> Tensor:
@@ -325,7 +345,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
     gate = F.hardsigmoid(gating[-1]) if gating else None
     table_g = table_d if gate is None else _gated(table_d, gate)
     of_project = (yd, table_g, by.project[0])
-    q, dw, sums, dots = _pointwise_backward(spec, (grad, yp, affine), of_project, None)
+    q, dw, sums, dots = pointwise_backward(spec, (grad, yp, affine), of_project, None)
     grads = [dw, *grads]
     # Squeeze-excite, and the BatchNorm of the depthwise convolution.
     if gate is None:
@@ -349,7 +369,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
         affine = _norm_backward(table_e, sums, dots, ye[:, 0].numel())
         skip = grad if spec.shortcut else None
         of_expand = (z, None, by.expand[0])
-        dz, dw, _, _ = _pointwise_backward(spec, (dz, ye, affine), of_expand, skip)
+        dz, dw, _, _ = pointwise_backward(spec, (dz, ye, affine), of_expand, skip)
         grads = [dw, dots, sums, *grads]
     elif spec.shortcut:
         dz = dz + grad

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,14 +61,24 @@ def calls_of(
         dtypes: of images in blocks, and of the convolutions' weights.
     """
     seen: dict[str, Call] = {}
-    side = -(-images[1] // 2)  # after the stem
-    for block in network.modules():
-        if isinstance(block, InvertedResidual):
-            if block.kernels and block.training:
-                for call in _calls_of_block(block, images[0], side, dtypes):
-                    seen[json.dumps(call)] = call
-            side = -(-side // block.spec.stride)
+    for _, block, side in blocks_of(network, images[1]):
+        for call in _calls_of_block(block, images[0], side, dtypes):
+            seen[json.dumps(call)] = call
     return sorted(seen.values(), key=_cost, reverse=True)
+
+
+def blocks_of(network: nn.Module, px: int) -> Iterator[tuple[int, InvertedResidual, int]]:
+    """The number of each block that trains by kernels, the block, and the side of its input.
+
+    Args:
+        px: side of the images.
+    """
+    side = -(-px // 2)  # after the stem
+    blocks = [layer for layer in network.modules() if isinstance(layer, InvertedResidual)]
+    for number, block in enumerate(blocks):
+        if block.kernels and block.training:
+            yield number, block, side
+        side = -(-side // block.spec.stride)
 
 
 def _calls_of_block(
@@ -134,7 +144,8 @@ def build(
     """
     import triton
 
-    facts = [str(network), images, list(map(str, dtypes)), target]
+    specs = [(number, block.spec) for number, block, _ in blocks_of(network, images[1])]
+    facts = [str(network), specs, images, list(map(str, dtypes)), target]
     text = json.dumps([triton.__version__, code_digest(modules=SOURCES), *facts])
     folder = Path(os.environ["TRITON_CACHE_DIR"])
     done = folder / f"fasttrain-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +19,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttrain import config, determinism, execution, kernel_build, measured, runtime, schedule
+from fasttrain import (
+    config,
+    determinism,
+    execution,
+    kernel_build,
+    layer_trials,
+    measured,
+    runtime,
+    schedule,
+)
 from fasttrain.alike import code_digest
 from fasttrain.batch import half_images
+from fasttrain.compiling import compiler_options
 from fasttrain.execution import DEPTHWISE, KERNELS, Batch, Updater, without_kernels
 from fasttrain.faults import Fault
+from fasttrain.fused_block import Own
 from fasttrain.learner import Learner
 from fasttrain.model import use_kernels
 from fasttrain.rng import Stream
@@ -78,6 +90,13 @@ class Setup:
         return self.images(size, px), labels.to(self.accelerator.device)
 
 
+class Earlier(NamedTuple):
+    """How the run carried out updates before it was stopped, on this kind of device."""
+
+    mode: str
+    layers: Sequence[Sequence[bool]] | None = None  # `layer_trials.chosen_in`
+
+
 @dataclass(frozen=True, slots=True)
 class ModeTrial:
     """The result of trying a mode."""
@@ -98,14 +117,15 @@ class ModeTrial:
 
 
 def choose_execution(
-    setup: Setup, previous_mode: str | None, say: Callable[[str], object]
+    setup: Setup, earlier: Earlier | None, say: Callable[[str], object]
 ) -> tuple[str, str]:
     """Chooses the mode, and returns it with a line for each choice that gives the reason.
 
-    All ranks return the same. If no trial failed, later runs on such a machine reuse the result.
+    Also chooses which 1 x 1 layers of `setup.module` use kernels: see `layer_trials.apply`. All
+    ranks choose the same. If no trial failed, later runs on such a machine reuse the result.
 
     Args:
-        previous_mode: the mode of the run before it was stopped, on this kind of device; or None.
+        earlier: of a run that resumes.
         say: prints a line before something that takes long.
     Raises:
         ExecutionError: not even eager works; bfloat16 is far slower than float32 on this CPU; or
@@ -115,11 +135,10 @@ def choose_execution(
         raise ExecutionError(
             "[train] kernels = force: the fused kernels need a GPU; use auto or off"
         )
-    previous = without_kernels(previous_mode) if previous_mode else None
+    previous = without_kernels(earlier.mode) if earlier else None
     known: dict[str, ModeTrial] = {}
     mode, why = _choose_mode(setup, previous, known, say)
-    had = previous_mode.removeprefix(without_kernels(previous_mode)) if previous_mode else None
-    kernels, reason = _choose_kernels(setup, mode, had, known, say)
+    kernels, reason = _choose_kernels(setup, mode, earlier, known, say)
     return mode + kernels, "\n".join(filter(None, [why, reason]))
 
 
@@ -152,14 +171,14 @@ def _choose_mode(
 def _choose_kernels(
     setup: Setup,
     mode: str,
-    previous: str | None,
+    earlier: Earlier | None,
     known: Mapping[str, ModeTrial],
     say: Callable[[str], object],
 ) -> tuple[str, str]:
     """Chooses the fused kernels for `mode`.
 
     Args:
-        previous: those that the run used before it was stopped; None if it is new.
+        earlier: of a run that resumes.
         known: trials that were made already, by mode.
     Returns:
         KERNELS, DEPTHWISE or "" for none; and a line with the reason. On a CPU, and if the recipe
@@ -172,7 +191,9 @@ def _choose_kernels(
         return "", ""
     if train.precision == "no":
         return "", "fused kernels: off, as they need half precision"
-    if previous is not None:
+    if earlier:
+        previous = earlier.mode.removeprefix(without_kernels(earlier.mode))
+        layer_trials.apply(setup.module, earlier.layers)
         return previous, f"fused kernels: {_KERNELS_SAID[previous]}, as before the stop"
     if train.deterministic:
         return "", "fused kernels: off, as a deterministic run must not choose by speed"
@@ -180,6 +201,7 @@ def _choose_kernels(
     remembered = broadcast_object_list([measured.recall(key)])[0]
     if remembered:
         why = remembered["why"]
+        layer_trials.apply(setup.module, remembered["layers"])
         return remembered["kernels"], f"fused kernels: {why}, as measured in an earlier run"
     say("timing updates with and without fused kernels, which can take minutes")
     return _compare_kernels(mode, setup, key, known)
@@ -193,18 +215,40 @@ def _compare_kernels(
 ) -> tuple[str, str]:
     """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
     without = known.get(mode) or try_mode(mode, setup)
+    layers = _choose_layers(mode, setup)
+    layer_trials.apply(setup.module, layers)
+    passes = [wins for own in layers for wins in own]
     trials = [
         _with_loss_check(try_mode(mode + kernels, setup), without.loss)
-        for kernels in (DEPTHWISE, KERNELS)
+        for kernels in (DEPTHWISE, KERNELS if any(passes) else "")
+        if kernels
     ]
     best = fastest(trials)
     gains = best and best.images_per_s >= KERNELS_GAIN * without.images_per_s
     chosen = best.mode.removeprefix(mode) if best and gains else ""
-    why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))})"
+    used = f"; 1 x 1 kernels in {sum(passes)} of {len(passes)} passes"
+    why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))}{used})"
     failed = any(trial.fault for trial in (without, *trials))
     if setup.accelerator.is_main_process and not failed:
-        measured.remember(key, {"kernels": chosen, "why": why})
+        measured.remember(key, {"kernels": chosen, "why": why, "layers": layers})
     return chosen, f"fused kernels: {why}"
+
+
+def _choose_layers(mode: str, setup: Setup) -> list[Own]:
+    """Which 1 x 1 layers use kernels, by trials of rank 0. All ranks call it, and return the same.
+
+    A pass is timed at the largest image size of the recipe, as modes are.
+    """
+    network = copy.deepcopy(setup.module).train()
+    use_kernels(network, True, pointwise=True)
+    layer_trials.apply(network, layer_trials.with_kernels(network))
+    build_kernels(network, mode, setup)
+    found = None
+    if setup.accelerator.is_main_process:
+        images = setup.plan.micro_batch_size, schedule.largest_crop_px(setup.recipe.data.crop_px)
+        dtype = block_dtype(setup.recipe.train)
+        found = layer_trials.choose(network, images, dtype, compiler_options(mode))
+    return [Own(*own) for own in broadcast_object_list([found])[0]]
 
 
 def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
@@ -292,7 +336,8 @@ def _key(setup: Setup, kernels_in: str = "") -> str:
     recipe, plan = setup.recipe, setup.plan
     choice = "execution"
     if kernels_in:  # other kernels, another speed
-        choice = f"kernels {code_digest(modules=kernel_build.SOURCES)} in {kernels_in}"
+        digest = code_digest(modules=(*kernel_build.SOURCES, "layer_trials"))
+        choice = f"kernels {digest} in {kernels_in}"
     return measured.key_of(
         choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
         recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
@@ -409,11 +454,25 @@ def compile_kernels(mode: str, setup: Setup) -> None:
     """Compiles the fused kernels of a mode side by side, once on a machine. All ranks call it."""
     if "+" not in mode or setup.on_cpu:
         return
-    accelerator, train = setup.accelerator, setup.recipe.train
+    network = copy.deepcopy(setup.module).train()
+    use_kernels(network, True, pointwise=mode.endswith(KERNELS))
+    build_kernels(network, mode, setup)
+
+
+def block_dtype(train: config.Train) -> torch.dtype:
+    """The dtype of images in fused blocks."""
+    return torch.float16 if train.precision == "fp16" else torch.bfloat16
+
+
+def build_kernels(network: nn.Module, mode: str, setup: Setup) -> None:
+    """Compiles the kernels of a network side by side. All ranks call it.
+
+    Args:
+        network: after `use_kernels`, in training mode.
+    """
+    accelerator = setup.accelerator
     if accelerator.is_local_main_process:
-        network = copy.deepcopy(setup.module).train()
-        use_kernels(network, True, pointwise=mode.endswith(KERNELS))
-        images = torch.float16 if train.precision == "fp16" else torch.bfloat16
+        images = block_dtype(setup.recipe.train)
         weights = images if "graph" in mode else torch.float32
         px = schedule.largest_crop_px(setup.recipe.data.crop_px)
         size = setup.plan.micro_batch_size, px

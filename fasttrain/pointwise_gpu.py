@@ -115,8 +115,9 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
     - in float32, where its products do not use tensor cores;
     - for project (with a table) where images are small: below 128 positions;
     - for expand (without a table) with more than 64 input channels: then several programs would
-      read the wide output, or more registers be needed than there are;
-    - backward with more than 256 filters, whose gradients do not fit into registers.
+      read the wide output, or more registers be needed than there are.
+
+    Backward there is none with more than 256 filters, whose gradients do not fit into registers.
 
     An H200 gave these limits, with the layers of Large at batch 1024: the kernels were timed, and
     so were the products of cuBLAS. What the other passes of the plain operators take was counted
@@ -126,12 +127,15 @@ def fits(x: Tensor, table: Tensor | None, weight: Tensor, backward: bool) -> boo
         x, table, weight: as given to `pointwise`.
         backward: the question is about `pointwise_backward`.
     """
-    filters, channels = weight.shape[:2]  # only what the compiler can trace: no Triton, no device
-    if x.dtype == torch.float32 or channels % 8 or filters % 8:
-        return False
-    if backward and filters > 256:
-        return False
-    return channels <= 64 if table is None else x.shape[2] * x.shape[3] >= 2 * ROWS
+    if x.dtype == torch.float32 or not runs(weight, backward):
+        return False  # only what the compiler can trace: no Triton, no device
+    return weight.shape[1] <= 64 if table is None else x.shape[2] * x.shape[3] >= 2 * ROWS
+
+
+def runs(weight: Tensor, backward: bool) -> bool:
+    """True if there is a kernel for such weights, `(D, C, 1, 1)`."""
+    filters, channels = weight.shape[:2]
+    return not (channels % 8 or filters % 8 or (backward and filters > 256))
 
 
 def pointwise(

@@ -26,6 +26,7 @@ from fasttrain import (
     forecast,
     gpus,
     heartbeat,
+    layer_trials,
     loaders,
     makers,
     matching,
@@ -224,7 +225,7 @@ class Resume:
     """The checkpoint from which the run resumes, if there is one."""
 
     folder: Path | None
-    mode: str | None  # the mode of execution that the run used on this kind of device
+    earlier: modes.Earlier | None  # how it carried out updates
 
 
 def find_checkpoint(session: Session) -> Resume:
@@ -233,17 +234,19 @@ def find_checkpoint(session: Session) -> Resume:
     Raises:
         CheckpointError: the checkpoint is damaged, or it belongs to another run.
     """
-    folder, mode = None, None
+    folder, earlier = None, None
     if session.is_main:
         resume = session.recipe.checkpoint.resume
         folder = checkpoint.choose_checkpoint(
             session.checkpoints, resume, session.about(), session.view.say
         )
         if folder:
-            mode = checkpoint.read_state(folder).execution.get(session.device_name)
+            saved, name = checkpoint.read_state(folder), session.device_name
+            if name in saved.execution:
+                earlier = modes.Earlier(saved.execution[name], saved.layers.get(name))
         run_folder.begin(session.recipe, runtime.environment(session.process))
     # The broadcast also keeps the other ranks waiting until the run folder is ready.
-    return Resume(*broadcast_object_list([folder, mode]))
+    return Resume(*broadcast_object_list([folder, earlier]))
 
 
 def build_network(session: Session, start: Weights | None) -> MobileNetV3:
@@ -285,7 +288,7 @@ def start_updates(session: Session, module: MobileNetV3, resume: Resume) -> tupl
     """
     num_classes, say = len(session.data_set.train.classes), session.view.say
     setup = modes.Setup(session.accelerator, module, session.recipe, session.plan, num_classes)
-    mode, why = modes.choose_execution(setup, resume.mode, say)
+    mode, why = modes.choose_execution(setup, resume.earlier, say)
     say(why)
 
     def restore(learner: Learner) -> None:
@@ -419,13 +422,20 @@ def outputs_for(
     samples = folder / run_folder.samples_file(session.process.rank)
     return Outputs(
         checkpoints=session.checkpoints,
-        about=session.about() | {"execution": {session.device_name: mode}},
+        about=session.about() | how_of(session, mode, learner),
         display=session.view,
         metrics=JsonLines(folder / run_folder.METRICS) if session.is_main else None,
         samples=JsonLines(samples) if session.recipe.log.samples else None,
         forecast=speed_forecast,
         describe_samples=run_input.samples_of,
     )
+
+
+def how_of(session: Session, mode: str, learner: Learner) -> dict[str, Any]:
+    """What a checkpoint stores about how updates were carried out."""
+    layers = layer_trials.chosen_in(learner.module)
+    name = session.device_name
+    return {"execution": {name: mode}} | ({"layers": {name: layers}} if layers else {})
 
 
 def stop_check(session: Session, heartbeat: Heartbeat, state: TrainState) -> Callable[[], int]:

@@ -9,14 +9,15 @@ import signal
 import subprocess
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from crashes import count_calls, in_a_child
 from safetensors.torch import load_file
+from updates import recipe_for
 
-from fasttrain import checkpoint
+from fasttrain import checkpoint, config, execution
 from fasttrain.checkpoint import CheckpointError
 from fasttrain.config import Optim
 from fasttrain.flat import flatten
@@ -69,6 +70,16 @@ def test_restore_brings_everything_back(tmp_path: Path) -> None:
     assert load_file(folder / "model.safetensors").keys() == saved.module.state_dict().keys()
     torch.load(folder / "training.pt", weights_only=True)
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_how_updates_were_carried_out_is_read_back(tmp_path: Path) -> None:
+    layers = [[True, False, True, True]]
+    for number, mode in enumerate(get_args(config.Mode)):
+        ways = {str(end): mode + end for end in ("", execution.DEPTHWISE, execution.KERNELS)}
+        about = ABOUT | {"recipe": recipe_for().model_dump(mode="json")}
+        about |= {"execution": ways, "layers": {"": layers}}
+        saved = checkpoint.read_state(checkpoint.save(tmp_path, learner(0, number), about, keep=3))
+        assert saved.execution == ways and saved.layers == {"": [tuple(layers[0])]}
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:

@@ -78,7 +78,10 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
                 (lambda state: state["state"].update(step="x"), "state.step: Input should be a"),
                 (lambda state: state["recipe"]["train"].update(x=1), "recipe.train.x: Extra"),
                 (lambda state: state.update(data=3), "data: Input should be an object"),
-                (lambda state: state.update(execution={"": "fast"}), "execution.: Input should"),
+                (
+                    lambda state: state.update(execution={"": "fast"}),
+                    "execution.: String should match",
+                ),
             )
         ),
     ],

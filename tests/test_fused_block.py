@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from updates import assert_same, batches_for, carry_out, plan_for, recipe_for
 
-from fasttrain import fused_block, operators
+from fasttrain import fused_block, layer_trials, operators
+from fasttrain.fused_block import Own
 from fasttrain.model import (
     ARCHS,
     LARGE,
@@ -148,6 +149,7 @@ def test_a_block_compiles_as_one_graph_with_the_same_gradients(
     torch.manual_seed(0)
     block = InvertedResidual(8, row, 1.0).train()
     use_kernels(block, True, pointwise=True)
+    layer_trials.apply(block, [Own(True, False, False, True)])
     z = images(2, 8, 4, 4, dtype=dtype)
     grad = torch.randn_like(copy.deepcopy(block)(z))
     expected = gradients(copy.deepcopy(block), z, grad)

@@ -16,7 +16,7 @@ ROWS = (
     {"train"},
     {"session"},
     {"loop", "decoding", "modes"},
-    {"checkpoint", "execution"},
+    {"checkpoint", "execution", "layer_trials"},
     {"evaluator", "guard", "kernel_build", "weights"},
     {"loaders"},
     {"alike", "compiling", "learner"},

@@ -11,6 +11,7 @@ from torch import nn
 from updates import Block, network, plan_for, recipe_for
 
 from fasttrain import modes, runtime
+from fasttrain.fused_block import Own
 from fasttrain.modes import ModeTrial
 
 
@@ -23,8 +24,22 @@ class Device:
         self.device = torch.device(kind)
 
 
+LAYERS = [Own(False, True, True, False)]
+
+
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[str, str, list]]:
+def applied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that use kernels, each time that they are set. Trials would choose LAYERS."""
+    found: list[Any] = []
+    monkeypatch.setattr(modes, "_choose_layers", lambda mode, setup: LAYERS)
+    monkeypatch.setattr(modes.layer_trials, "apply", lambda module, layers: found.append(layers))
+    return found
+
+
+@pytest.fixture
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, applied: list[Any]
+) -> Callable[..., tuple[str, str, list]]:
     """Chooses a mode by made-up trials; also returns which were made."""
     monkeypatch.setattr(runtime, "device_name", str)
 
@@ -44,7 +59,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
         recipe = recipe_for(**{"precision": "bf16", "kernels": "off"} | train)
         accelerator: Any = Device(kind)
         setup = modes.Setup(accelerator, nn.Identity(), recipe, plan_for(recipe), 4)
-        mode, why = modes.choose_execution(setup, before, lambda text: None)
+        mode, why = modes.choose_execution(
+            setup, modes.Earlier(before, LAYERS) if before else None, lambda text: None
+        )
         return mode, why, tried
 
     return choose
@@ -133,6 +150,23 @@ def test_kernels_are_kept_if_they_gain_three_percent_and_agree(
     assert second.startswith(f"fused kernels: {said} (compile_graph_fuse 5,000 ")
     if loss == 1.5:
         assert chosen({}, kernels="auto", cache="one")[2] == [], "the choice was not remembered"
+
+
+def test_the_layers_with_kernels_are_chosen_remembered_and_kept(
+    chosen: Chosen, applied: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, why, _ = chosen(kernels_trials(5100, 5200), kernels="auto", cache="one")
+    assert why.endswith("; 1 x 1 kernels in 2 of 4 passes)") and applied == [LAYERS]
+    chosen({}, kernels="auto", cache="one")
+    assert applied[1:] == [[[False, True, True, False]]]  # from the cache
+    chosen({}, before="graph+kernels", kernels="auto")
+    assert applied[2:] == [LAYERS]
+    chosen({}, execution="graph", kernels="force")
+    assert len(applied) == 3
+    none = [Own(False, False, False, False)]
+    monkeypatch.setattr(modes, "_choose_layers", lambda mode, setup: none)
+    tried = chosen(kernels_trials(5300, 0), kernels="auto", cache="two")[2]
+    assert "compile_graph_fuse+kernels" not in tried
 
 
 def test_the_recipe_rules_over_kernels(chosen: Chosen) -> None:

@@ -235,32 +235,20 @@ def _launch(
     device: str, call: Callable[..., object], tensors: dict[str, Any]
 ) -> Callable[[], object]:
     """A function that launches the call with these tensors. On a GPU it replays a graph."""
-    import torch
+    from fasttrain import layer_trials
 
-    if device == "cpu":
-        return partial(call, **tensors)
-    for _ in range(2):  # compiles and chooses kernels
-        call(**tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(**tensors)
-    return graph.replay
+    run = partial(call, **tensors)
+    return run if device == "cpu" else layer_trials.launch(run)
 
 
 def _seconds(device: str, launch: Callable[[], object]) -> float:
-    import torch
+    if device == "cuda":
+        from fasttrain import layer_trials
 
-    if device == "cpu":
-        begun = time.perf_counter()
-        launch()
-        return time.perf_counter() - begun
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+        return layer_trials.duration(launch)
+    begun = time.perf_counter()
     launch()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    return time.perf_counter() - begun
 
 
 def _tensors(case: Case, job: OperatorsJob) -> dict[str, Any]:
