@@ -31,6 +31,7 @@ from fasttrain.weights import Weights
 FORMAT_VERSION = 1
 SUMS = "SHA256SUMS"
 MODEL, EMA = "model.safetensors", "ema.safetensors"
+BEST = "best"  # beside the checkpoints: a link to that of the best evaluation
 
 
 class CheckpointError(Fault, ValueError):
@@ -52,15 +53,18 @@ class Saved(BaseModel):
     layers: dict[str, list[tuple[bool, bool, bool, bool]]] = {}  # fused_block.Own of each block
 
 
-def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path, learner: Learner, about: dict[str, Any], keep: int, keep_best: bool = True
+) -> Path:
     """Writes `root/step_N` for the learner's step N, and removes old checkpoints.
 
     Only rank 0 calls this. Old checkpoints are removed after the new one is safe, and at least two
-    good ones always remain.
+    good ones always remain. `root/best` links to the checkpoint of the best evaluation.
 
     Args:
         about: is stored in `state.json` beside the counters.
         keep: the number of newest checkpoints to keep.
+        keep_best: keep that of the best evaluation too.
     Returns:
         The folder of the new checkpoint.
     Raises:
@@ -76,8 +80,17 @@ def save(root: Path, learner: Learner, about: dict[str, Any], keep: int) -> Path
         sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in sorted(written.items()))
         files.write_folder(folder, written | {SUMS: sums.encode()})
     with contextlib.suppress(OSError):  # the checkpoint is safe; the next save prunes again
-        _prune(root, keep, folder)
+        best = best_of(root, learner.state) if keep_best else None
+        _prune(root, keep, folder, best)
+        if best:
+            files.link(root / BEST, best.name)
     return folder
+
+
+def best_of(root: Path, state: TrainState) -> Path | None:
+    """The checkpoint of the best evaluation so far; None if it was not saved."""
+    folder = root / Path(state.best.get("checkpoint", "none")).name
+    return folder if folder.is_dir() else None
 
 
 def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
@@ -97,8 +110,8 @@ def contents(learner: Learner, about: dict[str, Any]) -> dict[str, bytes]:
     return found
 
 
-def _prune(root: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, as long as two good ones remain.
+def _prune(root: Path, keep: int, written: Path, best: Path | None) -> None:
+    """Removes all but the newest `keep` checkpoints and `best`, as long as two good ones remain.
 
     Reads checkpoints only until it knows two good ones. `written` counts as good without being
     read, so usually one checkpoint is read.
@@ -107,7 +120,7 @@ def _prune(root: Path, keep: int, written: Path) -> None:
     for number, folder in enumerate(found if len(found) > keep else ()):
         if good < 2:
             good += folder == written or not faults_of(folder)
-        elif number >= keep:
+        elif number >= keep and folder != best:
             files.remove_folder(folder)
 
 

@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from fasttrain import commands
 from fasttrain.faults import ConfigError, stop
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -335,6 +336,9 @@ class Checkpoint(Section):
     keep: Annotated[int, Field(ge=2), ON_RESUME] = 3
     """Number of newest checkpoints that are kept. More are kept if these include fewer than two
     good ones."""
+    keep_best: Annotated[bool, ON_RESUME] = True
+    """Save after each evaluation that is the best so far, and keep that checkpoint beside the
+    newest ones. `checkpoints/best` links to it."""
     max_failures: Annotated[Positive, ON_RESUME] = 3
     """The run stops when this many saves in a row have failed, for example on a full disk."""
     resume: Annotated[str, ON_RESUME] = "auto"
@@ -640,7 +644,7 @@ def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -
     )
     arguments = parser.parse_args(argv)
     try:
-        return load(arguments.recipe, arguments.set)
+        return load(commands.recipe(arguments.recipe), arguments.set)
     except ConfigError as error:
         stop(str(error))
 

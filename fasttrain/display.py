@@ -93,15 +93,28 @@ class TrainDisplay:
     manager. It prints nothing if `enabled` is false.
     """
 
-    def __init__(self, plan: Plan, enabled: bool, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        enabled: bool,
+        console: Console | None = None,
+        memory_gib: float | None = None,
+    ) -> None:
+        """
+        Args:
+            enabled: show anything at all.
+            memory_gib: the memory that the device has.
+        """
         self.plan = plan
         self.enabled = enabled
+        self.memory_gib = memory_gib
+        self.warned: set[str] = set()
         self.console = console or Console()
         self.num_done = 0  # updates
         self.evaluated: tuple[int, int] | None = None  # images seen and total, during an evaluation
         self.latest: dict[str, Any] = {}  # the last train record
         self.accuracy: dict[str, Any] = {}  # the last evaluation's record
-        self.best_top1 = 0.0
+        self.best: dict[str, Any] = {}  # the record of the best one
         self.begun = time.monotonic()
         self.ends_at: float | None = None  # seconds since 1970
         self.live: Live | None = None
@@ -146,19 +159,27 @@ class TrainDisplay:
                 parts.append(f"{duration(left_s)} left")
             self.say("  ".join(parts))
 
-    def eval_line(self, record: dict[str, Any]) -> None:
-        """Shows the record of an evaluation."""
-        self.accuracy, self.evaluated = record, None
-        self.best_top1 = max(self.best_top1, record["top1"])
+    def resumed(self, last: dict[str, Any], best: dict[str, Any]) -> None:
+        """Shows the last and the best evaluation of earlier starts."""
+        self.accuracy, self.best = last, best
+
+    def eval_line(self, record: dict[str, Any], best: dict[str, Any]) -> None:
+        """Shows the record of an evaluation, and the `best` record so far."""
+        self.accuracy, self.best, self.evaluated = record, best, None
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         ema = f"  EMA {record['ema_top1']:.2f} %" if "ema_top1" in record else ""
+        is_best = "  best so far" if best.get("step") == record["step"] else ""
         self.say(
             f"{self._epoch(record['step'] + 1)}  top-1 {record['top1']:.2f} %{ema}  "
-            f"top-5 {record['top5']:.2f} %  loss {loss}  in {record['eval_s']:.1f} s"
+            f"top-5 {record['top5']:.2f} %  loss {loss}  in {record['eval_s']:.1f} s{is_best}"
         )
 
     def say(self, text: str) -> None:
-        """Prints lines, above the live view if there is one."""
+        """Prints lines, above the live view if there is one. Prints a warning once."""
+        if text.startswith("WARNING"):
+            if text in self.warned:
+                return
+            self.warned.add(text)
         if self.enabled:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
@@ -188,13 +209,17 @@ class TrainDisplay:
         return "  ".join(parts)
 
     def _accuracy(self) -> str:
-        """Formats the last evaluation's accuracy."""
-        if not self.accuracy:
-            return "no evaluation yet"
-        more = [f"best {self.best_top1:.2f}"]
-        if "ema_top1" in self.accuracy:
-            more.append(f"EMA {self.accuracy['ema_top1']:.2f}")
-        return f"top-1 {self.accuracy['top1']:.2f} % ({', '.join(more)})"
+        """Formats the last and the best accuracy, and the memory in use."""
+        parts = ["no evaluation yet"]
+        if self.accuracy:
+            ema = self.accuracy.get("ema_top1")
+            more = "" if ema is None else f" (EMA {ema:.2f})"
+            parts = [f"top-1 {self.accuracy['top1']:.2f} %{more}"]
+        if self.best:
+            parts.append(f"best {self.best['top1']:.2f} % in epoch {self.best['epoch'] + 1}")
+        if self.memory_gib and "memory_gib" in self.latest:
+            parts.append(f"memory {self.latest['memory_gib']:.1f} of {self.memory_gib:.0f} GiB")
+        return "  ".join(parts)
 
     def _time(self) -> str:
         """Formats the time since the start, and when the run will end."""
@@ -205,22 +230,41 @@ class TrainDisplay:
         return f"{text}  {duration(left_s)} left, ends at {_time_of_day(self.ends_at)}"
 
     def _lines(self) -> Group:
-        total = self.plan.total_steps
-        what, share = self._position(self.num_done), self.num_done / total
+        bars = Table.grid(padding=(0, 2))
+        for what, done, total in self._bars():
+            share = done / max(total, 1)
+            bar = ProgressBar(completed=100 * share, width=28)
+            bars.add_row(what, bar, f"{done:,}/{total:,}", f"{share:.0%}")
+        return Group(bars, *map(Text, (self._latest(), self._accuracy(), self._time())))
+
+    def _bars(self) -> list[tuple[str, int, int]]:
+        """Name, done and total of the epoch or the evaluation, and of the run."""
+        plan, done = self.plan, self.num_done
+        run = "run", done, plan.total_steps
         if self.evaluated:
-            seen, images = self.evaluated
-            what, share = f"evaluating {seen:,}/{images:,} images", seen / max(images, 1)
-        first = Table.grid(padding=(0, 2))
-        first.add_row(what, ProgressBar(completed=100 * share, width=20), f"{share:.0%}")
-        return Group(first, *map(Text, (self._latest(), self._accuracy(), self._time())))
+            return [("evaluating", *self.evaluated), run]
+        first = plan.epoch_of(max(done, 1) - 1) * plan.steps_per_epoch
+        steps = min(plan.steps_per_epoch, plan.total_steps - first)
+        return [(self._epoch(done), done - first, steps), run]
 
 
-def result(done: dict[str, Any]) -> str:
-    """Formats a closing record: `top-1 98.89 % on 360 images, in 1:05, 1,234 images/s`."""
+def summary(done: dict[str, Any]) -> str:
+    """Formats a closing record in two or three lines: cost, last and best accuracy."""
     ema = f" (EMA {done['ema_top1']:.2f} %)" if "ema_top1" in done else ""
-    speed = f", {done['images_per_s']:,.0f} images/s" if done["images_per_s"] else ""
-    time_taken = duration(done["seconds"])
-    return f"top-1 {done['top1']:.2f} %{ema} on {done['seen']:,} images, in {time_taken}{speed}"
+    parts = [f"done in {duration(done['seconds'])}"]
+    if done["images_per_s"]:
+        parts.append(f"{done['images_per_s']:,.0f} images/s")
+    if "kwh" in done:
+        parts.append(f"{done['kwh']:.3g} kWh of the GPUs")
+    lines = [
+        ", ".join(parts),
+        f"last: top-1 {done['top1']:.2f} %{ema}, top-5 {done['top5']:.2f} % "
+        f"on {done['seen']:,} images",
+    ]
+    if best := done.get("best"):
+        average = ", of the moving average" if best["ema"] else ""
+        lines.append(f"best: top-1 {best['top1']:.2f} % in epoch {best['epoch'] + 1}{average}")
+    return "\n".join(lines)
 
 
 def _time_of_day(seconds: float) -> str:

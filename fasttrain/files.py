@@ -147,6 +147,20 @@ def move(paths: Iterable[Path], folder: Path) -> None:
         sync_folder(parent)
 
 
+def link(path: Path, target: str) -> None:
+    """Makes `path` a symbolic link to `target`. Replaces a link that is there.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    if path.is_symlink() and os.readlink(path) == target:
+        return
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
 def _write_new(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

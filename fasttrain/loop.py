@@ -26,7 +26,7 @@ from fasttrain.evaluator import Evaluator
 from fasttrain.execution import Updater
 from fasttrain.faults import Fault
 from fasttrain.forecast import Forecast
-from fasttrain.metrics import Clock, EvalSums
+from fasttrain.metrics import Clock, EvalSums, Meter, used_memory
 from fasttrain.mixing import Mix
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
@@ -107,6 +107,9 @@ class Trainer:
         self.lr = 0.0  # of the last update
         self.checked_step = self.state.step  # skipped updates before this step are reported
         self.saved_step, self.failed_saves = self.state.step, 0
+        self.new_best = False  # the last evaluation was the best so far, and is not saved
+        self.meter = Meter(self.accelerator.device)
+        self.earlier = self.state.seconds, self.state.joules  # of the starts before this one
 
     def fit(self) -> dict[str, Any] | None:
         """Trains to the end of the plan, or until a stop is requested. Saves in both cases.
@@ -119,7 +122,7 @@ class Trainer:
                 that exceeded the limit.
             Unsaved: saving failed too often, or the last save failed.
         """
-        begun = time.perf_counter()
+        self.outputs.display.resumed(self.state.last_eval, self.state.best)
         if self.accelerator.is_main_process:
             self.updater.guard.loss_sum += self.state.loss_sum
         # The run may have been stopped between an update and its evaluation.
@@ -132,9 +135,9 @@ class Trainer:
             if self.outputs.forecast and self._every(self.plan.steps_per_epoch):
                 self._log_limit(self.outputs.forecast)
             stopped = self.stop_requested() or not self._evaluate_if_due()
-            if stopped or self._every(self.recipe.checkpoint.every_steps):
+            if stopped or self.new_best or self._every(self.recipe.checkpoint.every_steps):
                 self._save(is_last=bool(stopped) or self._at_end)
-        return self._close(time.perf_counter() - begun) if not stopped and self._at_end else None
+        return self._close() if not stopped and self._at_end else None
 
     @property
     def _at_end(self) -> bool:
@@ -250,9 +253,14 @@ class Trainer:
         if self.learner.ema:
             record |= {f"ema_{key}": results[1][key] for key in ("top1", "top5", "loss")}
         record["eval_s"] = round(time.perf_counter() - start, 2)
+        record["time"] = round(time.time(), 2)
         self.state.last_eval = record
         self.outputs.write(record)
-        self.outputs.display.eval_line(record)
+        if best := self.state.better(record):
+            self.state.best = best
+            self.new_best = self.recipe.checkpoint.keep_best
+            self.outputs.write(best if self.new_best else _without_checkpoint(best))
+        self.outputs.display.eval_line(record, self.state.best)
         if any(result["loss"] is None for result in results):
             self.outputs.display.say(
                 f"WARNING: the evaluation after update {step} has a loss that is not finite, so "
@@ -280,8 +288,11 @@ class Trainer:
             "epoch": plan.epoch_of(step),
             "loss": loss,
             "lr": self.lr,
+            "crop_px": schedule.crop_px_at(plan.epoch_of(step), self.recipe.data.crop_px),
             "images_per_s": round(images_per_s, 1),
             "data_wait": round(data_wait, 4),
+            "memory_gib": round(used_memory(self.accelerator.device).used_gib, 2),
+            "time": round(time.time(), 2),
         }
         self.outputs.write(record)
         self.outputs.display.train_line(record, self.clock.mean(), self._seconds_left())
@@ -315,9 +326,10 @@ class Trainer:
         with self.clock.paused():
             self._report_skipped()
             self.state.loss_sum = self._total(self.updater.guard.loss_sum)
+            self._count_cost()
             fault = self._try_to_save()
         if not fault:
-            self.saved_step, self.failed_saves = self.state.step, 0
+            self.saved_step, self.failed_saves, self.new_best = self.state.step, 0, False
             return
         self.outputs.display.say(f"NOT SAVED at update {self.state.step}: {fault}")
         self.failed_saves += 1
@@ -340,23 +352,39 @@ class Trainer:
                 if file:
                     file.flush()
             if self.accelerator.is_main_process:
-                keep = self.recipe.checkpoint.keep
-                checkpoint.save(outputs.checkpoints, self.learner, outputs.about, keep)
+                keep = self.recipe.checkpoint
+                checkpoint.save(
+                    outputs.checkpoints, self.learner, outputs.about, keep.keep, keep.keep_best
+                )
         except OSError as error:
             fault = str(error)
         return next(filter(None, gather_object([fault])), "")
 
-    def _close(self, seconds: float) -> dict[str, Any]:
+    def _count_cost(self) -> None:
+        """Adds up time and energy of all starts. Every rank must call this."""
+        seconds, joules = self.earlier
+        self.state.seconds = seconds + self.meter.seconds()
+        self.state.joules = joules + sum(gather_object([self.meter.joules()]))
+
+    def _close(self) -> dict[str, Any]:
         """Writes the closing record and returns it."""
+        self._count_cost()
+        state = self.state
         done = {
             **self.state.last_eval,
             "event": "done",
             "schedule_steps": self.plan.schedule_steps,
             "images_per_s": round(self.clock.lap("run")[0], 1),
-            "seconds": round(seconds, 2),
+            "seconds": round(state.seconds, 2),
+            "best": {
+                key: state.best[key] for key in ("step", "epoch", "top1", "ema") if state.best
+            },
+            "time": round(time.time(), 2),
         }
-        if self.state.skipped_steps:
-            done["skipped_steps"] = self.state.skipped_steps
+        if state.joules:
+            done["kwh"] = round(state.joules / 3.6e6, 4)
+        if state.skipped_steps:
+            done["skipped_steps"] = state.skipped_steps
         self.outputs.write(done)
         return done
 
@@ -412,6 +440,10 @@ def evaluate(
     if results[0]["seen"] != num_samples:
         raise RuntimeError(f"evaluated {results[0]['seen']:,} of {num_samples:,} images")
     return results
+
+
+def _without_checkpoint(best: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in best.items() if key != "checkpoint"}
 
 
 def _sample_record(draws: Sequence[Draw | None], step: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Sums of an evaluation on the device, and the clock that measures the throughput."""
 
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +47,63 @@ class EvalSums:
             "loss": round(loss / seen, 6) if math.isfinite(loss) else None,
             "seen": int(seen),
         }
+
+
+class Memory(NamedTuple):
+    """Memory of a GPU and what all processes use of it; or of the machine and this process."""
+
+    used_gib: float
+    total_gib: float
+
+
+def used_memory(device: torch.device) -> Memory:
+    """The memory of a device. Does not wait for the device."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory((total - free) / 2**30, total / 2**30)
+    pages = Path("/proc/self/statm").read_text().split()
+    size = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * size
+    return Memory(int(pages[1]) * size / 2**30, total / 2**30)
+
+
+class Meter:
+    """Measures time and energy from its creation on.
+
+    A GPU since Volta counts its energy itself. NVML, which the driver brings, reads the counter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.begun = time.perf_counter()
+        self.read = energy_counter(device)
+        self.first = self.read() if self.read else 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def joules(self) -> float:
+        """Energy of this process's GPU; 0 if it is not known."""
+        return self.read() - self.first if self.read else 0.0
+
+
+def energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """A function that reads the energy counter of a GPU in joules; None if there is none."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+        def joules() -> float:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+
+        joules()
+    except Exception:  # the package is missing, or the GPU or the container does not tell it
+        return None
+    return joules
 
 
 class Clock:

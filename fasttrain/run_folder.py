@@ -2,10 +2,10 @@
 
     recipe.toml             the recipe in full
     environment.json        one entry per start: versions, hardware, commit, command
-    metrics.jsonl           one line per event: train, eval, skipped, limit, done
+    metrics.jsonl           one line per event: train, eval, best, skipped, limit, done
     samples-rank0.jsonl     with log.samples: the samples of that rank in each update
     skipped_step_....json   a skipped update whose loss was not finite, with its samples
-    checkpoints/            step_00012512/ and so on
+    checkpoints/            step_00012512/ and so on; best links to one of them
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop
@@ -315,7 +315,7 @@ def _is_kept(line: str, first_step: int, last_eval: int) -> bool:
     except json.JSONDecodeError:  # half a line of a process that was killed
         return False
     try:
-        if record["event"] == "eval" and record["step"] > last_eval:
+        if record["event"] in ("eval", "best") and record["step"] > last_eval:
             return False
         return bool(record["event"] != "done" and record["step"] < first_step)
     except (KeyError, TypeError):  # not a line of fasttrain

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from fasttrain import (
     alike,
     checkpoint,
+    commands,
     decoder,
     decoding,
     display,
@@ -31,6 +32,7 @@ from fasttrain import (
     makers,
     matching,
     measured,
+    metrics,
     modes,
     run_folder,
     runtime,
@@ -167,7 +169,8 @@ def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -
     if start:  # paths and file formats may differ between machines, the tensors may not
         facts["model.weights"] = start.digest()
     alike.check(gather_object([facts]))
-    view = display.TrainDisplay(plan, accelerator.is_main_process)
+    memory = metrics.used_memory(process.device)
+    view = display.TrainDisplay(plan, accelerator.is_main_process, memory_gib=memory.total_gib)
     file = run_folder.run_dir(recipe) / run_folder.STOP if accelerator.is_main_process else None
     stop = stopping.StopRequest(process.world_size, file, timeout, patience, view)
     return Session(recipe, plan, data_set, accelerator, process, view, stop)
@@ -464,15 +467,25 @@ def finish(session: Session, done: dict[str, Any] | None, step: int) -> None:
     if done and session.is_main:
         run_folder.write_done(folder, done)
     if done:
-        model = session.checkpoints / f"step_{step:08d}" / checkpoint.MODEL
-        say(
-            f"done: {display.result(done)}\nweights: {model}\n"
-            f"to evaluate them: python tools/evaluate.py {folder} --data "
-            f"{session.recipe.data.root}\n{json.dumps(done)}"
-        )
+        say("\n".join([display.summary(done), *_next_commands(session, step), json.dumps(done)]))
     elif session.is_main:
         saved = next(iter(checkpoint.find(session.checkpoints)), None)
         where = f"and saved as {saved}" if saved else "before the first update"
         say(f"stopped {where}; the same command resumes from there")
     if session.is_main:
         (folder / run_folder.STOP).unlink(missing_ok=True)
+
+
+def _next_commands(session: Session, step: int) -> list[str]:
+    """The lines that say where the weights of a complete run are, and what to do with them."""
+    folder = session.folder
+    tools = {
+        "evaluate": f"{folder} --data {session.recipe.data.root}",
+        "report": f"{folder} --out {folder / 'report.html'}",
+        "export": f"{folder} {folder / 'model.onnx'}",
+        "predict": f"{folder} IMAGE",
+    }
+    return [
+        f"weights: {session.checkpoints / f'step_{step:08d}' / checkpoint.MODEL}",
+        *(f"to {name}: {commands.command(name)} {words}" for name, words in tools.items()),
+    ]

@@ -26,7 +26,9 @@ ALL: dict[str, dict[str, Any]] = {
     "log": {"samples": True},
 }
 # Fields of log lines that differ between equal runs.
-MEASURED = ("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader")
+MEASURED = (
+    *("images_per_s", "data_wait", "eval_s", "seconds", "limit", "loader", "time", "memory_gib"),
+)
 
 
 def launch(world: int) -> list[str]:

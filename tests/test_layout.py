@@ -39,7 +39,7 @@ ROWS = (
     {"decoder"},
     {"shards", "schedule", "launch", "matching"},
     {"caches", "config", "files", "operators", "rng"},
-    {"arguments", "depthwise_gpu", "faults", "pointwise_gpu", "trials"},
+    {"arguments", "commands", "depthwise_gpu", "faults", "pointwise_gpu", "trials"},
     {"triton_parts"},
     {"__init__"},
 )
@@ -47,7 +47,16 @@ TORCH_FREE = {"train", "config", "rng", "schedule", "shards", "sampling", "run_f
 TORCH_FREE |= {"archives", "classes", "folders", "imagenet", "listing", "matching", "splits", "wds"}
 TORCH_FREE |= {"sharding", "sources", "parquet", "spool", "reading"}
 TORCH_FREE |= {"forecast", "decoding", "staging", "launch", "caches", "feed", "order"}
-TORCH_FREE |= {"arguments", "faults", "decoder", "files", "measured", "settled", "trials"}
+TORCH_FREE |= {
+    "arguments",
+    "commands",
+    "faults",
+    "decoder",
+    "files",
+    "measured",
+    "settled",
+    "trials",
+}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,7 @@ def run_fit(
     every_steps: int = 1000,
     log_every_steps: int = 1,
     max_failures: int = 1,
+    keep_best: bool = False,
 ) -> tuple[Learner, dict | None]:
     accelerator = Accelerator(cpu=True)
     recipe = Recipe(
@@ -58,7 +61,9 @@ def run_fit(
         train=Train(
             label_smoothing=label_smoothing, precision="no", max_skipped_steps=max_skipped_steps
         ),
-        checkpoint=Checkpoint(every_steps=every_steps, keep=2, max_failures=max_failures),
+        checkpoint=Checkpoint(
+            every_steps=every_steps, keep=2, max_failures=max_failures, keep_best=keep_best
+        ),
         log=Log(every_steps=log_every_steps),
     )
     learner = execution.prepare("eager", accelerator, model, recipe, plan)
@@ -169,6 +174,9 @@ def test_log_lines_describe_the_run(tmp_path: Path) -> None:
     assert [line["epoch"] for line in trained] == [0, 0, 0, 1, 1, 1]
     assert [line["lr"] for line in trained] == [lr_at(step, plan) for step in range(6)]
     assert all(0 <= line["data_wait"] <= 1 for line in trained)
+    assert all(line["crop_px"] == 224 and line["memory_gib"] > 0.1 for line in trained)
+    times = [line["time"] for line in trained]
+    assert times == sorted(times) and abs(times[-1] - time.time()) < 60
     evaluated = lines(tmp_path / "metrics.jsonl", "eval")
     assert [(line["step"], line["epoch"], line["seen"]) for line in evaluated] == [
         (2, 0, 8),
@@ -177,6 +185,35 @@ def test_log_lines_describe_the_run(tmp_path: Path) -> None:
     (closing,) = lines(tmp_path / "metrics.jsonl", "done")
     assert closing == done and closing["top1"] == evaluated[-1]["top1"]
     assert [p.name for p in checkpoint.find(tmp_path)] == ["step_00000006"]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_best_checkpoint_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: bool
+) -> None:
+    """The best of five evaluations is the second one; the newest two checkpoints stay beside it."""
+    accuracies = iter([50.0, 70.0, 60.0, 70.0, 65.0])
+
+    def evaluate(*_: object) -> list[dict[str, Any]]:
+        result = {"top1": next(accuracies), "top5": 90.0, "loss": 1.0, "seen": 8}
+        return [{**result, "top1": 1.0}, result] if ema else [result]
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    plan = make_plan(Train(epochs=5, global_batch_size=8), Optim(warmup_epochs=1), 32, 1)
+    learner, done = run_fit(
+        Plain(), random_batches(4, 8), plan, tmp_path, ema=ema, keep_best=True, every_steps=3
+    )
+    names = ["step_00000020", "step_00000018", "step_00000008"]
+    assert [path.name for path in checkpoint.find(tmp_path)] == names
+    assert (tmp_path / "best").resolve().name == names[-1]
+    assert [
+        (line["step"], line["top1"], line["ema"], line["checkpoint"])
+        for line in lines(tmp_path / "metrics.jsonl", "best")
+    ] == [(3, 50, ema, "checkpoints/step_00000004"), (7, 70, ema, "checkpoints/step_00000008")]
+    assert done and done["best"] == {"step": 7, "epoch": 1, "top1": 70.0, "ema": ema}
+    assert learner.state.best["step"] == 7 and learner.state.seconds == pytest.approx(
+        done["seconds"], abs=0.01
+    )
 
 
 def test_a_stop_request_saves_a_checkpoint(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Every meter equals a count by hand."""
 
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fasttrain.metrics import Clock, EvalSums
+from fasttrain.metrics import Clock, EvalSums, Meter, used_memory
 
 
 def test_sums_are_exact_over_uneven_batches() -> None:
@@ -31,6 +33,28 @@ def test_top5_works_with_fewer_than_five_classes() -> None:
     sums.add(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1, 0]))
     result = sums.result()
     assert (result["top1"], result["top5"]) == (50.0, 100.0)
+
+
+def test_memory_and_time_of_a_cpu_are_measured_and_its_energy_is_not() -> None:
+    memory = used_memory(torch.device("cpu"))
+    assert 0.05 < memory.used_gib < memory.total_gib
+    meter = Meter(torch.device("cpu"))
+    assert meter.joules() == 0 and 0 <= meter.seconds() < 1
+
+
+def test_the_energy_of_a_gpu_is_read_from_its_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter([1e6, 5e6, 7.5e6])  # millijoules; the first reading is a trial
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1234": "handle"}[uuid],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    about = SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert Meter(torch.device("cuda")).joules() == 2500.0
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # is not installed
+    assert Meter(torch.device("cuda")).joules() == 0
 
 
 def test_clock_leaves_out_the_first_step_and_pauses() -> None:
