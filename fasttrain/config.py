@@ -38,6 +38,7 @@ Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
 # Modes of execution: see `Train.execution`.
 Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 # What a checkpoint stores: the mode, and after it which fused kernels the run used.
 RunMode = Annotated[
     str, StringConstraints(pattern=rf"^({'|'.join(get_args(Mode))})(\+depthwise|\+kernels)?$")
@@ -355,6 +356,9 @@ class Log(Section):
     """The run folder; unset: `runs/` and the recipe's file name without its suffix."""
     every_steps: Annotated[Positive, ON_RESUME] = 50
     """Number of updates between train lines."""
+    trackers: Annotated[tuple[Tracker, ...], ON_RESUME] = ()
+    """Experiment trackers that get the records of `metrics.jsonl`, the recipe, and a picture of the
+    first images: `tensorboard`, `wandb`, `trackio`, `mlflow`. They work offline."""
     samples: Annotated[bool, ON_RESUME] = False
     """Write the samples, windows and flips of each update, one file per process."""
 

@@ -147,6 +147,17 @@ def move(paths: Iterable[Path], folder: Path) -> None:
         sync_folder(parent)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """As `write_text`, but without a sync: after a loss of power, the file may be empty.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def link(path: Path, target: str) -> None:
     """Makes `path` a symbolic link to `target`. Replaces a link that is there.
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, config, determinism, files, sampling, schedule
+from fasttrain import checkpoint, config, determinism, files, pictures, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
 from fasttrain.evaluator import Evaluator
@@ -32,6 +32,9 @@ from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
 from fasttrain.sampling import Draw
 from fasttrain.schedule import Plan
+from fasttrain.trackers import Trackers
+
+PICTURED = 16  # images of the picture that trackers get
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +49,28 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where a run reports to. Only rank 0 has `metrics`."""
+    """Where a run reports to. Only rank 0 has `metrics` and `trackers`."""
 
     checkpoints: Path
     about: dict[str, Any]  # stored in every checkpoint
     display: TrainDisplay
     metrics: JsonLines | None = None
+    trackers: Trackers | None = None
     samples: JsonLines | None = None
     forecast: Forecast | None = None
     describe_samples: Callable[[int], list[str]] | None = None  # step -> its samples on all ranks
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record to the metrics."""
+        """Appends a record to the metrics, and sends it to the trackers."""
         if self.metrics:
             self.metrics.write(record)
+        if self.trackers:
+            self.trackers.log(record)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self.trackers:
+            self.trackers.close()
 
 
 class NonFiniteLoss(Fault, RuntimeError):
@@ -159,6 +170,8 @@ class Trainer:
                 batch = next(batches)
             draws.append(batch.draw)
             images, labels = batch.images, batch.labels
+            if step == micro == 0 and self.outputs.trackers:
+                self._picture(self.outputs.trackers, batch)
             group = micro * plan.world_size + rank  # index of the micro-batch in the global batch
             if self.inputs.mix:
                 determinism.seed_torch(plan.seed, Stream.MIX, step, group)
@@ -171,6 +184,12 @@ class Trainer:
         self.state.loss_images += plan.global_batch_size
         self.clock.step(plan.global_batch_size)
         self.outputs.display.step(self.state.step)
+
+    def _picture(self, trackers: Trackers, batch: Batch) -> None:
+        """Sends a picture of the run's first images."""
+        classes = self.outputs.about["classes"]
+        names = [classes[label] for label in batch.labels[:PICTURED].tolist()]
+        trackers.image("images", pictures.grid(batch.images[:PICTURED], names))
 
     def _report_skipped(self) -> None:
         """Reports the updates that were skipped since the last call. Waits for the device.

@@ -6,6 +6,8 @@
     samples-rank0.jsonl     with log.samples: the samples of that rank in each update
     skipped_step_....json   a skipped update whose loss was not finite, with its samples
     checkpoints/            step_00012512/ and so on; best links to one of them
+    trackers.json           with log.trackers: the run that the trackers hold
+    tensorboard/, wandb/    with log.trackers: their files
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop

@@ -39,6 +39,7 @@ from fasttrain import (
     sampling,
     staging,
     stopping,
+    trackers,
     weights,
 )
 from fasttrain.batch import Batch, Placement, half_images
@@ -55,6 +56,7 @@ from fasttrain.order import TrainingOrder
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
 from fasttrain.shards import DataSet, Split
+from fasttrain.trackers import Trackers
 from fasttrain.weights import Weights
 
 MEASURED_S = 0.8  # how long the input is measured, if no earlier run has measured it
@@ -428,10 +430,20 @@ def outputs_for(
         about=session.about() | how_of(session, mode, learner),
         display=session.view,
         metrics=JsonLines(folder / run_folder.METRICS) if session.is_main else None,
+        trackers=_trackers_for(session, state.step) if session.is_main else None,
         samples=JsonLines(samples) if session.recipe.log.samples else None,
         forecast=speed_forecast,
         describe_samples=run_input.samples_of,
     )
+
+
+def _trackers_for(session: Session, first_step: int) -> Trackers | None:
+    recipe, names = session.recipe, session.recipe.log.trackers
+    if not names:
+        return None
+    goes_on = run_folder.resume_of(recipe).expects_same_run and first_step > 0
+    start = trackers.Start(recipe, session.folder, first_step, goes_on)
+    return Trackers(names, start, session.view.say)
 
 
 def how_of(session: Session, mode: str, learner: Learner) -> dict[str, Any]:

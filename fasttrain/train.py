@@ -11,7 +11,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fasttrain import caches, config, faults, launch, reading, run_folder, schedule, settled, shards
+from fasttrain import (
+    caches,
+    config,
+    faults,
+    launch,
+    reading,
+    run_folder,
+    schedule,
+    settled,
+    shards,
+    trackers,
+)
 from fasttrain.config import Recipe
 from fasttrain.faults import Fault
 from fasttrain.schedule import Plan
@@ -31,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = run_folder.run_dir(recipe)
             _say(f"{folder} is done, nothing to do", json.dumps(done))
             return
+        trackers.check(recipe.log.trackers)
         _say(*remarks, *changes, *caches.remarks())
         data_set = open_data(recipe.data)
         world_size = launch.number_in(os.environ, "WORLD_SIZE", 1)
@@ -96,7 +108,7 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
 
         # ---- training
         stop_requested = session.stop_check(run, heartbeat, updater.learner.state)
-        with run.view:
+        with run.view, contextlib.closing(outputs):
             done = loop.Trainer(updater, plan, inputs, outputs, recipe, stop_requested).fit()
         heartbeat.close()
         session.finish(run, done, updater.learner.state.step)

@@ -20,7 +20,7 @@ ROWS = (
     {"evaluator", "guard", "kernel_build", "weights"},
     {"loaders"},
     {"alike", "compiling", "learner"},
-    {"display", "graphs", "makers", "metrics", "mixing", "runtime"},
+    {"display", "graphs", "makers", "pictures", "metrics", "mixing", "runtime"},
     {"determinism", "gpus", "optim"},
     {"feed", "gather", "pipeline", "resize_gpu"},
     {"batch", "order"},
@@ -55,6 +55,7 @@ TORCH_FREE |= {
     "files",
     "measured",
     "settled",
+    "trackers",
     "trials",
 }
 
