@@ -37,7 +37,10 @@ def check(names: Sequence[Tracker]) -> None:
         ConfigError: one is missing.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        needed = [name]
+        if name == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+            needed.append("sqlalchemy")  # the small package mlflow-skinny has no store of its own
+        if any(importlib.util.find_spec(package) is None for package in needed):
             raise ConfigError(
                 f"[log] trackers = {json.dumps(list(names))}: the package {name} is not installed; "
                 f"pip install {name}, or leave it out"
@@ -224,10 +227,7 @@ def _mlflow(trackers: Trackers, start: Start) -> Any:
     from accelerate.tracking import MLflowTracker
 
     store = start.folder.parent.resolve()
-    # The small package mlflow-skinny has no SQLite.
-    has_sqlite = importlib.util.find_spec("sqlalchemy") is not None
-    uri = f"sqlite:///{store / 'mlflow.db'}" if has_sqlite else f"file://{store / 'mlruns'}"
-    os.environ.setdefault("MLFLOW_TRACKING_URI", uri)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
     return MLflowTracker(
         PROJECT, str(store / "mlflow"), run_id=trackers.mlflow_run, run_name=start.folder.name
     )

@@ -188,6 +188,7 @@ def test_mlflow_holds_the_records(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="mlflow-skinny has no store of its own")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     records = stopped_and_resumed(tiny, tmp_path / "run", "mlflow")
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
