@@ -449,7 +449,7 @@ def without_former_keys(tables: Mapping[str, Any], any_value: bool) -> dict[str,
 
 def _recipes_near(path: Path) -> str:
     """Names the recipes in the folder of a missing one; if there are none, the project's own."""
-    for folder in (path.parent, Path(__file__).parent.parent / "recipes", Path("recipes")):
+    for folder in (path.parent, commands.folder("recipes"), Path("recipes")):
         if found := sorted(other.name for other in folder.glob("*.toml") if other.is_file()):
             shown = [*found[:12], *(["..."] if len(found) > 12 else [])]
             close = difflib.get_close_matches(path.name, found, n=1, cutoff=0.8)

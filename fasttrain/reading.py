@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fasttrain import config
+from fasttrain import commands, config
 from fasttrain.faults import Fault
 from fasttrain.sampling import Draw, Piece
 from fasttrain.shards import PPM_HEADER, Split
@@ -56,7 +56,7 @@ class BadSamples(DataError):
 def remedy(split: Split) -> str:
     """The last line of an error about the files of a data set."""
     return (
-        f"\nlist all damaged files with: python tools/verify_shards.py {split.root}\n"
+        f"\nlist all damaged files with: {commands.command('verify_shards')} {split.root}\n"
         "then copy them again, or make the data set again"
     )
 

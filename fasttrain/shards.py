@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from fasttrain import files
+from fasttrain import commands, files
 from fasttrain.faults import Fault
 
 FORMAT_VERSION = 1
@@ -238,7 +238,7 @@ def _missing(root: Path) -> str:
     inside = [path for path in held if (path / MANIFEST).exists()]
     if inside:
         return f"no data set at {root}, but there is one at {inside[0]}; give that folder instead"
-    command = "    python tools/make_shards.py"
+    command = f"    {commands.command('make_shards')}"
     if held:
         names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in held[:3])
         more = ", ..." if len(held) > 3 else ""
@@ -250,7 +250,7 @@ def _missing(root: Path) -> str:
     if root == DIGITS:
         return (
             f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make the demo's "
-            "with\n    python tools/make_digits.py"
+            f"with\n    {commands.command('make_digits')}"
         )
     return (
         f"no data set at {root} (looked for {(root / MANIFEST).absolute()}); make one with\n"

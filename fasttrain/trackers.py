@@ -37,7 +37,7 @@ def check(names: Sequence[Tracker]) -> None:
         ConfigError: one is missing.
     """
     for name in names:
-        needed = [name]
+        needed: list[str] = [name]
         if name == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
             needed.append("sqlalchemy")  # the small package mlflow-skinny has no store of its own
         if any(importlib.util.find_spec(package) is None for package in needed):
