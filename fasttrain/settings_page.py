@@ -14,7 +14,8 @@ HEAD = """\
 # Settings
 
 This page is made from [fasttrain/config.py](../fasttrain/config.py); a test compares the two. A
-recipe sets what differs from the defaults. `--set section.key=value` changes a setting for one command.
+recipe sets what differs from the defaults. `--set section.key=value` changes one setting of a
+command.
 
 A setting marked * may change when a run resumes. If another one changed, the run is refused; see
 [When a run stops](README.md#when-a-run-stops).
