@@ -119,6 +119,7 @@ def write(folder: Path, about: dict[str, Any], found: Predictions, classes: Sequ
         OSError: the file system refused. Then there is no `evaluation.json`.
     """
     by_class, pairs = per_class(found, classes), confusions(found, classes)
+    files.clear(folder)
     (folder / SUMMARY).unlink(missing_ok=True)  # it belongs to the files of an earlier evaluation
     table = zip(
         range(len(found.label)),

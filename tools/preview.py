@@ -350,31 +350,32 @@ def draw_picture(job: Job, title: str) -> Found:
     lines = 1 + any(example.changes for example in examples) + bool(mix)
     layout = Layout(len(examples), factor * px, 3 if mix else 2, lines)
     width = max(layout.size[0], 900)
-    blocks = [head(job, title, device.type, factor, width), grid_of(examples, job, layout, width)]
-    blocks += stage_rows(job, placement, width)
-    picture = stacked(blocks)
-    top = MARGIN + blocks[0].height
+    first = [head(job, title, device.type, factor, width), grid_of(examples, job, layout, width)]
+    top = MARGIN + first[0].height
+    images = [
+        {
+            "sample": example.sample,
+            "class": example.name,
+            "window": example.window,
+            "mirrored": example.mirrored,
+            "labels": example.labels or example.name,
+            "tiles": [
+                [MARGIN + x, top + y]
+                for x, y in (layout.corner(number, tile) for tile in range(layout.tiles))
+            ],
+        }
+        for number, example in enumerate(examples)
+    ]
+    rows, stages = stage_rows(job, placement, width, MARGIN + sum(block.height for block in first))
     about = {
         "update": job.step,
         "epoch": job.plan.epoch_of(job.step),
         "px": px,
         "enlarged": factor,
-        "images": [
-            {
-                "sample": example.sample,
-                "class": example.name,
-                "window": example.window,
-                "mirrored": example.mirrored,
-                "labels": example.labels or example.name,
-                "tiles": [
-                    [MARGIN + x, top + y]
-                    for x, y in (layout.corner(number, tile) for tile in range(layout.tiles))
-                ],
-            }
-            for number, example in enumerate(examples)
-        ],
+        "images": images,
+        "stages": stages,
     }
-    return Found(picture, about)
+    return Found(stacked([*first, *rows]), about)
 
 
 def stacked(blocks: Sequence["Image.Image"]) -> "Image.Image":
@@ -492,32 +493,45 @@ def with_window(example: Example, split: shards.Split, side: int) -> "Image.Imag
     return canvas
 
 
-def stage_rows(job: Job, placement: "Placement", width: int) -> list["Image.Image"]:
-    """One row of images for each stage of the size schedule, at the true ratio of their sizes."""
+def stage_rows(
+    job: Job, placement: "Placement", width: int, top: int
+) -> tuple[list["Image.Image"], list[dict[str, Any]]]:
+    """One row of images for each stage of the size schedule, at the true ratio of their sizes.
+
+    Args:
+        top: y of the first row in the picture.
+    Returns:
+        The rows, below their title; and what the JSON object says about each.
+    """
     from fasttrain import pictures
 
     stages = stages_of(job.recipe.data, job.plan)
     if not stages:
-        return []
+        return [], []
     factor = pictures.enlargement(max(stage.px for stage in stages))
-    largest, left = factor * max(stage.px for stage in stages), 170
-    count = max(1, min((width - left) // (largest + 8), job.num_images))
+    step_x, left = factor * max(stage.px for stage in stages) + 8, 170
+    count = max(1, min((width - left) // step_x, job.num_images))
     title = pictures.blank(width, 56)
     pictures.write(title, (0, 12), "Image sizes of the run", 22)
-    rows = [title]
+    rows, about, y = [title], [], top + title.height
     for stage in stages:
-        step = stage.first_epoch * job.plan.steps_per_epoch
+        update = stage.first_epoch * job.plan.steps_per_epoch
         row = pictures.blank(width, factor * stage.px + 24)
-        ending = f" to {stage.last_epoch}" if stage.last_epoch > stage.first_epoch else ""
+        epochs = f"epoch {stage.first_epoch}"
+        if stage.last_epoch > stage.first_epoch:
+            epochs = f"epochs {stage.first_epoch} to {stage.last_epoch}"
         pictures.write(row, (0, 0), f"{stage.px} px", 20)
-        pictures.write(row, (0, 28), f"from epoch {stage.first_epoch}{ending}", 14, pictures.GREY)
-        pictures.write(row, (0, 47), f"update {step:,}", 14, pictures.GREY)
-        found = examples_of(job._replace(step=step, num_images=count), placement, None)
+        pictures.write(row, (0, 28), epochs, 14, pictures.GREY)
+        pictures.write(row, (0, 47), f"update {update:,}", 14, pictures.GREY)
+        found = examples_of(job._replace(step=update, num_images=count), placement, None)
         for number, example in enumerate(found):
             tile = pictures.enlarged(example.pixels, factor)
-            row.paste(tile, (left + number * (largest + 8), 0))
+            row.paste(tile, (left + number * step_x, 0))
+        tiles = [[MARGIN + left + number * step_x, y] for number in range(len(found))]
+        about.append({**stage._asdict(), "update": update, "enlarged": factor, "tiles": tiles})
         rows.append(row)
-    return rows
+        y += row.height
+    return rows, about
 
 
 def say(*lines: str) -> None:
