@@ -57,7 +57,7 @@ def grid(images: Tensor, labels: Sequence[str]) -> NDArray[np.uint8]:
         x, y = GAP + number % columns * step_x, GAP + number // columns * step_y
         canvas.paste(enlarged(tile, factor), (x, y))
         write(canvas, (x, y + side + 3), label, width=side)
-    return np.asarray(canvas)
+    return np.array(canvas)
 
 
 def original(split: Split, sample: int) -> "Image.Image":

@@ -489,7 +489,7 @@ def with_window(example: Example, split: shards.Split, side: int) -> "Image.Imag
         font = pictures.font(13)
         badge = round(font.getlength("mirrored")) + 12
         drawing.rounded_rectangle((6, side - 26, 6 + badge, side - 6), 4, pictures.INK)
-        drawing.text((12, side - 24), "mirrored", FRAME, font)
+        drawing.text((12, side - 24), "mirrored", pictures.PAPER, font)
     return canvas
 
 
