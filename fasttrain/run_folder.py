@@ -6,6 +6,7 @@
     samples-rank0.jsonl     with log.samples: the samples of that rank in each update
     skipped_step_....json   a skipped update whose loss was not finite, with its samples
     checkpoints/            step_00012512/ and so on
+    evaluation/             what tools/evaluate.py found: predictions, classes, confusions
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop

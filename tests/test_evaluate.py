@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from shard_files import renamed
 from torch import Tensor
 
-from fasttrain import checkpoint, config, loaders, modes, shards, train
+from fasttrain import checkpoint, config, loaders, modes, predictions, shards, train
 from fasttrain.batch import Placement
 from fasttrain.faults import Fault
 from fasttrain.model import build_model
@@ -231,7 +231,12 @@ def test_two_processes_write_the_predictions_for_several_data_sets(
 
 
 def test_the_evaluation_of_a_run_is_kept_in_its_folder(
-    finished: Path, dataset: Path, tmp_path: Path, evaluated: Evaluate
+    finished: Path,
+    dataset: Path,
+    tmp_path: Path,
+    evaluated: Evaluate,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "run" / "evaluation"
     result, said = evaluated(tmp_path / "run", "--data", dataset, "--ema")
@@ -240,6 +245,17 @@ def test_the_evaluation_of_a_run_is_kept_in_its_folder(
     result, said = evaluated(finished, "--data", dataset)
     assert "files:" not in said and not list(finished.glob("evaluation*"))
     assert "there is also a moving average of these weights: --ema evaluates that" in said
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
+        patch.setattr(predictions, "write", full)
+        evaluated(tmp_path / "run", "--data", dataset)
+    found = capsys.readouterr()
+    assert status.value.code == 2 and json.loads(found.out.splitlines()[-1]) == result
+    assert f"{folder}: not written (No space left on device)\nfree some space, or" in found.err
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()

@@ -8,6 +8,7 @@ import torch
 from test_layout import imports_of
 
 from fasttrain import pictures, shards
+from fasttrain.reading import BadSamples
 from fasttrain.resize import MEAN, STD
 
 
@@ -55,6 +56,19 @@ def test_originals_are_read_from_jpeg_and_raw_shards(dataset: Path, raw: Path) -
             assert found.size == (split.width[sample], split.height[sample])
     jpeg, pixels = (pictures.original(shards.open_split(r, "train"), 5) for r in (dataset, raw))
     assert np.array_equal(np.asarray(jpeg), np.asarray(pixels))
+
+
+def test_a_damaged_original_is_named(copied: Path) -> None:
+    split = shards.open_split(copied, "train")
+    path = split.shard_paths[split.shard[3]]
+    data = bytearray(path.read_bytes())
+    start = int(split.offset[3])
+    data[start : start + 20] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(BadSamples) as error:
+        pictures.original(split, 3)
+    assert f"sample 3, {path}, key 000000003" in str(error.value)
+    assert "tools/verify_shards.py" in str(error.value)
 
 
 def test_text_is_shortened_and_broken_to_a_width() -> None:

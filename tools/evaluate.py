@@ -489,9 +489,11 @@ def show(network: Network, results: dict[str, dict[str, Any]]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for (root, result), subject in zip(results.items(), network.subjects, strict=True):
+        own, known = len(subject.split.classes), network.weights.known.number
+        classes = f"{own:,}" if own == known else f"{own:,} of {known:,}"
         loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
         table.add_row(
-            root, f"{result['seen']:,}", f"{len(subject.split.classes):,}",
+            root, f"{result['seen']:,}", classes,
             f"{result['top1']:.2f}", f"{result['top5']:.2f}", loss,
         )  # fmt: skip
     Console(stderr=True).print(table)
