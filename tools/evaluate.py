@@ -371,34 +371,12 @@ def evaluate(arguments: argparse.Namespace, network: Network, folders: Folders) 
         LaunchError: the precision needs a GPU.
         ConfigError: files could not be written. The results are printed before.
     """
-    from fasttrain import decoding, gpus, predictions, runtime
-    from fasttrain.batch import half_images
+    from fasttrain import predictions
 
-    gpu = gpus.has_gpu(os.environ)
-    if arguments.precision == "fp16" and not gpu:
-        raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
-    recipe, changes = settled.for_evaluation(network.recipe, arguments.precision, gpu)
-    settings, precision = recipe.data, recipe.train.precision
-    threads = runtime.data_threads(settings, os.environ)
-    half = half_images(gpu, precision)
-    job = decoding.Job(gpu, threads, arguments.batch_size, half)
-    # Before this process uses the GPU.
-    decoders = [
-        decoding.choose_decoder(subject.split, settings, job, os.environ)[0]
-        for subject in network.subjects
-    ]
-    accelerator = runtime.accelerator_for(precision)
-    process = runtime.start(accelerator, recipe, os.environ)
-    session = Session(
-        accelerator, process, settings, half, arguments.batch_size, arguments.tta == "flip"
-    )
-    why = ""
-    if precision == "bf16" and not gpu and not arguments.precision:
-        why = avoid_slow_bf16(accelerator, network.subjects[0].model, settings.eval_crop_px)
-    if accelerator.is_main_process:
-        how = PRECISIONS["no" if why else precision] + why
-        devices = f"{process.world_size} x {process.device.type}"
-        lines = [network.describe(session.flip), *changes, f"{devices}, {how}", folders.remark]
+    session, decoders, how = join(arguments, network)
+    is_main = session.accelerator.is_main_process
+    if is_main:
+        lines = [network.describe(session.flip), *how, folders.remark]
         say("\n".join(filter(None, lines)))
     results: dict[str, dict[str, Any]] = {}
     faults = []
@@ -406,19 +384,55 @@ def evaluate(arguments: argparse.Namespace, network: Network, folders: Folders) 
         result, found = run(session, subject, decoder, bool(folders.paths))
         root = str(subject.split.root)
         results[root] = result
-        if found and accelerator.is_main_process and folders.writable:
+        if found and is_main and folders.writable:
             about = network.about() | {"data": root, "split": "val"} | session.about() | result
             try:
                 predictions.write(folders.paths[number], about, found, subject.split.classes)
             except OSError as error:
                 faults.append(f"{folders.paths[number]}: not written ({error.strerror or error})")
-    if accelerator.is_main_process:
+    if is_main:
         show(network, results)
         printed = results if len(results) > 1 else next(iter(results.values()))
         sys.stdout.write(json.dumps(printed) + "\n")
-    accelerator.end_training()
+    session.accelerator.end_training()
     if faults:
         raise ConfigError("\n".join([*faults, "free some space, or choose another --out"]))
+
+
+def join(
+    arguments: argparse.Namespace, network: Network
+) -> tuple[Session, list["Decoder"], list[str]]:
+    """Chooses a decoder for each data set, and joins the process group. Every rank must call this.
+
+    Returns:
+        The session; the decoders; and lines for the user about precision and devices.
+    Raises:
+        LaunchError: the precision needs a GPU.
+    """
+    from fasttrain import decoding, gpus, runtime
+    from fasttrain.batch import half_images
+
+    gpu = gpus.has_gpu(os.environ)
+    if arguments.precision == "fp16" and not gpu:
+        raise runtime.LaunchError("--precision fp16: needs a GPU; use bf16 or no")
+    recipe, changes = settled.for_evaluation(network.recipe, arguments.precision, gpu)
+    data, precision = recipe.data, recipe.train.precision
+    half = half_images(gpu, precision)
+    threads = runtime.data_threads(data, os.environ)
+    job = decoding.Job(gpu, threads, arguments.batch_size, half)
+    decoders = [  # before this process uses the GPU
+        decoding.choose_decoder(subject.split, data, job, os.environ)[0]
+        for subject in network.subjects
+    ]
+    accelerator = runtime.accelerator_for(precision)
+    process = runtime.start(accelerator, recipe, os.environ)
+    why = ""
+    if precision == "bf16" and not gpu and not arguments.precision:
+        why = avoid_slow_bf16(accelerator, network.subjects[0].model, data.eval_crop_px)
+    how = PRECISIONS["no" if why else precision] + why
+    lines = [*changes, f"{process.world_size} x {process.device.type}, {how}"]
+    flip = arguments.tta == "flip"
+    return Session(accelerator, process, data, half, arguments.batch_size, flip), decoders, lines
 
 
 def run(

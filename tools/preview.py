@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fasttrain.mixing import Mix
 
 FORMATS: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG", "optimize": True},
+    ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".webp": {"format": "WEBP", "lossless": True},
@@ -45,7 +45,10 @@ FORMATS: dict[str, dict[str, Any]] = {
 LARGEST_PX = {"PNG": 2**31 - 1, "JPEG": 65_535, "WEBP": 16_383}  # sides of a picture
 IMAGES = 16
 SHAPE = 1.5  # width over height of the grid, roughly
-MARGIN = 32
+MARGIN, BETWEEN_CELLS, BETWEEN_TILES = 32, 28, 8  # pixels
+NAME, LINE = 28, 18  # heights of a cell's text: its class name, and each further line
+STAGE_TEXT = 170  # width of the text before a stage's images
+NARROWEST = 900  # so that the text at the top has some room
 FRAME, DIMMED = (255, 196, 0), 0.35  # of the crop window; brightness outside of it
 BESIDE = (240, 241, 244)  # colour beside an original that is not square
 
@@ -297,7 +300,12 @@ class Layout:
     @property
     def cell(self) -> tuple[int, int]:
         """Width and height of a cell, with the space to the next one."""
-        return self.tiles * (self.side + 8) - 8 + 28, self.side + 28 + 18 * self.lines + 22
+        return self.width + BETWEEN_CELLS, self.side + NAME + LINE * self.lines + 22
+
+    @property
+    def width(self) -> int:
+        """Width of a cell."""
+        return self.tiles * (self.side + BETWEEN_TILES) - BETWEEN_TILES
 
     @property
     def columns(self) -> int:
@@ -314,13 +322,13 @@ class Layout:
     def size(self) -> tuple[int, int]:
         """Width and height of the grid."""
         width, height = self.cell
-        return self.columns * width - 28, -(-self.count // self.columns) * height
+        return self.columns * width - BETWEEN_CELLS, -(-self.count // self.columns) * height
 
     def corner(self, number: int, tile: int) -> tuple[int, int]:
         """x and y of a tile of a cell, relative to the grid."""
         width, height = self.cell
         row, column = divmod(number, self.columns)
-        return column * width + tile * (self.side + 8), row * height
+        return column * width + tile * (self.side + BETWEEN_TILES), row * height
 
 
 def draw_picture(job: Job, title: str) -> Found:
@@ -349,7 +357,7 @@ def draw_picture(job: Job, title: str) -> Found:
     factor = pictures.enlargement(px)
     lines = 1 + any(example.changes for example in examples) + bool(mix)
     layout = Layout(len(examples), factor * px, 3 if mix else 2, lines)
-    width = max(layout.size[0], 900)
+    width = max(layout.size[0], NARROWEST, STAGE_TEXT + stage_side(job))
     first = [head(job, title, device.type, factor, width), grid_of(examples, job, layout, width)]
     top = MARGIN + first[0].height
     images = [
@@ -452,14 +460,13 @@ def grid_of(examples: Sequence[Example], job: Job, layout: Layout, width: int) -
         for place, tile in enumerate(tiles):
             canvas.paste(tile, layout.corner(number, place))
         x, y = layout.corner(number, 0)
-        text_px = layout.cell[0] - 28
-        pictures.write(canvas, (x, y + layout.side + 6), example.name, 16, width=text_px)
+        pictures.write(canvas, (x, y + layout.side + 6), example.name, 16, width=layout.width)
         full = job.split.width[example.sample], job.split.height[example.sample]
         small = [f"{full[0]} x {full[1]} px, crop {example.window[2]} x {example.window[3]}"]
         small += [text for text in (example.changes, example.labels) if text]
         for line, text in enumerate(small):
-            at = x, y + layout.side + 27 + 18 * line
-            pictures.write(canvas, at, text, 13, pictures.GREY, text_px)
+            at = x, y + layout.side + NAME - 1 + LINE * line
+            pictures.write(canvas, at, text, 13, pictures.GREY, layout.width)
     return canvas
 
 
@@ -493,6 +500,14 @@ def with_window(example: Example, split: shards.Split, side: int) -> "Image.Imag
     return canvas
 
 
+def stage_side(job: Job) -> int:
+    """Side of the largest tile in the rows of the size schedule; 0 without a schedule."""
+    from fasttrain import pictures
+
+    px = max((stage.px for stage in stages_of(job.recipe.data, job.plan)), default=0)
+    return px * pictures.enlargement(px) if px else 0
+
+
 def stage_rows(
     job: Job, placement: "Placement", width: int, top: int
 ) -> tuple[list["Image.Image"], list[dict[str, Any]]]:
@@ -508,9 +523,9 @@ def stage_rows(
     stages = stages_of(job.recipe.data, job.plan)
     if not stages:
         return [], []
-    factor = pictures.enlargement(max(stage.px for stage in stages))
-    step_x, left = factor * max(stage.px for stage in stages) + 8, 170
-    count = max(1, min((width - left) // step_x, job.num_images))
+    step_x = stage_side(job) + BETWEEN_TILES
+    factor = stage_side(job) // max(stage.px for stage in stages)
+    count = min((width - STAGE_TEXT + BETWEEN_TILES) // step_x, job.num_images)
     title = pictures.blank(width, 56)
     pictures.write(title, (0, 12), "Image sizes of the run", 22)
     rows, about, y = [title], [], top + title.height
@@ -526,8 +541,8 @@ def stage_rows(
         found = examples_of(job._replace(step=update, num_images=count), placement, None)
         for number, example in enumerate(found):
             tile = pictures.enlarged(example.pixels, factor)
-            row.paste(tile, (left + number * step_x, 0))
-        tiles = [[MARGIN + left + number * step_x, y] for number in range(len(found))]
+            row.paste(tile, (STAGE_TEXT + number * step_x, 0))
+        tiles = [[MARGIN + STAGE_TEXT + number * step_x, y] for number in range(len(found))]
         about.append({**stage._asdict(), "update": update, "enlarged": factor, "tiles": tiles})
         rows.append(row)
         y += row.height
