@@ -260,8 +260,11 @@ def test_the_evaluation_of_a_run_is_kept_in_its_folder(
         path.unlink()
     folder.rmdir()
     folder.touch()
+    copy = renamed(dataset, ["a", "b", "c"], tmp_path / "copy" / "shards")
+    both, said = evaluated(tmp_path / "run", "--data", dataset, copy)
+    assert "no files: " in said and "evaluate them in two calls, each with its --out" in said
     again, said = evaluated(tmp_path / "run", "--data", dataset)
-    assert again == result
+    assert again == both[str(copy)] == result
     assert f"no files: {folder} cannot be written (File exists); --out FOLDER writes them" in said
 
 
@@ -292,7 +295,12 @@ def test_a_fault_of_one_of_several_data_sets_names_it(
     )
     again = renamed(dataset, ["a", "b", "c"], tmp_path / "more" / "shards")
     words = [trained / STEP, "--data", dataset, again, "--out", tmp_path / "out"]
-    refused(evaluate.main, words, f"{tmp_path / 'out/shards'} would be the folder of two data sets")
+    refused(
+        evaluate.main,
+        words,
+        f"--out {tmp_path / 'out'}: {tmp_path / 'out/shards'} would be the folder of two data "
+        "sets, which have the same last name; evaluate them in two calls",
+    )
     numbered = renamed(dataset, ["0", "1", "2"], tmp_path / "numbered")
     words = [trained / STEP, "--data", dataset, numbered]
     refused(evaluate.main, words, f"{numbered}: the data's class names are numbers (0, 1, 2)")

@@ -304,8 +304,8 @@ def folders_of(arguments: argparse.Namespace, splits: Sequence[shards.Split]) ->
     """Chooses the folders, alike on all ranks. Rank 0 makes them.
 
     Raises:
-        ConfigError: two data sets would have the same folder; or the folder that `--out` names
-            cannot be written. Only rank 0 finds the latter.
+        ConfigError: the folder that `--out` names cannot be used. If it cannot be written, only
+            rank 0 finds this.
     """
     out = arguments.out
     if out is None and (arguments.weights / run_folder.CHECKPOINTS).is_dir():
@@ -314,13 +314,12 @@ def folders_of(arguments: argparse.Namespace, splits: Sequence[shards.Split]) ->
         return Folders()
     paths = [out]
     if len(splits) > 1:
-        names = [Path(os.path.abspath(split.root)).name for split in splits]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(
-                f"{out / twice[0]} would be the folder of two data sets: their last names are both "
-                f"{twice[0]}; evaluate them in two calls with another --out, or rename one"
-            )
-        paths = [out / name for name in names]
+        paths = [out / Path(os.path.abspath(split.root)).name for split in splits]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        fault = f"{twice[0]} would be the folder of two data sets, which have the same last name"
+        if arguments.out:
+            raise ConfigError(f"--out {out}: {fault}; evaluate them in two calls")
+        return Folders(remark=f"no files: {fault}; evaluate them in two calls, each with its --out")
     fault = make_folders(paths) if os.environ.get("RANK", "0") == "0" else ""
     if fault and arguments.out:
         raise ConfigError(f"--out {out}: cannot be written ({fault}); choose another folder")
