@@ -632,12 +632,8 @@ TRAINS = "Trains the network of a recipe, or resumes a run that was stopped."
 PRINTS = "Prints a recipe in full as TOML: every setting, with the defaults. Nothing is trained."
 
 
-def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
-    """Loads the recipe that the command line names. A fault ends the process with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments `recipe` and `--set` of a command that takes a recipe."""
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/large.toml")
     parser.add_argument(
         "--set",
@@ -646,6 +642,15 @@ def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -
         metavar="SECTION.KEY=VALUE",
         help="change one setting, such as train.epochs=90 (repeatable)",
     )
+
+
+def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
+    """Loads the recipe that the command line names. A fault ends the process with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
+    )
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
         return load(commands.recipe(arguments.recipe), arguments.set)

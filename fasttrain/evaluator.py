@@ -7,10 +7,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fasttrain.batch import Batch
 from fasttrain.compiling import compiled
 from fasttrain.learner import Learner
 
 Run = Callable[[Any, Callable[[], object]], None]  # runs a function under a key
+Record = Callable[[Batch, Tensor], None]  # gets a batch and its logits
+
+
+class Mirrored(nn.Module):
+    """Averages a network's logits for an image and for its mirror image, as test-time augmentation.
+
+    The logits are averaged in float32, not the probabilities.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images `(B, 3, S, S)` to logits float32 `(B, C)`."""
+        logits: Tensor = self.module(images).float() + self.module(images.flip(3)).float()
+        return logits / 2
 
 
 class Evaluator:
@@ -21,14 +39,20 @@ class Evaluator:
     """
 
     def __init__(
-        self, module: nn.Module, options: dict[str, Any] | None = None, run: Run | None = None
+        self,
+        module: nn.Module,
+        options: dict[str, Any] | None = None,
+        run: Run | None = None,
+        record: Record | None = None,
     ) -> None:
         """
         Args:
             options: the compiler's options; None compiles nothing.
             run: runs a function under a key, as a CUDA graph; None records nothing.
+            record: an evaluation gives it each batch and its logits.
         """
         self.module = module
+        self.record = record
         self.forward: Callable[[Tensor], Tensor] = module
         if options is not None:
             self.forward = compiled(lambda images: module(images), options)

@@ -27,7 +27,7 @@ from fasttrain.execution import Updater
 from fasttrain.faults import Fault
 from fasttrain.forecast import Forecast
 from fasttrain.metrics import Clock, EvalSums, Meter, used_memory
-from fasttrain.mixing import Mix
+from fasttrain.mixing import Mix, mix_at
 from fasttrain.rng import Stream
 from fasttrain.run_folder import JsonLines
 from fasttrain.sampling import Draw
@@ -174,8 +174,8 @@ class Trainer:
                 self._picture(self.outputs.trackers, batch)
             group = micro * plan.world_size + rank  # index of the micro-batch in the global batch
             if self.inputs.mix:
-                determinism.seed_torch(plan.seed, Stream.MIX, step, group)
-                images, labels = self.inputs.mix(images, labels)
+                place = plan.seed, step, group
+                images, labels = mix_at(self.inputs.mix, images, labels, place)
             determinism.seed_torch(plan.seed, Stream.TORCH, step, group)  # dropout
             self.updater.micro(images, labels, is_last=micro + 1 == plan.accumulation)
         if self.outputs.samples:
@@ -449,6 +449,8 @@ def evaluate(
                 with accelerator.autocast():
                     logits = evaluator(batch.images)
                 total.add(logits, batch.labels)
+                if evaluator.record:
+                    evaluator.record(batch, logits)
             seen += len(batch.labels) if batch else 0
             if stop_after(seen):
                 return []

@@ -116,6 +116,11 @@ def differences(old: Sequence[str], new: Sequence[str]) -> str:
     return "; ".join([counts, *pairs[:SHOWN]])
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """True if every name is a whole number, as in ImageNet-V2's folders `0` to `999`."""
+    return bool(_numbers(names))
+
+
 def _names_of(known: Known, data: Sequence[str]) -> tuple[str, ...] | None:
     """Returns the network's class names.
 

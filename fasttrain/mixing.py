@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fasttrain import config
+from fasttrain import config, determinism
+from fasttrain.rng import Stream
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -33,3 +34,16 @@ def build_mix(train: config.Train, num_classes: int) -> Mix | None:
         chosen.append(v2.CutMix(alpha=train.cutmix_alpha, num_classes=num_classes))
     mix: Mix = v2.RandomChoice(chosen)
     return mix
+
+
+def mix_at(
+    mix: Mix, images: Tensor, labels: Tensor, place: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Mixes a micro-batch of a run, in the way that its place in the run decides.
+
+    Args:
+        place: the seed of the run, the update, and the micro-batch's index in the global batch.
+    """
+    seed, step, group = place
+    determinism.seed_torch(seed, Stream.MIX, step, group)
+    return mix(images, labels)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fasttrain.reading import BadSamples
 from fasttrain.resize import MEAN, STD
 from fasttrain.shards import Split
 
@@ -64,14 +65,17 @@ def original(split: Split, sample: int) -> "Image.Image":
     """Reads a stored image from its shard, as RGB, without turning it by its EXIF orientation.
 
     Raises:
-        OSError: the shard cannot be read, or the image is damaged.
+        BadSamples: the shard cannot be read, or the image is damaged.
     """
     from PIL import Image
 
-    with split.shard_paths[split.shard[sample]].open("rb") as file:
-        file.seek(int(split.offset[sample]))
-        data = file.read(int(split.size[sample]))
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    try:
+        with split.shard_paths[split.shard[sample]].open("rb") as file:
+            file.seek(int(split.offset[sample]))
+            data = file.read(int(split.size[sample]))
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # Pillow documents no full list
+        raise BadSamples(split, {sample: str(error)}) from None
 
 
 # --------------------------------------------------------------------------------------------------

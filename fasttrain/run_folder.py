@@ -8,6 +8,7 @@
     checkpoints/            step_00012512/ and so on; best links to one of them
     trackers.json           with log.trackers: the run that the trackers hold
     tensorboard/, wandb/    with log.trackers: their files
+    evaluation/             what tools/evaluate.py found: predictions, classes, confusions
     DONE                    the closing event, written last
     lock                    held by the process that trains here
     stop                    a file that a user makes to have the run save and stop

@@ -7,6 +7,7 @@ from typing import Any
 import benchmark
 import evaluate
 import make_shards
+import preview
 import pytest
 import verify_shards
 from conftest import STEP, Refused
@@ -26,6 +27,42 @@ TOOLS: list[tuple[Any, str, list[str]]] = [
     (evaluate, "{empty} --data {data}", ["{empty} holds no checkpoint yet"]),
     (evaluate, "{weights} --data {data} --recipe /no", ["/no: cannot read this recipe"]),
     (evaluate, "{recipe} --data {data} --recipe {recipe}", ["{recipe}: is damaged or not a file"]),
+    (evaluate, "{run} --data {data} {data}", ["--data: {data} is named twice; name each data set"]),
+    (
+        evaluate,
+        "{run} --data {data} --crop-px 64 --resize-px 40",
+        ["--resize-px 40: smaller than the crop of 64 px; raise it, or set a smaller --crop-px"],
+    ),
+    (
+        evaluate,
+        "{run} --data {data} --resize-px 20",
+        ["--resize-px 20: smaller than the crop of 32 px of the recipe; raise it, or set"],
+    ),
+    (evaluate, "{run} --data {data} --crop-px 31", ["--crop-px 31: must be at least 32 pixels"]),
+    (
+        evaluate,
+        "{run} --data {data} --crop-fraction 0.9 --resize-px 40",
+        ["argument --resize-px: not allowed with argument --crop-fraction"],
+    ),
+    (
+        evaluate,
+        "{run} --data {data} --crop-fraction 1.1",
+        ["--crop-fraction: '1.1' is not a number above 0 and at most 1"],
+    ),
+    (
+        evaluate,
+        "{run} --data {data} --out {recipe}",
+        ["--out {recipe}: cannot be written (File exists); choose another folder"],
+    ),
+    (preview, "{recipe}", ["the following arguments are required: OUT"]),
+    (preview, "/no {new}.png", ["/no: cannot read this recipe"]),
+    (preview, "{recipe} {new}.gif", ["{new}.gif: its suffix must be one of .png, .jpg, .jpeg, .w"]),
+    (preview, "{recipe} {new}/x.png", ["{new}/x.png: there is no folder {new}; make it first"]),
+    (preview, "{recipe} {new}.png --set data.root=/no", ["no data set at /no"]),
+    (preview, "{recipe} {new}.png --update 2", ["--update 2: the run has 2 updates, from 0 to 1"]),
+    (preview, "{recipe} {new}.png --update -1", ["--update -1: the run has 2 updates, from 0 to"]),
+    (preview, "{recipe} {new}.png --images 9", ["--images 9: an update has 8 images; lower it"]),
+    (preview, "{recipe} {new}.png --images 0", ["--images: '0' is not a whole number from 1"]),
     (make_shards, "", ["the following arguments are required: SOURCE"]),
     (make_shards, "{folder}", ["name the folder OUT"]),
     (make_shards, "{folder} {new} --in-place", ["--in-place: leave out OUT"]),

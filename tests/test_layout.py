@@ -20,7 +20,7 @@ ROWS = (
     {"evaluator", "guard", "kernel_build", "weights"},
     {"loaders"},
     {"alike", "compiling", "learner"},
-    {"display", "graphs", "makers", "metrics", "mixing", "runtime", "trackers"},
+    {"display", "graphs", "makers", "metrics", "mixing", "predictions", "runtime", "trackers"},
     {"determinism", "gpus", "optim"},
     {"feed", "gather", "pipeline", "resize_gpu"},
     {"batch", "order", "pictures"},
