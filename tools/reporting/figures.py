@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from fasttrain.faults import ConfigError
 
-WIDTH_IN, HEIGHT_IN = 4.6, 3.0
+WIDTH_IN, HEIGHT_IN = 4.0, 2.8  # small, so that letters can be read on a phone
 PNG_DPI = 200
 MAX_RUNS = 8  # more colours are hard to tell apart
 NAME_LENGTH = 26  # longer names are cut in the legend
@@ -86,8 +86,8 @@ def check() -> None:
 
     if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
         raise ConfigError(
-            f"{' and '.join(missing)} not installed; the report needs it. Install it with\n"
-            "    pip install -e '.[report]'"
+            f"the report needs packages that are not installed: {', '.join(missing)}; install them "
+            "with\n    pip install -e '.[report]'"
         )
 
 
@@ -163,7 +163,7 @@ LINES = {"line": "-", "dotted": (0, (1, 1.2)), "steps": "-"}
 def _chart(chart: Chart, theme: Theme) -> Any:
     entries = _legend(chart, theme)
     rows = -(-len(entries) // 2)
-    axes = _axes(chart.title, theme, HEIGHT_IN, (0.52, 0.42 + 0.19 * rows))
+    axes = _axes(chart.title, theme, HEIGHT_IN, (0.52, 0.4 + 0.155 * rows))
     for curve in chart.curves:
         _draw_curve(axes, curve, theme)
     axes.set_xlabel(chart.x_label, color=theme.muted, size=8.5)
@@ -176,7 +176,7 @@ def _chart(chart: Chart, theme: Theme) -> Any:
     if entries:
         axes.figure.legend(
             handles=entries, loc="upper left", ncols=2, frameon=False, labelcolor=theme.ink,
-            bbox_to_anchor=(0.02 / WIDTH_IN, 1 - 0.27 / HEIGHT_IN), fontsize=8,
+            bbox_to_anchor=(0.1 / WIDTH_IN, 1 - 0.27 / HEIGHT_IN), fontsize=8,
             handlelength=1.8, columnspacing=1.4, labelspacing=0.35, borderaxespad=0.2,
         )  # fmt: skip
     return axes.figure

@@ -16,6 +16,7 @@ from fasttrain import config, run_folder, shards
 from fasttrain.config import Recipe
 from fasttrain.faults import ConfigError
 
+SHOWN = 8  # folders in a message
 State = Literal["done", "going", "stopped", "unknown"]
 
 
@@ -160,7 +161,8 @@ class Run:
     metrics: Metrics
     starts: list[Start]
     state: State
-    steps_per_epoch: int
+    steps_per_epoch: int  # the number of updates so far, if `epoch_known` is False
+    epoch_known: bool
     clock: Clock | None  # None if lines or starts have no times
     classes: tuple[str, ...]  # empty if they are not known
     notes: tuple[str, ...]  # for the reader of the page: what could not be read
@@ -213,10 +215,11 @@ def read(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigError: a folder holds no run, or its recipe is damaged.
     """
-    distinct = {folder.resolve(): folder for folder in reversed(folders)}
-    resolved = list(reversed(distinct))
-    names = _names(resolved)
-    return [_read(distinct[path], name) for path, name in zip(resolved, names, strict=True)]
+    distinct: dict[Path, Path] = {}
+    for folder in folders:
+        distinct.setdefault(folder.resolve(), folder)
+    names = _names([*distinct])
+    return [_read(folder, name) for folder, name in zip(distinct.values(), names, strict=True)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -243,10 +246,11 @@ def _read(folder: Path, name: str) -> Run:
     if not metrics.lines:
         notes.append("There are no figures yet: the first line is written after some updates.")
     elif not is_known:
-        notes.append("The length of an epoch is not known yet, so positions are too large.")
+        notes.append("The length of an epoch is not known yet, so positions are not right.")
     if metrics.lines and not clock:
         notes.append(
-            "The records of this run have no times, so its curves are drawn over epochs only."
+            "Some or all records of this run have no times. So its curves are drawn over epochs "
+            "only, and restarts are not marked."
         )
     return Run(
         folder=folder,
@@ -256,6 +260,7 @@ def _read(folder: Path, name: str) -> Run:
         starts=starts,
         state=_state(folder),
         steps_per_epoch=steps,
+        epoch_known=is_known,
         clock=clock,
         classes=_classes(folder, manifest),
         notes=tuple(notes),
@@ -267,10 +272,10 @@ def _no_run(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: there is no such folder; name a run folder, such as runs/large"
     inside = sorted(path.parent for path in folder.glob(f"*/{run_folder.RECIPE}"))
-    hint = f"it holds run folders: {' '.join(map(str, inside[:8]))}" if inside else "runs/large"
-    return f"{folder} is not a run folder, because it has no {run_folder.RECIPE}; " + (
-        f"{hint}" if inside else f"name one, such as {hint}"
-    )
+    remedy = "name one, such as runs/large"
+    if inside:
+        remedy = f"name the run folders in it: {' '.join(map(str, inside[:SHOWN]))}"
+    return f"{folder} is not a run folder, because it has no {run_folder.RECIPE}; {remedy}"
 
 
 def _state(folder: Path) -> State:
@@ -326,7 +331,7 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 def _steps_per_epoch(
     recipe: Recipe, metrics: Metrics, manifest: dict[str, Any] | None
 ) -> tuple[int, bool]:
-    """Returns the number of updates in an epoch, and False if it may be larger."""
+    """Returns the number of updates in an epoch, and False if it is larger by an unknown number."""
     lines = metrics.lines
     if metrics.done:
         return max(metrics.done[0].schedule_steps // recipe.train.epochs, 1), True

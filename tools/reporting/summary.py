@@ -42,6 +42,8 @@ def state(run: Run) -> str:
     """A sentence about the run's state and its progress."""
     total, done = run.recipe.train.epochs, run.epochs_done
     so_far = f"{done:.3g} of {total} epochs are trained"
+    if run.metrics.lines and not run.epoch_known:
+        so_far = f"a part of the first of {total} epochs is trained"
     sentences = {
         "done": f"Done: {so_far}.",
         "going": f"Going: {so_far}, and it trains on.",
