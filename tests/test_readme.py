@@ -69,6 +69,8 @@ KNOWN: dict[str, dict[str, str]] = {
         ),
         "python tools/evaluate.py mobilenetv3-large-1cd25616.pth --recipe recipes/large.toml "
         "--data data/imagenet": "tests/test_evaluate.py",
+        "pip install -e '.[report]'": ".ci/run",
+        "python tools/report.py runs/large --out report.html": "tests/test_report.py",
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
         "accelerate launch --multi_gpu --num_processes 8 tools/doctor.py recipes/large.toml": (
             "tests/test_doctor.py"
@@ -198,7 +200,8 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "doctor", "benchmark"]
+TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "report", "doctor"]
+TOOLS += ["benchmark"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

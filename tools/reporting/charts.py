@@ -98,7 +98,8 @@ def _loss(runs: Sequence[Run], axis: Axis) -> Figure:
             x, y = _points(run, axis, evals, lambda line: line.loss or 0.0)
             curves.append(Curve(number, x, y, style="dotted", marked=True))
     styles = {"line": "training", "dotted": "validation"}
-    return _figure(f"loss-over-{axis.key}", Chart("Loss", axis.label, curves, _names(runs), styles))
+    chart = Chart("Loss", axis.label, curves, _names(runs), styles, log=True)
+    return _figure(f"loss-over-{axis.key}", chart)
 
 
 def _accuracy(runs: Sequence[Run], axis: Axis) -> Figure:

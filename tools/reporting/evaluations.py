@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
+from fasttrain import matching
 from fasttrain.faults import ConfigError
 from reporting.runs import Run
 
@@ -131,8 +132,6 @@ def words_for(classes: Sequence[str]) -> dict[str, str]:
 
     The words are torchvision's. Its import takes seconds, so only ImageNet's classes pay for it.
     """
-    from fasttrain import matching
-
     if not set(classes) <= set(matching.imagenet()):
         return dict.fromkeys(classes, "")
     from torchvision.models import MobileNet_V3_Small_Weights

@@ -8,9 +8,13 @@ from typing import Any, Literal, NamedTuple
 from fasttrain.faults import ConfigError
 
 WIDTH_IN, HEIGHT_IN = 4.0, 2.8  # small, so that letters can be read on a phone
+LEFT_IN = 0.58  # of the axes, with room for 102,000
 PNG_DPI = 200
 MAX_RUNS = 8  # more colours are hard to tell apart
 NAME_LENGTH = 26  # longer names are cut in the legend
+FAR = 30.0  # ratio of the largest value to the smallest
+DENSE = 40  # points of a curve; more markers would hide it
+MANY_POINTS = 500  # from here on a thin line shows more
 BAR_IN = 0.2  # height of a bar with its gap
 MARKERS = "osD^vPX*"  # of runs, so that they differ without colours too
 
@@ -59,6 +63,7 @@ class Chart:
     levels: Mapping[float, str] = field(default_factory=dict)  # dashed lines with their texts
     restarts: Mapping[int, Sequence[float]] = field(default_factory=dict)  # x, by run
     zero: bool = False  # the vertical axis begins at 0
+    log: bool = False  # the vertical axis is logarithmic if the values differ by FAR
 
 
 class Bars(NamedTuple):
@@ -163,7 +168,7 @@ LINES = {"line": "-", "dotted": (0, (1, 1.2)), "steps": "-"}
 def _chart(chart: Chart, theme: Theme) -> Any:
     entries = _legend(chart, theme)
     rows = -(-len(entries) // 2)
-    axes = _axes(chart.title, theme, HEIGHT_IN, (0.52, 0.4 + 0.155 * rows))
+    axes = _axes(chart.title, theme, HEIGHT_IN, (LEFT_IN, 0.4 + 0.155 * rows))
     for curve in chart.curves:
         _draw_curve(axes, curve, theme)
     axes.set_xlabel(chart.x_label, color=theme.muted, size=8.5)
@@ -183,12 +188,13 @@ def _chart(chart: Chart, theme: Theme) -> Any:
 
 
 def _draw_curve(axes: Any, curve: Curve, theme: Theme) -> None:
-    every = None if curve.marked or len(curve.x) < 2 else [len(curve.x) - 1]
+    last = len(curve.x) - 1
+    every = None if curve.marked and last < DENSE else [last]
     axes.plot(
         curve.x,
         curve.y,
         color=theme.runs[curve.run],
-        linewidth=1.4,
+        linewidth=1.4 if last < MANY_POINTS else 0.8,
         linestyle=LINES[curve.style],
         drawstyle="steps-post" if curve.style == "steps" else "default",
         marker=MARKERS[curve.run],
@@ -202,8 +208,7 @@ def _scale(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     values = [y for curve in chart.curves for y in curve.y if 0 < y < float("inf")]
-    wide = bool(values) and max(values) > 30 * min(values) and not chart.zero
-    if wide:
+    if chart.log and values and max(values) > FAR * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -280,16 +285,16 @@ def _bars(bars: Bars, theme: Theme) -> Any:
 
 def _ranks(bars: Bars, theme: Theme) -> Any:
     """Draws a curve over the classes' ranks. The middle class is marked."""
-    axes = _axes(bars.title, theme, HEIGHT_IN, (0.52, 0.42))
+    axes = _axes(bars.title, theme, HEIGHT_IN, (LEFT_IN, 0.42))
     ranks = range(1, len(bars.percent) + 1)
     axes.fill_between(ranks, bars.percent, color=theme.runs[0], alpha=0.25, linewidth=0)
     axes.plot(ranks, bars.percent, color=theme.runs[0], linewidth=1.6)
     middle = (len(bars.percent) - 1) // 2
     axes.plot([middle + 1], [bars.percent[middle]], "o", color=theme.runs[0], markersize=4.5)
     axes.annotate(
-        f"half of the classes have at least {bars.percent[middle]:.1f} %",
-        (middle + 1, bars.percent[middle]), xytext=(0, 8), textcoords="offset points",
-        ha="center", color=theme.ink, size=8,
+        f"half of the classes\nhave at least {bars.percent[middle]:.1f} %",
+        (middle + 1, bars.percent[middle]), xytext=(-4, -8), textcoords="offset points",
+        ha="center", va="top", color=theme.ink, size=8,
     )  # fmt: skip
     axes.set_xlim(1, len(bars.percent))
     axes.set_ylim(0, 105)

@@ -28,7 +28,8 @@ class Photos:
             try:
                 self._open(root, result)
             except shards.ShardError as error:
-                self.fault = self.fault or str(error).partition("\n")[0]
+                # The rest of the message says how to make shards.
+                self.fault = self.fault or str(error).partition(";")[0].partition("\n")[0]
             if self.split:
                 self.fault = ""
                 return

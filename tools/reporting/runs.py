@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from fasttrain import config, run_folder, shards
 from fasttrain.config import Recipe
@@ -23,9 +23,9 @@ State = Literal["done", "going", "stopped", "unknown"]
 class Line(BaseModel):
     """A line of `metrics.jsonl`."""
 
-    step: int
-    epoch: int
-    time: float | None = None  # seconds since 1970; earlier versions wrote no times
+    step: NonNegativeInt
+    epoch: NonNegativeInt
+    time: FiniteFloat | None = None  # seconds since 1970; earlier versions wrote no times
 
 
 class TrainLine(Line):
@@ -54,8 +54,8 @@ class LimitLine(Line):
 
 
 class DoneLine(Line):
-    schedule_steps: int
-    seconds: float
+    schedule_steps: PositiveInt
+    seconds: FiniteFloat
 
 
 KINDS: dict[str, type[Line]] = {
@@ -88,8 +88,8 @@ class Start(BaseModel):
     """An entry of `environment.json`: one start of the run."""
 
     started: str = ""
-    time: float | None = None
-    world_size: int
+    time: FiniteFloat | None = None
+    world_size: PositiveInt
     device: str = ""
     host: str = ""
     cpus: int | None = None
@@ -116,6 +116,10 @@ class Start(BaseModel):
         if begun is None:
             return "at an unknown time"
         return f"{datetime.fromtimestamp(begun, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+    @property
+    def command_line(self) -> str:
+        return shlex.join(self.command)
 
     @property
     def hardware(self) -> str:

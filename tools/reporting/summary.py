@@ -113,8 +113,10 @@ def _wall_time(run: Run, spent: Spent | None) -> Fact:
     if spent is None:
         return Fact("Wall time", "unknown")
     form = "hours:minutes:seconds" if spent.wall_s >= 3599.5 else "minutes:seconds"
-    starts = f", in {len(run.starts)} starts" if len(run.starts) > 1 else ""
-    return Fact("Wall time", duration(spent.wall_s), form + starts)
+    remark = f", in {len(run.starts)} starts" if len(run.starts) > 1 else ""
+    if run.clock is None:
+        remark += ", without the preparation"
+    return Fact("Wall time", duration(spent.wall_s), form + remark)
 
 
 def _classes(run: Run) -> str:
