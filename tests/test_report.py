@@ -157,7 +157,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(
     said = text_of(made)
 
     # 110 s of the first start on 2 processes, 70 s of the second on 4.
-    assert "Wall time 3:00 minutes:seconds, in 2 starts" in said
+    assert "Wall time 3:00 min:s, in 2 starts" in said
     assert f"Device-hours {(110 * 2 + 70 * 4) / 3600:.3g}" in said
     # As many images at 100 as at 300 images/s.
     assert "Speed 150 images/s" in said
@@ -243,7 +243,7 @@ def test_a_run_without_times_has_the_time_of_its_closing_line(tmp_path: Path) ->
     (run,) = runs.read([folder])
     assert (run.spent, run.state, run.epochs_done) == (Spent(90, 180), "done", 3.0)
     assert summary.state(run) == "Done: 3 of 3 epochs are trained."
-    fact = summary.Fact("Wall time", "1:30", "minutes:seconds, without the preparation")
+    fact = summary.Fact("Wall time", "1:30", "min:s, without the preparation")
     assert fact in summary.facts(run)
 
 

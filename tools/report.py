@@ -45,9 +45,9 @@ def report(folders: list[Path], out: Path) -> None:
         ConfigError: a folder holds no run, there are too many, files are damaged, a package is
             missing, or the page cannot be written.
     """
-    from reporting import figures, runs
-
     check_place(out)
+    from reporting import figures, page, runs  # after the checks that take no time
+
     figures.check()
     found = runs.read(folders)
     if len(found) > figures.MAX_RUNS:
@@ -55,8 +55,6 @@ def report(folders: list[Path], out: Path) -> None:
             f"{len(found)} runs: a page shows at most {figures.MAX_RUNS}, because more colours are "
             "hard to tell apart; name fewer, or make several pages"
         )
-    from reporting import page  # imports what takes a second, so it comes after the checks
-
     text, pictures = page.make(found)
     beside = pictures_of(out)
     try:
@@ -67,7 +65,8 @@ def report(folders: list[Path], out: Path) -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
     size = out.stat().st_size
-    sys.stderr.write(f"{out}: {len(found)} runs, {size / 1e6:.1f} MB; open it in a browser\n")
+    count = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    sys.stderr.write(f"{out}: {count}, {size / 1e6:.2f} MB; open it in a browser\n")
     result = {"page": str(out), "bytes": size, "pictures": str(beside), "runs": len(found)}
     sys.stdout.write(json.dumps(result) + "\n")
 

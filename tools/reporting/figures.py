@@ -230,6 +230,7 @@ def _draw_level(axes: Any, value: float, text: str, theme: Theme) -> None:
     axes.annotate(
         text, (0, value), xycoords=("axes fraction", "data"), xytext=(3, 3),
         textcoords="offset points", color=theme.muted, size=8,
+        bbox={"facecolor": theme.background, "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def _cost(run: Run) -> list[Fact]:
 def _wall_time(run: Run, spent: Spent | None) -> Fact:
     if spent is None:
         return Fact("Wall time", "unknown")
-    form = "hours:minutes:seconds" if spent.wall_s >= 3599.5 else "minutes:seconds"
+    form = "h:min:s" if spent.wall_s >= 3599.5 else "min:s"
     remark = f", in {len(run.starts)} starts" if len(run.starts) > 1 else ""
     if run.clock is None:
         remark += ", without the preparation"
