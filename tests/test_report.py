@@ -272,7 +272,9 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, undrawn: list[An
     assert "7 lines of metrics.jsonl are damaged and left out." in said and "12.50 %" in said
 
 
-@pytest.mark.parametrize("content", ["", "{", '[{"device": "no world size"}]', None])
+@pytest.mark.parametrize(
+    "content", ["", "{", '[{"device": "no world size"}]', '[{"world_size": 1, "time": 1e20}]', None]
+)
 def test_a_run_that_has_just_begun_has_a_page(
     content: str | None, tmp_path: Path, undrawn: list[Any]
 ) -> None:

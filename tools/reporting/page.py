@@ -27,7 +27,8 @@ TERMS = {
     "mixed images, so compare it only between runs with the same settings.",
     "learning rate": "the size of the steps by which the weights change.",
     "wall time": "the time that the run took on a clock, from each start to its last record, with "
-    "preparation and evaluations. The time between two starts does not count.",
+    "preparation and evaluations. The time between two starts does not count. Updates that a "
+    "restart repeated count once.",
     "device-hours": "the wall time times the number of processes, in hours. Each process uses one "
     "GPU, or a share of the CPU.",
     "data wait": "the share of the time in which the updates waited for images.",

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from fasttrain import config, run_folder, shards
 from fasttrain.config import Recipe
 from fasttrain.faults import ConfigError
 
 SHOWN = 8  # folders in a message
+Time = Annotated[float, Field(ge=0, lt=1e11)]  # seconds since 1970
 State = Literal["done", "going", "stopped", "unknown"]
 
 
@@ -25,7 +26,7 @@ class Line(BaseModel):
 
     step: NonNegativeInt
     epoch: NonNegativeInt
-    time: FiniteFloat | None = None  # seconds since 1970; earlier versions wrote no times
+    time: Time | None = None  # earlier versions wrote no times
 
 
 class TrainLine(Line):
@@ -88,7 +89,7 @@ class Start(BaseModel):
     """An entry of `environment.json`: one start of the run."""
 
     started: str = ""
-    time: FiniteFloat | None = None
+    time: Time | None = None
     world_size: PositiveInt
     device: str = ""
     host: str = ""
