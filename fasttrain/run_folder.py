@@ -215,6 +215,25 @@ def _take(file: int, folder: Path) -> None:
     os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
 
+def in_use(folder: Path) -> bool | None:
+    """Returns True if a process trains in the folder; None if its file system cannot tell.
+
+    The lock is taken for a moment, without waiting. A run that starts just then waits for it.
+    """
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        return not files.lock(file, shared=True, wait_s=0)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
 def begin(recipe: Recipe, environment: dict[str, Any]) -> None:
     """Records a start in the run folder, and moves aside what is in its way. Only rank 0 calls it.
 

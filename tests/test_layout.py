@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, REPO, SCRATCH, environment
 
-PACKAGES = {"fasttrain", "benchmarks", "benchmarks.record"}
+PACKAGES = {"fasttrain", "benchmarks", "benchmarks.record", "reporting"}
 MODULES = {path.stem: path for path in (REPO / "fasttrain").glob("*.py")}
 # Imports point down: a module knows those of the rows below its own.
 ROWS = (

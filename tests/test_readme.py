@@ -72,6 +72,8 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/evaluate.py runs/large --data data/imagenet data/imagenet-a "
         "data/imagenet-r": "tests/test_evaluate.py",
         "python tools/preview.py recipes/large.toml preview.png": "tests/test_preview.py",
+        "pip install -e '.[report]'": ".ci/run",
+        "python tools/report.py runs/large --out report.html": "tests/test_report.py",
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
         "accelerate launch --multi_gpu --num_processes 8 tools/doctor.py recipes/large.toml": (
             "tests/test_doctor.py"
@@ -201,15 +203,8 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-TOOLS = [
-    "make_digits",
-    "make_shards",
-    "verify_shards",
-    "evaluate",
-    "preview",
-    "doctor",
-    "benchmark",
-]
+TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "preview", "report"]
+TOOLS += ["doctor", "benchmark"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -156,3 +156,18 @@ def test_weights_are_read_only_by_a_run_that_begins(tmp_path: Path) -> None:
     named.mkdir(parents=True)
     assert [read(resume) for resume in ("auto", "force", "anew")] == [None, None, start]
     assert read(str(named)) is None
+
+
+def test_a_folder_in_use_is_told_by_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_folder.in_use(tmp_path) is False
+    with files.locked(tmp_path / run_folder.LOCK):
+        assert run_folder.in_use(tmp_path) is True
+    assert run_folder.in_use(tmp_path) is False
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(files, "lock", refuse)
+    assert run_folder.in_use(tmp_path) is None
