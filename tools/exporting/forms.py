@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fasttrain import deployed, description
+from fasttrain import description
 from fasttrain.description import Description
 
 Write = Callable[[nn.Module, Description, Path], None]  # network, its description, the new file
