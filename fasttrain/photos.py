@@ -53,8 +53,8 @@ def centre(image: Image.Image, how: Preprocessing) -> Image.Image:
     return image.resize((how.crop_px, how.crop_px), filters[how.interpolation], box)
 
 
-def batch_of(images: Sequence[Image.Image], how: Preprocessing) -> Tensor:
-    """The network's input for RGB images: float32 `(B, 3, S, S)`, normalised."""
-    pixels = np.stack([np.asarray(centre(image, how)) for image in images])  # (B, S, S, 3)
+def normalised(crops: Sequence[Image.Image], how: Preprocessing) -> Tensor:
+    """The network's input for images that `centre` cut: float32 `(B, 3, S, S)`."""
+    pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))  # (B, S, S, 3)
     mean, std = (255 * torch.tensor(values) for values in (how.mean, how.std))
-    return ((torch.from_numpy(pixels).float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2).contiguous()

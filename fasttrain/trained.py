@@ -116,9 +116,9 @@ def network_from(
             "starts from these weights (recipes/finetune.toml)"
         )
     network = make(number)
-    fits = weights.network_of(found.tensors)
-    if fits and not weights.same_shapes(found.tensors, network.state_dict()):
-        arch, width = fits
+    fits = weights.same_shapes(found.tensors, network.state_dict())
+    if not fits and (other_network := weights.network_of(found.tensors)):
+        arch, width = other_network
         other = "" if width == 1 else f"width={width:g}, "
         raise WeightsError(
             f"{found.path}: these weights are of MobileNetV3-{arch.capitalize()} {width:g} with "

@@ -145,8 +145,9 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         if not difference.is_small and not arguments.int8:
             raise ConfigError(
-                f"{out} is not written: its logits differ from PyTorch's by {difference.largest:.2g}"
-                "; please report this with your versions (python tools/doctor.py)"
+                f"{out} is not written: its logits differ from PyTorch's by "
+                f"{difference.largest:.2g}; please report this with the versions that "
+                "python tools/doctor.py prints"
             )
         result |= timed(network, written, px)
         place(made, out)
