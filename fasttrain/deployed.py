@@ -127,14 +127,16 @@ def _pt2(path: Path) -> Read:
 def _pte(path: Path) -> Read:
     from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(path.read_bytes())
+    program = Runtime.get().load_program(path)
     text = None
     if description.KEY in program.method_names:
         (text,) = program.load_method(description.KEY).execute([])
     method = program.load_method(PTE_METHOD)
 
     def logits(images: Tensor) -> Tensor:
-        # The result lies in memory that the next call overwrites.
-        return torch.cat([method.execute([image[None]])[0].clone() for image in images])
+        assert program  # the method uses its memory
+        singles = images.contiguous().split(1)  # it misreads other layouts
+        # A result lies in memory that the next call overwrites.
+        return torch.cat([method.execute([image])[0].clone() for image in singles])
 
     return text, logits

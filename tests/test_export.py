@@ -71,15 +71,15 @@ def test_an_average_is_exported_where_there_is_one(
     state = load_file(trained / STEP / "model.safetensors")
     both = {"model": state, "model_ema": {name: t * 0.9 for name, t in state.items()}}
     torch.save(both, tmp_path / "both.pth")
-    words = [tmp_path / "both.pth", tmp_path / "out.safetensors"]
+    words: list[Path | str] = [tmp_path / "both.pth", tmp_path / "out.safetensors"]
     words += ["--recipe", trained / "recipe.toml"]
     name = "classifier.3.weight"
     result, said = exported(*words)
     assert result["average"] is True and "writing the moving average of the weights in" in said
-    assert torch.equal(load_file(words[1])[name], state[name] * 0.9)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[name], state[name] * 0.9)
     result, _ = exported(*words, "--no-ema", "--overwrite")
     assert result["average"] is False
-    assert torch.equal(load_file(words[1])[name], state[name])
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[name], state[name])
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

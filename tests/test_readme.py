@@ -69,6 +69,17 @@ KNOWN: dict[str, dict[str, str]] = {
         ),
         "python tools/evaluate.py mobilenetv3-large-1cd25616.pth --recipe recipes/large.toml "
         "--data data/imagenet": "tests/test_evaluate.py",
+        "python tools/export.py runs/large large.onnx": "tests/test_export.py",
+        "python tools/export.py runs/large large-int8.onnx --int8 --data data/imagenet": (
+            "tests/test_export.py"
+        ),
+        "python tools/export.py runs/large mobilenetv3-large --push USER/NAME": (
+            "tests/test_export.py"
+        ),
+        "python tools/predict.py large.onnx photo.jpg": "tests/test_predict.py",
+        "python tools/predict.py runs/large photos --top 3 --draw predictions.png": (
+            "tests/test_predict.py"
+        ),
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
         "accelerate launch --multi_gpu --num_processes 8 tools/doctor.py recipes/large.toml": (
             "tests/test_doctor.py"
@@ -198,7 +209,7 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "doctor", "benchmark"]
+TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "export", "predict", "doctor", "benchmark"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
