@@ -3,7 +3,7 @@
 Every form that `tools/export.py` writes holds a description, as JSON under the name `KEY`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,7 +42,7 @@ class Description(BaseModel):
     num_classes: int
     classes: tuple[str, ...] | None = None  # by logit; None if the weights do not name them
     preprocessing: Preprocessing
-    average: bool | None = None  # True: the weights are a moving average; None: not known
+    average: bool = False  # True: the weights are a moving average
     top1: float | None = None
     top5: float | None = None
 
@@ -50,13 +50,6 @@ class Description(BaseModel):
     def network(self) -> str:
         """The network's name, such as `MobileNetV3-Small 0.75`."""
         return f"MobileNetV3-{self.arch.capitalize()} {self.width:g}"
-
-
-class Accuracy(NamedTuple):
-    """The accuracy that a run measured, in percent."""
-
-    top1: float
-    top5: float
 
 
 def preprocessing_of(data: config.Data) -> Preprocessing:

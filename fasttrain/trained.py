@@ -37,7 +37,8 @@ def open_trained(
     found, own = read(path, average, say)
     chosen = recipe or own
     if chosen:
-        last_eval = checkpoint.last_evaluation(found) if own else {}
+        # With another recipe, the accuracy may be another one.
+        last_eval = checkpoint.last_evaluation(found) if own and not recipe else {}
         prefix = "ema_" if found.average else ""
         described = Description(
             arch=chosen.model.arch,

@@ -103,7 +103,7 @@ def read(path: Path, average: bool | None = False) -> Weights:
     tensors = _without_prefix(path, tensors)
     told = description.parse(text, path) if isinstance(text, str) else None
     known = (told.classes if told else None) or _names(content, tensors)
-    averaged = average or bool(told and told.average)
+    averaged = average or (told is not None and told.average)
     return Weights(path, tensors, known, has_average and not average, averaged, told)
 
 

@@ -12,7 +12,7 @@ import export
 import pytest
 import torch
 from conftest import STEP, Refused
-from exporting import hub, measure
+from exporting import forms, hub, measure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -232,6 +232,10 @@ def test_wrong_arguments_are_refused(
     places |= {"bare": tmp_path / "bare", "file": tmp_path / "file.pth"}
     refused(export.main, words.format(**places).split(), message)
     assert not list(tmp_path.glob("new*"))
+
+
+def test_every_form_that_the_command_knows_is_written() -> None:
+    assert {*forms.FORMS, ""} == set(export.SUFFIXES) > set(export.QUANTISED)
 
 
 def test_a_missing_package_is_told_with_its_command(

@@ -209,7 +209,16 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "export", "predict", "doctor", "benchmark"]
+TOOLS = [
+    "make_digits",
+    "make_shards",
+    "verify_shards",
+    "evaluate",
+    "export",
+    "predict",
+    "doctor",
+    "benchmark",
+]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -86,7 +86,6 @@ FORMS: dict[str, Write] = {
     ".pt2": pt2_file,
     ".pte": pte_file,
 }
-INT8 = (".onnx", ".pt2", ".pte")  # forms that hold a program
 
 
 def program_of(
