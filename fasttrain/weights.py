@@ -25,7 +25,7 @@ from fasttrain import description, matching
 from fasttrain.description import Description
 from fasttrain.faults import Fault
 from fasttrain.matching import Known
-from fasttrain.model import ARCHS, LAST_LAYER, Arch, build_model
+from fasttrain.model import ARCHS, LAST_LAYER, Arch, build_model, round_channels
 
 SHOWN = 3  # names of tensors in a message
 # Keys under which training scripts keep the network, its moving average and its class names.
@@ -366,7 +366,10 @@ def _misshaped(
 
 def network_of(tensors: Mapping[str, Tensor]) -> tuple[Arch, float] | None:
     """The network whose tensors these are, and its width; None if it is none of `WIDTHS`."""
+    stem = len(tensors.get("features.0.0.weight", ()))
     for arch, width in itertools.product(ARCHS, WIDTHS):
+        if stem != round_channels(16 * width):  # saves the time to build the network
+            continue
         with torch.device("meta"):
             network = build_model(arch, width, 1, 0.0).state_dict()
         if same_shapes(tensors, network):
