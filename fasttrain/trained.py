@@ -70,15 +70,32 @@ def read(
     Raises:
         Fault: there are no usable weights at `path`.
     """
-    if (path / CONFIG).is_file() and (path / MODEL).is_file():
-        path = path / MODEL
-    found, recipe = checkpoint.open_weights(path, None if average else False, say)
+    found, recipe = checkpoint.open_weights(file_in(path), None if average else False, say)
     if not found.known.number:
         raise WeightsError(
             f"{found.path}: the weights have no last layer, so they have no classes; train one, "
             "starting from these weights (recipes/finetune.toml)"
         )
     return found, recipe
+
+
+def file_in(path: Path) -> Path:
+    """The file of weights if `path` is a folder of `tools/export.py`; otherwise `path`."""
+    is_exported = (path / CONFIG).is_file() and (path / MODEL).is_file()
+    return path / MODEL if is_exported else path
+
+
+def recipe_of(described: Description) -> config.Recipe:
+    """A recipe with the network and the evaluation of a description."""
+    how = described.preprocessing
+    return config.Recipe(
+        model=config.Model(arch=described.arch, width=described.width),
+        data=config.Data(
+            eval_resize_px=how.resize_px,
+            eval_crop_px=how.crop_px,
+            interpolation=how.interpolation,
+        ),
+    )
 
 
 def build(trained: Trained) -> MobileNetV3:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import export
 import pytest
 import torch
-from conftest import STEP, Refused
+from conftest import STEP, Refused, lines
 from exporting import forms, hub, measure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -144,6 +145,20 @@ def test_a_folder_for_the_hub_loads_in_one_call(
     (out / "mine.txt").touch()
     with pytest.raises(Fault, match=r"holds files that are not of an export \(mine.txt\)"):
         hub.remove(out)
+
+
+def test_an_exported_network_can_be_evaluated(
+    trained: Path, tmp_path: Path, exported: Export, dataset: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (last,) = lines(trained / "metrics.jsonl", "eval")
+    for name in ("network.safetensors", "network"):
+        exported(trained, tmp_path / name)
+        words = ["evaluate", tmp_path / name, "--data", dataset, "--precision", "no"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        evaluate.main()
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["top1"] == last["top1"]
 
 
 class FakeApi:
