@@ -83,7 +83,7 @@ def test_an_average_is_exported_where_there_is_one(
     assert torch.equal(load_file(tmp_path / "out.safetensors")[name], state[name])
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
 def test_programs_take_batches_of_any_size(
     suffix: str, trained: Path, tmp_path: Path, exported: Export
 ) -> None:

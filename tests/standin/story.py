@@ -32,7 +32,7 @@ RECIPE = config.Recipe(
     data=config.Data(crop_px=((0, 32), (1, 48)), eval_crop_px=32, eval_resize_px=36),
     optim=config.Optim(ema_decay=0.9, warmup_epochs=1),
     train=config.Train(epochs=2, global_batch_size=8, micro_batch_size=4, precision="bf16"),
-    checkpoint=config.Checkpoint(every_steps=1000, keep=2),
+    checkpoint=config.Checkpoint(every_steps=1000, keep=2, keep_best=False),
     log=config.Log(every_steps=LOG_EVERY),
 )
 PLAN = make_plan(RECIPE.train, RECIPE.optim, 88, 1)
