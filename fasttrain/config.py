@@ -64,6 +64,15 @@ class Varies:
 ON_RESUME, PER_MACHINE = Varies(per_machine=False), Varies(per_machine=True)
 
 
+def _scales_px(value: tuple[int, ...]) -> tuple[int, ...]:
+    """Checks `data.scales_px`: none, or at least two different sizes."""
+    if len(value) == 1:
+        raise ValueError(f"one size is no choice; use crop_px = {value[0]}")
+    if len(set(value)) < len(value):
+        raise ValueError("names a size twice; all sizes are equally likely")
+    return value
+
+
 def _crop_px(value: object) -> object:
     """Checks `data.crop_px`: a size, or pairs of a first epoch and a size."""
     pairs: Any = value if isinstance(value, (list, tuple)) else [[0, value]]
@@ -100,6 +109,9 @@ class Data(Section):
     crop_px: Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_crop_px)] = 224
     """Side of the training crop after resizing, in pixels; or a schedule of pairs (epoch, pixels),
     epochs from 0: `[[0, 128], [60, 176], [120, 224]]`."""
+    scales_px: Annotated[tuple[Annotated[int, Field(ge=32)], ...], AfterValidator(_scales_px)] = ()
+    """Sides of the training crops in pixels, from which each update draws one:
+    `[128, 176, 224, 272, 320]`. All are equally likely, and they replace `crop_px`; empty: off."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest fraction of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -181,6 +193,11 @@ class Data(Section):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: needs 0 < smallest <= largest")
+        if self.scales_px and not isinstance(self.crop_px, int):
+            raise ValueError(
+                f"scales_px = {list(self.scales_px)}: crop_px is a schedule of sizes already; "
+                "set scales_px = [], or crop_px to one size"
+            )
         for key in ("augment_ops", "augment_magnitude"):
             value = getattr(self, key)
             if self.augment != "rand" and value != type(self).model_fields[key].default:

@@ -8,8 +8,11 @@ A step is one optimizer update, counted from 0 over the whole run. It takes one 
 import math
 from dataclasses import dataclass
 
-from fasttrain import config
+import numpy as np
+
+from fasttrain import config, rng
 from fasttrain.faults import ConfigError
+from fasttrain.rng import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,48 @@ def crop_px_at(epoch: int, crop_px: int | tuple[tuple[int, int], ...]) -> int:
     return next(px for start, px in reversed(crop_px) if start <= epoch)
 
 
-def largest_crop_px(crop_px: int | tuple[tuple[int, int], ...]) -> int:
-    """Returns the largest side of the training crops in pixels, for a recipe's `data.crop_px`."""
-    return crop_px if isinstance(crop_px, int) else max(px for _, px in crop_px)
+def image_px(step: int, plan: Plan, data: config.Data) -> int:
+    """Returns the side of the images of an update in pixels: a function of (seed, step).
+
+    With `data.scales_px`, the update draws one of these sizes. It is the same for all its
+    micro-batches and on all ranks.
+
+    Args:
+        step: index of the update, from 0.
+    """
+    if not data.scales_px:
+        return crop_px_at(plan.epoch_of(step), data.crop_px)
+    drawn = rng.hash64(plan.seed, Stream.SCALE, step)[0]
+    return data.scales_px[int(drawn % np.uint64(len(data.scales_px)))]
+
+
+def first_updates(step: int, plan: Plan, data: config.Data) -> dict[int, int]:
+    """The sides of the images in the updates from `step` to the end, in pixels.
+
+    Returns:
+        For each side the first of these updates that has it, in the order of these updates.
+    """
+    if not data.scales_px:
+        first = plan.epoch_of(step)
+        found: dict[int, int] = {}
+        for epoch in range(first, plan.epoch_of(plan.total_steps - 1) + 1):
+            begin = max(step, epoch * plan.steps_per_epoch)
+            found.setdefault(crop_px_at(epoch, data.crop_px), begin)
+        return found
+    steps = np.arange(step, plan.total_steps)
+    drawn = rng.hash64(plan.seed, Stream.SCALE, steps) % np.uint64(len(data.scales_px))
+    places, offsets = np.unique(drawn, return_index=True)
+    pairs = sorted(zip(offsets.tolist(), places.tolist(), strict=True))
+    return {data.scales_px[place]: step + offset for offset, place in pairs}
+
+
+def largest_px(data: config.Data) -> int:
+    """Returns the largest side of the training crops of a recipe, in pixels."""
+    if data.scales_px:
+        return max(data.scales_px)
+    if isinstance(data.crop_px, int):
+        return data.crop_px
+    return max(px for _, px in data.crop_px)
 
 
 def lr_at(step: int, plan: Plan) -> float:

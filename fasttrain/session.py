@@ -374,7 +374,8 @@ class Input:
             ),
             "step": measured.key_of(
                 "updates", recipe.model, recipe.optim, recipe.train, self.settings.crop_px,
-                self.session.plan.micro_batch_size, os.uname().nodename, *machine,
+                self.settings.scales_px, self.session.plan.micro_batch_size,
+                os.uname().nodename, *machine,
             ),
         }  # fmt: skip
 

@@ -14,7 +14,12 @@ from fasttrain import checkpoint
 
 # A recipe with everything that draws random numbers or has a state.
 ALL: dict[str, dict[str, Any]] = {
-    "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
+    "data": {
+        "augment": "trivial",
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "erase": 0.5,
+        "scales_px": (32, 40, 48),
+    },
     "optim": {"ema_decay": 0.9},
     "train": {
         "micro_batch_size": 4,

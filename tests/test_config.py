@@ -100,6 +100,18 @@ def test_set_changes_values_of_any_type() -> None:
         ("data.crop_px=224.5", "[data] crop_px = 224.5: expected a number of pixels, or pairs"),
         ("data.crop_px=[[1, 128]]", "[data] crop_px = [[1, 128]]: epochs must start at 0 and rise"),
         ("data.crop_px=[[0, 64], [0, 96]]", "epochs must start at 0 and rise"),
+        (
+            "data.scales_px=[128]",
+            "[data] scales_px = [128]: one size is no choice; use crop_px = 128",
+        ),
+        (
+            "data.scales_px=[64, 16]",
+            "[data] scales_px[1] = 16: must be greater than or equal to 32",
+        ),
+        (
+            "data.scales_px=[64, 96, 64]",
+            "[data] scales_px = [64, 96, 64]: names a size twice; all sizes are equally likely",
+        ),
         ("data.augment_magnitude=31", "must be less than or equal to 30"),
         (
             "data.augment_ops=3",
@@ -144,6 +156,16 @@ def test_long_values_are_cut_short(tmp_path: Path) -> None:
         config.load(REPO / "recipes/large.toml", [f"model.arch={'x' * 9999}"])
     assert "xxx...: must be 'large' or 'small'" in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_sizes_come_from_a_schedule_or_are_drawn() -> None:
+    both = ["data.scales_px=[128, 224]", "data.crop_px=[[0, 128], [9, 224]]"]
+    with pytest.raises(ConfigError) as error:
+        config.load(REPO / "recipes/large.toml", both)
+    assert str(error.value).endswith(
+        "[data] scales_px = [128, 224]: crop_px is a schedule of sizes already; set scales_px = "
+        "[], or crop_px to one size"
+    )
 
 
 def test_nesterov_needs_momentum() -> None:

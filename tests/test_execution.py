@@ -41,12 +41,28 @@ def test_a_recorded_update_equals_eager_over_20_updates(micro: int, nesterov: bo
     recipe = recipe_for(micro_batch_size=micro)
     recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update={"nesterov": nesterov})})
     plan = plan_for(recipe)
-    batches = batches_for(plan, 20, sizes=(32, 48))
+    batches = batches_for(plan, 20, sizes=(32, 48, 32, 48, 40))
     expected, eager = carry_out("eager", recipe, plan, batches)
     found, recorded = carry_out("graph", recipe, plan, batches)
     assert found == pytest.approx(expected, rel=1e-4)
     assert_same(recorded, eager)
     assert recorded.state.step == eager.state.step == 20
+
+
+def test_preparing_an_eager_update_for_several_sizes_leaves_no_trace() -> None:
+    recipe = recipe_for()
+    plan = plan_for(recipe)
+    accelerator = Accelerator(cpu=True)
+    learner = execution.prepare("eager", accelerator, network(), recipe, plan)
+    updater = execution.build("eager", accelerator, learner, plan, recipe.train)
+    before = [(name, tensor.clone()) for name, tensor in everything(learner)]
+    prepared: list[torch.Size] = []
+    learner.module.register_forward_pre_hook(lambda _, given: prepared.append(given[0].shape))
+    updater.rehearse(batches_for(plan, 2, sizes=(48, 32)), [torch.zeros(8, 3, 32, 32)])
+    assert [shape[-1] for shape in prepared] == [48, 32]
+    for (name, was), (_, now) in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now), name
+    assert all(p.grad is None for p in learner.module.parameters())
 
 
 def test_stages_stay_frozen_and_the_backbone_learns_more_slowly_in_either_mode() -> None:

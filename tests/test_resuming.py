@@ -61,6 +61,7 @@ def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train.main([str(write_recipe(folder / "all.toml", dataset, folder / "run", **ALL))])
     assert len(lines(folder / "run" / "samples-rank0.jsonl")) == 15
+    assert len({line["crop_px"] for line in lines(folder / "run" / "metrics.jsonl", "train")}) > 1
     return folder / "run"
 
 
