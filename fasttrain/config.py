@@ -1,7 +1,10 @@
 """Reads a TOML recipe into a frozen, typed and validated `Recipe`. Reports all faults at once.
 
 This module declares every setting of a run, with its unit and its effect. A recipe file sets only
-what differs from these defaults. `python -m fasttrain.config RECIPE` prints a recipe in full.
+what differs from these defaults.
+
+    python -m fasttrain.config RECIPE [--set SECTION.KEY=VALUE ...]    prints a recipe in full
+    python -m fasttrain.config --diff A B                              prints what differs
 """
 
 import argparse
@@ -10,9 +13,10 @@ import json
 import os
 import re
 import sys
+import textwrap
 import tomllib
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -121,8 +125,8 @@ class Data(Section):
     flip: bool = True
     """Mirror each training image with probability 0.5."""
     augment: Literal["none", "rand", "trivial"] = "none"
-    """`rand`: RandAugment. `trivial`: TrivialAugment Wide, one operation of random strength per
-    image."""
+    """Augmentation of each image beside crop and flip. `rand`: RandAugment. `trivial`:
+    TrivialAugment Wide, one operation of random strength per image."""
     augment_ops: Positive = 2
     """Number of RandAugment's operations per image."""
     augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
@@ -594,23 +598,56 @@ def _shown(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def dumps(recipe: Recipe, leave_out: Collection[str] = ()) -> str:
+def dumps(recipe: Recipe, leave_out: Collection[str] = (), comments: bool = False) -> str:
     """Returns the recipe as TOML with all values. `load` of this text gives an equal recipe.
 
     Args:
         leave_out: fields (`section.key`) that are not written. `load` gives them their defaults.
+        comments: writes above each field what it does, and its default if the value is another.
     """
     lines = []
     for name, table in recipe.model_dump(mode="json").items():
-        lines.append(f"[{name}]")
-        # JSON's strings, numbers, booleans and lists are valid TOML.
-        lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in table.items()
-            if value is not None and f"{name}.{key}" not in leave_out
-        ]
+        kind = type(getattr(recipe, name))
+        lines += (
+            [*_comment(_first_sentence(kind.__doc__)), f"[{name}]"] if comments else [f"[{name}]"]
+        )
+        for key, value in table.items():
+            if f"{name}.{key}" in leave_out:
+                continue
+            if comments:
+                lines += ["", *_comment(_about(kind, key, value))]
+            if value is not None:
+                # JSON's strings, numbers, booleans and lists are valid TOML.
+                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            elif comments:
+                lines.append(f"# {key} is unset")
         lines.append("")
     return "\n".join(lines)
+
+
+def _about(kind: type[Section], key: str, value: object) -> str:
+    """What a field does, in one sentence, and its default if `value` (in JSON) is another."""
+    field = kind.model_fields[key]
+    default = json.loads(json.dumps(field.default, default=str))
+    changed = f" Default: {_shown_or_unset(default)}." if value != default else ""
+    return _first_sentence(field.description) + changed
+
+
+def _first_sentence(text: str | None) -> str:
+    """The first sentence of a docstring, on one line."""
+    words = " ".join((text or "").split())
+    return re.split(r"(?<=[.]) (?=[A-Z`])", words, maxsplit=1)[0]
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        100,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def may_vary(per_machine: bool = False) -> frozenset[str]:
@@ -630,14 +667,46 @@ def may_vary(per_machine: bool = False) -> frozenset[str]:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lists the settings whose change makes `new` a different run: `train.seed: 0 -> 1`."""
-    old_values, new_values = old.model_dump(mode="json"), new.model_dump(mode="json")
     varying = may_vary()
-    return [
-        f"{section}.{key}: {_shown(old_values[section][key])} -> {_shown(value)}"
-        for section, table in new_values.items()
-        for key, value in table.items()
-        if old_values[section][key] != value and f"{section}.{key}" not in varying
-    ]
+    return [text for name, text in _changes(old, new) if name not in varying]
+
+
+def comparison(old: Recipe, new: Recipe) -> str:
+    """Lists all settings in which two recipes differ, and says what that means for a run."""
+    varying, per_machine = may_vary(), may_vary(per_machine=True)
+    lines, same_run = [], True
+    for name, text in _changes(old, new):
+        if name in per_machine:
+            text += "    # may differ between the machines of a run"
+        elif name in varying:
+            text += "    # may change when a run resumes"
+        else:
+            same_run = False
+        lines.append(text)
+    if not lines:
+        return "The recipes have the same settings.\n"
+    meaning = (
+        "All of these may change within a run: a run of the first recipe can resume with the "
+        "second one."
+        if same_run
+        else "A setting without a comment makes another run: a run of the first recipe cannot "
+        "resume with the second one."
+    )
+    return "\n".join([*lines, "", meaning, ""])
+
+
+def _changes(old: Recipe, new: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields each setting that differs (`train.seed`), and a text: `train.seed: 0 -> 1`."""
+    old_values = old.model_dump(mode="json")
+    for section, table in new.model_dump(mode="json").items():
+        for key, value in table.items():
+            if (was := old_values[section][key]) != value:
+                name = f"{section}.{key}"
+                yield name, f"{name}: {_shown_or_unset(was)} -> {_shown_or_unset(value)}"
+
+
+def _shown_or_unset(value: Any) -> str:
+    return "unset" if value is None else _shown(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -646,12 +715,20 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 TRAINS = "Trains the network of a recipe, or resumes a run that was stopped."
-PRINTS = "Prints a recipe in full as TOML: every setting, with the defaults. Nothing is trained."
+PRINTS = (
+    "Prints a recipe in full as TOML: every setting with what it does. Or prints what two recipes "
+    "differ in. Nothing is trained."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the arguments `recipe` and `--set` of a command that takes a recipe."""
-    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/large.toml")
+    parser.add_argument(
+        "recipe",
+        type=Path,
+        nargs=None if required else "?",
+        help="a TOML file, such as recipes/large.toml",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -661,19 +738,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
+def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:
     """Loads the recipe that the command line names. A fault ends the process with exit code 2."""
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
+        description=TRAINS,
+        epilog="Every setting: recipes/SETTINGS.md, or python -m fasttrain.config RECIPE",
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    return _load_or_exit(arguments.recipe, arguments.set)
+
+
+def _load_or_exit(path: Path, overrides: Sequence[str]) -> Recipe:
     try:
-        return load(commands.recipe(arguments.recipe), arguments.set)
+        return load(commands.recipe(path), overrides)
     except ConfigError as error:
         stop(str(error))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a recipe in full, or what two recipes differ in."""
+    parser = argparse.ArgumentParser(prog="python -m fasttrain.config", description=PRINTS)
+    add_arguments(parser, required=False)
+    parser.add_argument(
+        "--diff",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="print what recipe B changes in recipe A; --set changes a setting of B",
+    )
+    arguments = parser.parse_args(argv)
+    if bool(arguments.recipe) == bool(arguments.diff):
+        parser.error("name one recipe, or two after --diff")
+    if arguments.diff:
+        old, new = arguments.diff
+        text = comparison(_load_or_exit(old, ()), _load_or_exit(new, arguments.set))
+    else:
+        text = dumps(_load_or_exit(arguments.recipe, arguments.set), comments=True)
+    sys.stdout.write(text)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(dumps(load_or_exit(description=PRINTS)))
+    main()
