@@ -236,6 +236,10 @@ class Model(Section):
     """Multiplies the channels of every layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Probability with which a unit of the last hidden layer is dropped in training."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth: probability with which the last block is left out for an image in training.
+    It grows linearly from 0 at the first block; only blocks with a shortcut can be left out. Turns
+    the fused kernels off."""
     weights: ExpandedPath | None = None
     """Start from these weights instead of random ones: a run folder, a checkpoint, or a file of
     weights. The last layer keeps its rows for classes that the data has too, matched by name. Its
@@ -244,7 +248,8 @@ class Model(Section):
 
     def network(self) -> dict[str, Any]:
         """The arguments of `model.build_model`, except for the number of classes."""
-        return {"arch": self.arch, "width": self.width, "dropout": self.dropout}
+        fields = {"arch", "width", "dropout", "drop_path"}
+        return self.model_dump(include=fields)
 
 
 class Optim(Section):
@@ -527,6 +532,11 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
             f"([train] epochs = {train.epochs}); lower warmup_epochs or raise epochs"
         )
     model = sections.get("model")
+    if model and train and model.drop_path and train.kernels == "force":
+        faults.append(
+            "[train] kernels = force: the fused kernels have no stochastic depth; use kernels = "
+            '"auto", or [model] drop_path = 0'
+        )
     if optim and model and optim.frozen_stages and model.weights is None:
         faults.append(
             f"[optim] frozen_stages = {optim.frozen_stages}: these stages would keep their random "

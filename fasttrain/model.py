@@ -112,7 +112,11 @@ class InvertedResidual(nn.Module):
 
     kernels: bool = False  # train by `fused_block`: the same results but for rounding
 
-    def __init__(self, in_channels: int, row: Row, width: float) -> None:
+    def __init__(self, in_channels: int, row: Row, width: float, drop_path: float = 0.0) -> None:
+        """
+        Args:
+            drop_path: probability with which an image takes only the shortcut, in training.
+        """
         super().__init__()
         hidden = round_channels(in_channels * row.expansion)
         self.out_channels = round_channels(row.channels * width)
@@ -142,11 +146,18 @@ class InvertedResidual(nn.Module):
             gate_after=bool(row.se) and in_channels == hidden,
             shortcut=self.shortcut,
         )
+        self.drop_path: nn.Module | None = None
+        if drop_path and self.shortcut:
+            from torchvision.ops import StochasticDepth  # takes seconds to import
+
+            self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles no autograd function
             if self.kernels and self.training:
                 return fused_block.run(self.spec, self._layers(), x)
+        if self.drop_path is not None:
+            return x + self.drop_path(self.conv(x))
         return x + self.conv(x) if self.shortcut else self.conv(x)
 
     @torch.jit.unused
@@ -201,12 +212,17 @@ class MobileNetV3(nn.Module):
         hidden_units: int,
         num_classes: int,
         dropout: float,
+        drop_path: float = 0.0,
     ) -> None:
+        """
+        Args:
+            drop_path: of the last block; it grows linearly from 0 at the first block.
+        """
         super().__init__()
         channels = round_channels(16 * width)
         layers: list[nn.Module] = [_conv_bn_act(3, channels, 3, 2)]
-        for row in rows:
-            block = InvertedResidual(channels, row, width)
+        for number, row in enumerate(rows):
+            block = InvertedResidual(channels, row, width, drop_path * number / (len(rows) - 1))
             layers.append(block)
             channels = block.out_channels
         self.features = nn.Sequential(*layers)
@@ -268,6 +284,7 @@ def use_kernels(network: nn.Module, on: bool, pointwise: bool = False) -> None:
             # `fused_block` applies a gate before the activation. Hard-swish does not allow that for
             # a gate that comes after it. No network of the tables has such a block.
             fits = not layer.spec.gate_after or layer.spec.act == operators.RELU
+            fits = fits and layer.drop_path is None
             layer.kernels = on and fits
             layer.spec = layer.spec._replace(pointwise_kernel=pointwise)
 
@@ -285,23 +302,25 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def mobilenetv3_large(
-    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2, drop_path: float = 0.0
 ) -> MobileNetV3:
     """MobileNetV3-Large: 5,483,032 parameters, 216.59 M multiply-adds at 224 px for width 1.0."""
-    return MobileNetV3(LARGE, width, 1280, num_classes, dropout)
+    return MobileNetV3(LARGE, width, 1280, num_classes, dropout, drop_path)
 
 
 def mobilenetv3_small(
-    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2, drop_path: float = 0.0
 ) -> MobileNetV3:
     """MobileNetV3-Small: 2,542,856 parameters, 56.51 M multiply-adds at 224 px for width 1.0."""
-    return MobileNetV3(SMALL, width, 1024, num_classes, dropout)
+    return MobileNetV3(SMALL, width, 1024, num_classes, dropout, drop_path)
 
 
-def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
+def build_model(
+    arch: Arch, width: float, num_classes: int, dropout: float, drop_path: float = 0.0
+) -> MobileNetV3:
     """Builds the network that a recipe's `[model]` names, initialised from torch's current seed."""
     build = mobilenetv3_large if arch == "large" else mobilenetv3_small
-    network = build(width, num_classes, dropout)
+    network = build(width, num_classes, dropout, drop_path)
     network.about = f"MobileNetV3-{arch.capitalize()} {width:g} with {num_classes:,} classes"
     return network
 

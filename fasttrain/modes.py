@@ -191,6 +191,8 @@ def _choose_kernels(
         return "", ""
     if train.precision == "no":
         return "", "fused kernels: off, as they need half precision"
+    if setup.recipe.model.drop_path:
+        return "", "fused kernels: off, as they have no stochastic depth (model.drop_path)"
     if earlier:
         previous = earlier.mode.removeprefix(without_kernels(earlier.mode))
         layer_trials.apply(setup.module, earlier.layers)

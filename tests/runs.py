@@ -20,6 +20,7 @@ ALL: dict[str, dict[str, Any]] = {
         "erase": 0.5,
         "scales_px": (32, 40, 48),
     },
+    "model": {"drop_path": 0.3},
     "optim": {"ema_decay": 0.9},
     "train": {
         "micro_batch_size": 4,

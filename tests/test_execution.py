@@ -28,9 +28,10 @@ from updates import (
 )
 
 from fasttrain import caches, config, determinism, execution, graphs
+from fasttrain.compiling import compiled
 from fasttrain.config import Recipe
 from fasttrain.learner import Learner
-from fasttrain.model import mobilenetv3_large, mobilenetv3_small
+from fasttrain.model import InvertedResidual, Row, mobilenetv3_large, mobilenetv3_small
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 
@@ -47,6 +48,35 @@ def test_a_recorded_update_equals_eager_over_20_updates(micro: int, nesterov: bo
     assert found == pytest.approx(expected, rel=1e-4)
     assert_same(recorded, eager)
     assert recorded.state.step == eager.state.step == 20
+
+
+def test_stochastic_depth_draws_the_same_in_a_recorded_update() -> None:
+    recipe = recipe_for(micro_batch_size=4)
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 6)
+    module = mobilenetv3_small(0.35, num_classes=4, drop_path=0.5)
+    module = module.to(memory_format=torch.channels_last)
+    expected, eager = carry_out("eager", recipe, plan, batches, copy.deepcopy(module))
+    found, recorded = carry_out("graph", recipe, plan, batches, copy.deepcopy(module))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_same(recorded, eager)
+    module.load_state_dict(network().state_dict())
+    without, _ = carry_out("eager", recipe, plan, batches[:2], network())
+    others, _ = carry_out("eager", recipe, plan, batches[:2], module)
+    assert without != others
+
+
+@pytest.mark.slow
+def test_compiled_stochastic_depth_draws_the_same() -> None:
+    block = InvertedResidual(8, Row(3, 3.0, 8, 0, 1, 1), 1.0, drop_path=0.5)
+    x = torch.randn(16, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    run = compiled(lambda given: block(given), {"fallback_random": True})
+    results = []
+    for function in (block, run):
+        torch.manual_seed(5)
+        results.append(function(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert (results[0] == x).flatten(1).all(1).any()
 
 
 def test_preparing_an_eager_update_for_several_sizes_leaves_no_trace() -> None:

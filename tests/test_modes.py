@@ -11,7 +11,7 @@ from torch import nn
 from updates import Block, network, plan_for, recipe_for
 
 from fasttrain import modes, runtime
-from fasttrain.config import Data
+from fasttrain.config import Data, Model
 from fasttrain.fused_block import Own
 from fasttrain.modes import ModeTrial
 
@@ -193,6 +193,16 @@ def test_kernels_need_a_gpu_and_half_precision(chosen: Chosen) -> None:
         chosen(GOOD, "cpu", kernels="force")
     with pytest.raises(ValueError, match="kernels = force: the fused kernels need half precision"):
         recipe_for(kernels="force", precision="no")
+
+
+def test_stochastic_depth_needs_pytorchs_layers() -> None:
+    recipe = recipe_for(precision="bf16").model_copy(update={"model": Model(drop_path=0.1)})
+    accelerator: Any = Device("cuda")
+    setup = modes.Setup(accelerator, nn.Identity(), recipe, plan_for(recipe), 4)
+    assert modes._choose_kernels(setup, "graph", None, {}, print) == (
+        "",
+        "fused kernels: off, as they have no stochastic depth (model.drop_path)",
+    )
 
 
 def test_a_short_run_on_a_cpu_is_not_compiled(chosen: Chosen) -> None:
