@@ -40,6 +40,7 @@ from fasttrain.faults import ConfigError, stop
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Modes of execution: see `Train.execution`.
 Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -253,8 +254,11 @@ class Model(Section):
 
 
 class Optim(Section):
-    """SGD with momentum, linear warm-up, then cosine."""
+    """SGD or AdamW; linear warm-up, then cosine."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer. `adamw` needs a far lower `lr` and `warmup_lr` than `sgd`, and more
+    `weight_decay`."""
     lr: Annotated[float, Field(gt=0.0)] = 0.4
     """Learning rate at the end of the warm-up, for the whole global batch."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 0.1
@@ -263,12 +267,22 @@ class Optim(Section):
     """Length of the linear ramp from `warmup_lr` to `lr`, in epochs."""
     final_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end of the cosine."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply `lr`, `warmup_lr` and `final_lr` by `train.global_batch_size` / `lr_batch`, or by
+    the square root of this ratio. The start of the run prints the result."""
+    lr_batch: Positive = 1024
+    """Global batch size for which the recipe's learning rates are meant, if `lr_scaling` is on."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov momentum."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decays per update of AdamW's two averages: of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """What AdamW adds to the square root of the second average before it divides by it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 4e-5
-    """Decay of the weights of convolutions and linear layers; never of biases and BatchNorm."""
+    """Decay of the weights of convolutions and linear layers; never of biases and BatchNorm. SGD
+    adds it to the gradient. AdamW shrinks the weights by `weight_decay` times the learning rate."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay per update of the moving average of the weights, which is evaluated too; 0 keeps no
     average."""
@@ -280,9 +294,31 @@ class Optim(Section):
     change. A stage begins where the image is halved. With all five, only the classifier learns."""
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov = true: needs momentum above 0")
+        used_by = {"sgd": ("momentum", "nesterov"), "adamw": ("betas", "eps")}
+        for name, keys in used_by.items():
+            for key in keys:
+                value = getattr(self, key)
+                if name != self.name and value != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f'{key} = {_shown(value)}: only {name} uses it; set name = "{name}", or '
+                        f"delete {key}"
+                    )
+        if (
+            self.lr_scaling == "none"
+            and self.lr_batch != type(self).model_fields["lr_batch"].default
+        ):
+            raise ValueError(
+                f'lr_batch = {self.lr_batch}: only lr_scaling uses it; set lr_scaling = "linear" '
+                'or "sqrt"'
+            )
+        if self.name == "adamw" and self.warmup_lr > self.lr:  # most likely left at SGD's default
+            raise ValueError(
+                f"warmup_lr = {self.warmup_lr:g}: larger than lr = {self.lr:g}; adamw needs a "
+                "lower one, such as 0"
+            )
         return self
 
 

@@ -32,7 +32,7 @@ from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
 from fasttrain.learner import Learner
 from fasttrain.model import use_kernels
-from fasttrain.optim import WeightAverage, build_optimizer
+from fasttrain.optim import WeightAverage, build_optimizer, set_capturable
 from fasttrain.schedule import Plan
 
 Batch = tuple[Tensor, Tensor]  # images and labels
@@ -61,6 +61,7 @@ class Eager:
         self.train = train
         self.accumulation = plan.accumulation
         self.guard = Guard(learner, plan, train.max_skipped_steps)
+        set_capturable(learner.optimizer, False)
         self.compiled = options is not None
         self.loss_of = loss_function(learner.model, train, options)
         self.evaluators = evaluators_of(learner, options, None)
@@ -211,6 +212,7 @@ class Graphed:
         device = accelerator.device
         on_gpu = device.type == "cuda"
         self.guard = Guard(learner, plan, train.max_skipped_steps, compile_it=on_gpu)
+        set_capturable(learner.optimizer, True)
         self.lrs: dict[float, Tensor] = {}  # learning rate for each `lr_factor`
         self.ema_weight = torch.zeros((), device=device)
         # Gradients are summed over ranks and micro-batches. DDP would take the mean.
@@ -346,13 +348,14 @@ class Graphed:
     def _touched(self) -> list[Tensor]:
         """The tensors that an update changes and that outlive it."""
         learner = self.learner
-        momenta = [
-            state["momentum_buffer"]
+        states = [
+            value
             for state in learner.optimizer.state.values()
-            if state.get("momentum_buffer") is not None
+            for value in state.values()
+            if isinstance(value, Tensor)
         ]
         average = learner.ema.flat if learner.ema else ()
-        return [*learner.flat, *average, *momenta, self.gradients, *self.guard.tensors()]
+        return [*learner.flat, *average, *states, self.gradients, *self.guard.tensors()]
 
 
 Updater = Eager | Graphed

@@ -342,7 +342,7 @@ def _key(setup: Setup, kernels_in: str = "") -> str:
         choice = f"kernels {digest} in {kernels_in}"
     return measured.key_of(
         choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
-        recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
+        recipe.model, recipe.optim.name, recipe.train.precision, recipe.train.gradient_exchange,
         bool(recipe.optim.ema_decay), recipe.data.crop_px, recipe.data.scales_px,
         setup.num_classes, plan.micro_batch_size, plan.accumulation, plan.world_size,
         torch.get_num_threads(),

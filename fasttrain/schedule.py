@@ -79,6 +79,7 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
             f"use {_near_divisors(per_process, micro)}"
         )
     steps_per_epoch = num_samples // batch
+    lr_factor = lr_factor_of(optim, batch)
     schedule_steps = train.epochs * steps_per_epoch
     return Plan(
         seed=train.seed,
@@ -91,11 +92,20 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
         schedule_steps=schedule_steps,
         total_steps=min(schedule_steps, train.max_steps or schedule_steps),
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        warmup_lr=optim.warmup_lr,
-        peak_lr=optim.lr,
-        final_lr=optim.final_lr,
+        warmup_lr=lr_factor * optim.warmup_lr,
+        peak_lr=lr_factor * optim.lr,
+        final_lr=lr_factor * optim.final_lr,
         eval_every_epochs=train.eval_every_epochs,
     )
+
+
+def lr_factor_of(optim: config.Optim, global_batch_size: int) -> float:
+    """Returns the factor of `optim.lr_scaling` on all learning rates of the recipe; 1 if it is off.
+
+    Source: linear: Goyal et al., arXiv:1706.02677. Square root: Krizhevsky, arXiv:1404.5997.
+    """
+    ratio = global_batch_size / optim.lr_batch
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
 
 
 def _near_divisors(number: int, wanted: int) -> str:

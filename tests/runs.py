@@ -108,7 +108,7 @@ def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[dic
     }
     training = torch.load(newest / "training.pt", weights_only=True)
     for number, values in training["optimizer"]["state"].items():
-        tensors[f"momentum.{number}"] = values["momentum_buffer"]
+        tensors |= {f"{name}.{number}": value for name, value in values.items()}
     records = {
         path.name: [
             {key: value for key, value in record.items() if key not in MEASURED}

@@ -129,6 +129,23 @@ def test_set_changes_values_of_any_type() -> None:
             "[optim] warmup_epochs = 200: longer than the run ([train] epochs = 150); "
             "lower warmup_epochs or raise epochs",
         ),
+        (
+            "optim.betas=[0.9, 0.99]",
+            '[optim] betas = [0.9, 0.99]: only adamw uses it; set name = "adamw", or delete betas',
+        ),
+        (
+            "optim.name=adamw&optim.nesterov=true",
+            '[optim] nesterov = true: only sgd uses it; set name = "sgd", or delete nesterov',
+        ),
+        (
+            "optim.name=adamw&optim.lr=0.004",
+            "[optim] warmup_lr = 0.1: larger than lr = 0.004; adamw needs a lower one, such as 0",
+        ),
+        ("optim.name=lamb", "[optim] name = \"lamb\": must be 'sgd' or 'adamw'"),
+        (
+            "optim.lr_batch=256",
+            '[optim] lr_batch = 256: only lr_scaling uses it; set lr_scaling = "linear" or "sqrt"',
+        ),
         ("optim.momentum=1", "[optim] momentum = 1: must be less than 1"),
         (
             "model.drop_path=0.1&train.kernels=force",

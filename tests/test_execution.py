@@ -50,6 +50,24 @@ def test_a_recorded_update_equals_eager_over_20_updates(micro: int, nesterov: bo
     assert recorded.state.step == eager.state.step == 20
 
 
+def test_adamw_gives_the_same_in_a_recorded_update_and_after_a_rejected_one() -> None:
+    recipe = recipe_for(max_skipped_steps=2)
+    settings = {"name": "adamw", "eps": 0.01, "weight_decay": 0.1}  # eps: rounding stays small
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update=settings)})
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 8)
+    batches[5][0][0, 0, 0, 0] = torch.inf
+    found = {mode: carry_out(mode, recipe, plan, batches)[1] for mode in ("eager", "graph")}
+    assert_same(found["graph"], found["eager"])
+    for mode, learner in found.items():
+        for state in learner.optimizer.state_dict()["state"].values():
+            assert state["step"].item() == 7
+        groups = learner.optimizer.param_groups
+        assert all(group["capturable"] == (mode == "graph") for group in groups)
+    first = carry_out("graph", recipe, plan, batches[:6])[1]
+    assert_same(resumed_from(first, "eager", recipe, plan, batches), found["eager"])
+
+
 def test_stochastic_depth_draws_the_same_in_a_recorded_update() -> None:
     recipe = recipe_for(micro_batch_size=4)
     plan = plan_for(recipe)

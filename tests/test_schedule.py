@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 from conftest import REPO
@@ -37,6 +38,27 @@ def test_the_published_recipe_has_the_published_length_on_imagenet() -> None:
     assert lr_at(0, plans[0]) == 0.1
     assert lr_at(5 * 1251, plans[0]) == 0.4
     assert lr_at(187_649, plans[0]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("scaling", "batch", "factor"),
+    [("none", 4096, 1), ("linear", 4096, 4), ("linear", 256, 0.25), ("sqrt", 4096, 2)],
+)
+def test_the_batch_scales_the_whole_curve_of_the_learning_rate(
+    scaling: Literal["none", "linear", "sqrt"], batch: int, factor: float
+) -> None:
+    optim = Optim(lr=0.4, warmup_lr=0.1, final_lr=0.01, warmup_epochs=1)
+    train = Train(epochs=4, global_batch_size=batch)
+    plain = make_plan(train, optim, 10_000, 1)
+    scaled = make_plan(train, optim.model_copy(update={"lr_scaling": scaling}), 10_000, 1)
+    assert scaled.peak_lr == pytest.approx(0.4 * factor)
+    curves = [[lr_at(step, plan) for step in range(plan.total_steps)] for plan in (scaled, plain)]
+    assert curves[0] == pytest.approx([factor * lr for lr in curves[1]])
+
+
+def test_the_learning_rate_may_be_meant_for_any_batch() -> None:
+    optim = Optim(lr=0.1, lr_scaling="linear", lr_batch=256)  # as is usual for SGD
+    assert make_plan(Train(global_batch_size=1024), optim, 10_000, 1).peak_lr == 0.4
 
 
 @pytest.mark.parametrize(
