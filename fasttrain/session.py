@@ -277,12 +277,12 @@ def build_network(session: Session, start: Weights | None) -> MobileNetV3:
         f"{process.world_size} x {process.device.type} with {process.cpu_threads} CPU threads, "
         f"precision {recipe.train.precision}; "
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
-        f"{plan.total_steps:,} in all\n{_scaled_lr(recipe, plan)}run folder: {session.folder}{said}"
+        f"{plan.total_steps:,} in all\n{scaled_lr(recipe, plan)}run folder: {session.folder}{said}"
     )
     return module
 
 
-def _scaled_lr(recipe: Recipe, plan: Plan) -> str:
+def scaled_lr(recipe: Recipe, plan: Plan) -> str:
     """A line on the learning rate, if the batch size scales it; else ""."""
     optim = recipe.optim
     if optim.lr_scaling == "none":

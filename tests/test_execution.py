@@ -385,12 +385,29 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
     accelerator = Accelerator(mixed_precision="no")
     assert accelerator.device.type == "cuda"
     for updates, rel in ((5, 1e-3), (20, 1e-2)):  # weights: see the compiled network above
-        batches = batches_for(plan, updates, sizes=(32, 48))
+        batches = batches_for(plan, updates, sizes=(32, 48, 32, 48, 40))
         expected, eager = carry_out("eager", recipe, plan, batches, learnt(mode), accelerator)
         found, other = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator, True)
         assert found == pytest.approx(expected, rel=rel)
         if updates == 5:
             assert_same(other, eager, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
+def test_on_a_gpu_adamw_skips_a_bad_update_in_every_mode(mode: str) -> None:
+    recipe = recipe_for(max_skipped_steps=1)
+    settings = {"name": "adamw", "eps": 0.01, "weight_decay": 0.1}  # eps: rounding stays small
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update=settings)})
+    plan, accelerator = plan_for(recipe), Accelerator(mixed_precision="no")
+    batches = batches_for(plan, 6)
+    batches[3][0][0, 0, 0, 0] = torch.inf
+    _, eager = carry_out("eager", recipe, plan, batches, learnt(mode), accelerator)
+    _, other = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator, True)
+    assert_same(other, eager, rtol=1e-2, atol=1e-3)
+    for state in other.optimizer.state_dict()["state"].values():
+        assert state["step"].item() == 5
 
 
 @pytest.mark.gpu
