@@ -331,6 +331,11 @@ def last_evaluation(found: Weights) -> dict[str, Any]:
     return state.last_eval if state.last_eval.get("step", -1) + 1 == state.step else {}
 
 
+def _has_averages(optimizer: dict[str, Any]) -> bool:
+    """True if an optimizer's `state_dict` is that of AdamW, not of SGD."""
+    return any("exp_avg" in state for state in optimizer["state"].values())
+
+
 def restore(
     folder: Path,
     learner: Learner,
@@ -359,6 +364,8 @@ def restore(
         load_weights(average if average.exists() else folder / MODEL, learner.ema.module)
     try:
         training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        if _has_averages(training["optimizer"]) != _has_averages(learner.optimizer.state_dict()):
+            raise ValueError("it holds the state of another optimizer ([optim] name)")
         learner.optimizer.load_state_dict(training["optimizer"])
         if learner.scaler and "scaler" in training:
             learner.scaler.load_state_dict(training["scaler"])

@@ -1,7 +1,10 @@
 """Reads a TOML recipe into a frozen, typed and validated `Recipe`. Reports all faults at once.
 
 This module declares every setting of a run, with its unit and its effect. A recipe file sets only
-what differs from these defaults. `python -m fasttrain.config RECIPE` prints a recipe in full.
+what differs from these defaults.
+
+    python -m fasttrain.config RECIPE [--set SECTION.KEY=VALUE ...]    prints a recipe in full
+    python -m fasttrain.config --diff A B                              prints what differs
 """
 
 import argparse
@@ -10,9 +13,10 @@ import json
 import os
 import re
 import sys
+import textwrap
 import tomllib
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +40,7 @@ from fasttrain.faults import ConfigError, stop
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Strength = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Modes of execution: see `Train.execution`.
 Mode = Literal["eager", "compile", "compile_fuse", "graph", "compile_graph", "compile_graph_fuse"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -62,6 +67,15 @@ class Varies:
 
 
 ON_RESUME, PER_MACHINE = Varies(per_machine=False), Varies(per_machine=True)
+
+
+def _scales_px(value: tuple[int, ...]) -> tuple[int, ...]:
+    """Checks `data.scales_px`: none, or at least two different sizes."""
+    if len(value) == 1:
+        raise ValueError(f"one size is no choice; use crop_px = {value[0]}")
+    if len(set(value)) < len(value):
+        raise ValueError("names a size twice; all sizes are equally likely")
+    return value
 
 
 def _crop_px(value: object) -> object:
@@ -100,6 +114,9 @@ class Data(Section):
     crop_px: Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_crop_px)] = 224
     """Side of the training crop after resizing, in pixels; or a schedule of pairs (epoch, pixels),
     epochs from 0: `[[0, 128], [60, 176], [120, 224]]`."""
+    scales_px: Annotated[tuple[Annotated[int, Field(ge=32)], ...], AfterValidator(_scales_px)] = ()
+    """Sides of the training crops in pixels, from which each update draws one:
+    `[128, 176, 224, 272, 320]`. All are equally likely, and they replace `crop_px`; empty: off."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest fraction of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -109,8 +126,8 @@ class Data(Section):
     flip: bool = True
     """Mirror each training image with probability 0.5."""
     augment: Literal["none", "rand", "trivial"] = "none"
-    """`rand`: RandAugment. `trivial`: TrivialAugment Wide, one operation of random strength per
-    image."""
+    """Augmentation of each image beside crop and flip. `rand`: RandAugment. `trivial`:
+    TrivialAugment Wide, one operation of random strength per image."""
     augment_ops: Positive = 2
     """Number of RandAugment's operations per image."""
     augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
@@ -181,6 +198,11 @@ class Data(Section):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio = [{low:.4g}, {high:.4g}]: needs 0 < smallest <= largest")
+        if self.scales_px and not isinstance(self.crop_px, int):
+            raise ValueError(
+                f"scales_px = {list(self.scales_px)}: crop_px is a schedule of sizes already; "
+                "set scales_px = [], or crop_px to one size"
+            )
         for key in ("augment_ops", "augment_magnitude"):
             value = getattr(self, key)
             if self.augment != "rand" and value != type(self).model_fields[key].default:
@@ -215,6 +237,10 @@ class Model(Section):
     """Multiplies the channels of every layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Probability with which a unit of the last hidden layer is dropped in training."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth: probability with which the last block is left out for an image in training.
+    It grows linearly from 0 at the first block; only blocks with a shortcut can be left out. Turns
+    the fused kernels off."""
     weights: ExpandedPath | None = None
     """Start from these weights instead of random ones: a run folder, a checkpoint, or a file of
     weights. The last layer keeps its rows for classes that the data has too, matched by name. Its
@@ -223,12 +249,16 @@ class Model(Section):
 
     def network(self) -> dict[str, Any]:
         """The arguments of `model.build_model`, except for the number of classes."""
-        return {"arch": self.arch, "width": self.width, "dropout": self.dropout}
+        fields = {"arch", "width", "dropout", "drop_path"}
+        return self.model_dump(include=fields)
 
 
 class Optim(Section):
-    """SGD with momentum, linear warm-up, then cosine."""
+    """SGD or AdamW; linear warm-up, then cosine."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer. `adamw` needs a far lower `lr` and `warmup_lr` than `sgd`, and more
+    `weight_decay`."""
     lr: Annotated[float, Field(gt=0.0)] = 0.4
     """Learning rate at the end of the warm-up, for the whole global batch."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 0.1
@@ -237,12 +267,22 @@ class Optim(Section):
     """Length of the linear ramp from `warmup_lr` to `lr`, in epochs."""
     final_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end of the cosine."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply `lr`, `warmup_lr` and `final_lr` by `train.global_batch_size` / `lr_batch`, or by
+    the square root of this ratio. The start of the run prints the result."""
+    lr_batch: Positive = 1024
+    """Global batch size for which the recipe's learning rates are meant, if `lr_scaling` is on."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov momentum."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decays per update of AdamW's two averages: of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """What AdamW adds to the square root of the second average before it divides by it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 4e-5
-    """Decay of the weights of convolutions and linear layers; never of biases and BatchNorm."""
+    """Decay of the weights of convolutions and linear layers; never of biases and BatchNorm. SGD
+    adds it to the gradient. AdamW shrinks the weights by `weight_decay` times the learning rate."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay per update of the moving average of the weights, which is evaluated too; 0 keeps no
     average."""
@@ -254,9 +294,31 @@ class Optim(Section):
     change. A stage begins where the image is halved. With all five, only the classifier learns."""
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov = true: needs momentum above 0")
+        used_by = {"sgd": ("momentum", "nesterov"), "adamw": ("betas", "eps")}
+        for name, keys in used_by.items():
+            for key in keys:
+                value = getattr(self, key)
+                if name != self.name and value != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f'{key} = {_shown(value)}: only {name} uses it; set name = "{name}", or '
+                        f"delete {key}"
+                    )
+        if (
+            self.lr_scaling == "none"
+            and self.lr_batch != type(self).model_fields["lr_batch"].default
+        ):
+            raise ValueError(
+                f'lr_batch = {self.lr_batch}: only lr_scaling uses it; set lr_scaling = "linear" '
+                'or "sqrt"'
+            )
+        if self.name == "adamw" and self.warmup_lr > self.lr:  # most likely left at SGD's default
+            raise ValueError(
+                f"warmup_lr = {self.warmup_lr:g}: larger than lr = {self.lr:g}; adamw needs a "
+                "lower one, such as 0"
+            )
         return self
 
 
@@ -507,6 +569,11 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
             f"([train] epochs = {train.epochs}); lower warmup_epochs or raise epochs"
         )
     model = sections.get("model")
+    if model and train and model.drop_path and train.kernels == "force":
+        faults.append(
+            "[train] kernels = force: the fused kernels have no stochastic depth; use kernels = "
+            '"auto", or [model] drop_path = 0'
+        )
     if optim and model and optim.frozen_stages and model.weights is None:
         faults.append(
             f"[optim] frozen_stages = {optim.frozen_stages}: these stages would keep their random "
@@ -578,23 +645,56 @@ def _shown(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def dumps(recipe: Recipe, leave_out: Collection[str] = ()) -> str:
+def dumps(recipe: Recipe, leave_out: Collection[str] = (), comments: bool = False) -> str:
     """Returns the recipe as TOML with all values. `load` of this text gives an equal recipe.
 
     Args:
         leave_out: fields (`section.key`) that are not written. `load` gives them their defaults.
+        comments: writes above each field what it does, and its default if the value is another.
     """
     lines = []
     for name, table in recipe.model_dump(mode="json").items():
-        lines.append(f"[{name}]")
-        # JSON's strings, numbers, booleans and lists are valid TOML.
-        lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in table.items()
-            if value is not None and f"{name}.{key}" not in leave_out
-        ]
+        kind = type(getattr(recipe, name))
+        lines += (
+            [*_comment(_first_sentence(kind.__doc__)), f"[{name}]"] if comments else [f"[{name}]"]
+        )
+        for key, value in table.items():
+            if f"{name}.{key}" in leave_out:
+                continue
+            if comments:
+                lines += ["", *_comment(_about(kind, key, value))]
+            if value is not None:
+                # JSON's strings, numbers, booleans and lists are valid TOML.
+                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            elif comments:
+                lines.append(f"# {key} is unset")
         lines.append("")
     return "\n".join(lines)
+
+
+def _about(kind: type[Section], key: str, value: object) -> str:
+    """What a field does, in one sentence, and its default if `value` (in JSON) is another."""
+    field = kind.model_fields[key]
+    default = json.loads(json.dumps(field.default, default=str))
+    changed = f" Default: {_shown_or_unset(default)}." if value != default else ""
+    return _first_sentence(field.description) + changed
+
+
+def _first_sentence(text: str | None) -> str:
+    """The first sentence of a docstring, on one line."""
+    words = " ".join((text or "").split())
+    return re.split(r"(?<=[.]) (?=[A-Z`])", words, maxsplit=1)[0]
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        100,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def may_vary(per_machine: bool = False) -> frozenset[str]:
@@ -614,14 +714,46 @@ def may_vary(per_machine: bool = False) -> frozenset[str]:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lists the settings whose change makes `new` a different run: `train.seed: 0 -> 1`."""
-    old_values, new_values = old.model_dump(mode="json"), new.model_dump(mode="json")
     varying = may_vary()
-    return [
-        f"{section}.{key}: {_shown(old_values[section][key])} -> {_shown(value)}"
-        for section, table in new_values.items()
-        for key, value in table.items()
-        if old_values[section][key] != value and f"{section}.{key}" not in varying
-    ]
+    return [text for name, text in _changes(old, new) if name not in varying]
+
+
+def comparison(old: Recipe, new: Recipe) -> str:
+    """Lists all settings in which two recipes differ, and says what that means for a run."""
+    varying, per_machine = may_vary(), may_vary(per_machine=True)
+    lines, same_run = [], True
+    for name, text in _changes(old, new):
+        if name in per_machine:
+            text += "    # may differ between the machines of a run"
+        elif name in varying:
+            text += "    # may change when a run resumes"
+        else:
+            same_run = False
+        lines.append(text)
+    if not lines:
+        return "The recipes have the same settings.\n"
+    meaning = (
+        "All of these may change within a run: a run of the first recipe can resume with the "
+        "second one."
+        if same_run
+        else "A setting without a comment makes another run: a run of the first recipe cannot "
+        "resume with the second one."
+    )
+    return "\n".join([*lines, "", meaning, ""])
+
+
+def _changes(old: Recipe, new: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields each setting that differs (`train.seed`), and a text: `train.seed: 0 -> 1`."""
+    old_values = old.model_dump(mode="json")
+    for section, table in new.model_dump(mode="json").items():
+        for key, value in table.items():
+            if (was := old_values[section][key]) != value:
+                name = f"{section}.{key}"
+                yield name, f"{name}: {_shown_or_unset(was)} -> {_shown_or_unset(value)}"
+
+
+def _shown_or_unset(value: Any) -> str:
+    return "unset" if value is None else _shown(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -630,12 +762,20 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 TRAINS = "Trains the network of a recipe, or resumes a run that was stopped."
-PRINTS = "Prints a recipe in full as TOML: every setting, with the defaults. Nothing is trained."
+PRINTS = (
+    "Prints a recipe in full as TOML: every setting with what it does. Or prints what two recipes "
+    "differ in. Nothing is trained."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the arguments `recipe` and `--set` of a command that takes a recipe."""
-    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/large.toml")
+    parser.add_argument(
+        "recipe",
+        type=Path,
+        nargs=None if required else "?",
+        help="a TOML file, such as recipes/large.toml",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -645,19 +785,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -> Recipe:
+def load_or_exit(argv: Sequence[str] | None = None) -> Recipe:
     """Loads the recipe that the command line names. A fault ends the process with exit code 2."""
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Every setting: fasttrain/config.py, or python -m fasttrain.config RECIPE",
+        description=TRAINS,
+        epilog="Every setting: recipes/SETTINGS.md, or python -m fasttrain.config RECIPE",
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    return _load_or_exit(arguments.recipe, arguments.set)
+
+
+def _load_or_exit(path: Path, overrides: Sequence[str]) -> Recipe:
     try:
-        return load(arguments.recipe, arguments.set)
+        return load(path, overrides)
     except ConfigError as error:
         stop(str(error))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a recipe in full, or what two recipes differ in."""
+    parser = argparse.ArgumentParser(prog="python -m fasttrain.config", description=PRINTS)
+    add_arguments(parser, required=False)
+    parser.add_argument(
+        "--diff",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="print what recipe B changes in recipe A; --set changes a setting of B",
+    )
+    arguments = parser.parse_args(argv)
+    if bool(arguments.recipe) == bool(arguments.diff):
+        parser.error("name one recipe, or two after --diff")
+    if arguments.diff:
+        old, new = arguments.diff
+        text = comparison(_load_or_exit(old, ()), _load_or_exit(new, arguments.set))
+    else:
+        text = dumps(_load_or_exit(arguments.recipe, arguments.set), comments=True)
+    sys.stdout.write(text)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(dumps(load_or_exit(description=PRINTS)))
+    main()

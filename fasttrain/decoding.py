@@ -125,8 +125,8 @@ def _trials_of_this_node(
     """The trials of all strategies: stored ones, and new ones by one process per node."""
     gpu, versions = _gpu(), _versions()
     settings = (
-        data.crop_px, data.interpolation, data.hw_decoder_load, data.jpeg_fancy_upsampling,
-        data.augment, data.color_jitter, data.erase, data.queue_depth,
+        data.crop_px, data.scales_px, data.interpolation, data.hw_decoder_load,
+        data.jpeg_fancy_upsampling, data.augment, data.color_jitter, data.erase, data.queue_depth,
     )  # fmt: skip
     key = measured.key_of("decode", gpu, versions, split.digest, settings, job)
     lock = Path(tempfile.gettempdir()) / f"fasttrain-{os.getuid()}-{key}.lock"

@@ -14,7 +14,7 @@ compile_graph  a CUDA graph of the compiled update
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from fasttrain.graphs import Recorder
 from fasttrain.guard import Guard
 from fasttrain.learner import Learner
 from fasttrain.model import use_kernels
-from fasttrain.optim import WeightAverage, build_optimizer
+from fasttrain.optim import WeightAverage, build_optimizer, set_capturable
 from fasttrain.schedule import Plan
 
 Batch = tuple[Tensor, Tensor]  # images and labels
@@ -58,8 +58,10 @@ class Eager:
         """
         self.accelerator = accelerator
         self.learner = learner
+        self.train = train
         self.accumulation = plan.accumulation
         self.guard = Guard(learner, plan, train.max_skipped_steps)
+        set_capturable(learner.optimizer, False)
         self.compiled = options is not None
         self.loss_of = loss_function(learner.model, train, options)
         self.evaluators = evaluators_of(learner, options, None)
@@ -97,8 +99,11 @@ class Eager:
             weight = self.guard.kept(learner.ema.weight(learner.state.step))
             learner.ema.update(learner.flat, weight)
 
-    def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
-        """Compiles for batches of these shapes. Leaves weights and statistics unchanged.
+    def rehearse(self, training: Iterable[Batch], evaluation: Sequence[Tensor]) -> None:
+        """Prepares for batches of these shapes. Leaves weights and statistics unchanged.
+
+        The compiler compiles for each shape. A GPU also chooses kernels for it and takes memory,
+        which would make the first updates of each shape slow.
 
         Args:
             training: images and labels, as `micro` takes them.
@@ -106,19 +111,34 @@ class Eager:
         Raises:
             Exception: what the compiler raises.
         """
-        if not self.compiled:
-            return
         learner = self.learner
         kept = [tensor.clone() for tensor in learner.flat]
         for images, labels in training:
-            with self.accelerator.no_sync(learner.model), self.accelerator.autocast():
-                loss = self.loss_of(images, labels)
-            loss.backward()
+            if self.compiled:
+                self._pass(images, labels)
+            else:
+                self._pass_of_module(images, labels)
         learner.optimizer.zero_grad()
         with torch.no_grad():
             for tensor, original in zip(learner.flat, kept, strict=True):
                 tensor.copy_(original)
         rehearse_all(self.accelerator, self.evaluators, evaluation)
+
+    def _pass(self, images: Tensor, labels: Tensor) -> None:
+        """Compiles forward and backward for a batch, without an all-reduce."""
+        with self.accelerator.no_sync(self.learner.model), self.accelerator.autocast():
+            loss = self.loss_of(images, labels)
+        loss.backward()
+
+    def _pass_of_module(self, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward of the network itself.
+
+        DistributedDataParallel takes no part: `no_sync` may not interrupt its static graph.
+        """
+        module = self.learner.module
+        with self.accelerator.autocast():
+            loss = loss_function(module, self.train, None)(images, labels)
+        torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
 
     def close(self) -> None:
         """Frees the gradients."""
@@ -192,6 +212,7 @@ class Graphed:
         device = accelerator.device
         on_gpu = device.type == "cuda"
         self.guard = Guard(learner, plan, train.max_skipped_steps, compile_it=on_gpu)
+        set_capturable(learner.optimizer, True)
         self.lrs: dict[float, Tensor] = {}  # learning rate for each `lr_factor`
         self.ema_weight = torch.zeros((), device=device)
         # Gradients are summed over ranks and micro-batches. DDP would take the mean.
@@ -244,7 +265,7 @@ class Graphed:
             self.ema_weight.fill_(learner.ema.weight(learner.state.step))
         self.run(("update", key), lambda: self._last_micro_and_step(key))
 
-    def rehearse(self, training: Sequence[Batch], evaluation: Sequence[Tensor]) -> None:
+    def rehearse(self, training: Iterable[Batch], evaluation: Sequence[Tensor]) -> None:
         """Records the graphs for batches of these shapes. Leaves weights and statistics unchanged.
 
         Call it before a loader starts: see `Recorder.record`.
@@ -327,13 +348,14 @@ class Graphed:
     def _touched(self) -> list[Tensor]:
         """The tensors that an update changes and that outlive it."""
         learner = self.learner
-        momenta = [
-            state["momentum_buffer"]
+        states = [
+            value
             for state in learner.optimizer.state.values()
-            if state.get("momentum_buffer") is not None
+            for value in state.values()
+            if isinstance(value, Tensor)
         ]
         average = learner.ema.flat if learner.ema else ()
-        return [*learner.flat, *average, *momenta, self.gradients, *self.guard.tensors()]
+        return [*learner.flat, *average, *states, self.gradients, *self.guard.tensors()]
 
 
 Updater = Eager | Graphed

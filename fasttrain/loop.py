@@ -307,7 +307,7 @@ class Trainer:
             "epoch": plan.epoch_of(step),
             "loss": loss,
             "lr": self.lr,
-            "crop_px": schedule.crop_px_at(plan.epoch_of(step), self.recipe.data.crop_px),
+            "crop_px": schedule.image_px(step, plan, self.recipe.data),
             "images_per_s": round(images_per_s, 1),
             "data_wait": round(data_wait, 4),
             "memory_gib": round(used_memory(self.accelerator.device).used_gib, 2),

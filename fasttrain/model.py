@@ -8,6 +8,7 @@ layer keeps its 1280 (Large) or 1024 (Small) units.
 Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
 """
 
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -115,7 +116,11 @@ class InvertedResidual(nn.Module):
 
     kernels: bool = False  # train by `fused_block`: the same results but for rounding
 
-    def __init__(self, in_channels: int, row: Row, width: float) -> None:
+    def __init__(self, in_channels: int, row: Row, width: float, drop_path: float = 0.0) -> None:
+        """
+        Args:
+            drop_path: probability with which an image takes only the shortcut, in training.
+        """
         super().__init__()
         hidden = round_channels(in_channels * row.expansion)
         self.out_channels = round_channels(row.channels * width)
@@ -145,11 +150,18 @@ class InvertedResidual(nn.Module):
             gate_after=bool(row.se) and in_channels == hidden,
             shortcut=self.shortcut,
         )
+        self.drop_path: nn.Module | None = None
+        if drop_path and self.shortcut:
+            from torchvision.ops import StochasticDepth  # takes seconds to import
+
+            self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles no autograd function
             if self.kernels and self.training:
                 return fused_block.run(self.spec, self._layers(), x)
+        if self.drop_path is not None:
+            return x + self.drop_path(self.conv(x))
         return x + self.conv(x) if self.shortcut else self.conv(x)
 
     @torch.jit.unused
@@ -204,12 +216,17 @@ class MobileNetV3(nn.Module):
         hidden_units: int,
         num_classes: int,
         dropout: float,
+        drop_path: float = 0.0,
     ) -> None:
+        """
+        Args:
+            drop_path: of the last block; it grows linearly from 0 at the first block.
+        """
         super().__init__()
         channels = round_channels(16 * width)
         layers: list[nn.Module] = [_conv_bn_act(3, channels, 3, 2)]
-        for row in rows:
-            block = InvertedResidual(channels, row, width)
+        for number, row in enumerate(rows):
+            block = InvertedResidual(channels, row, width, drop_path * number / (len(rows) - 1))
             layers.append(block)
             channels = block.out_channels
         self.features = nn.Sequential(*layers)
@@ -271,6 +288,7 @@ def use_kernels(network: nn.Module, on: bool, pointwise: bool = False) -> None:
             # `fused_block` applies a gate before the activation. Hard-swish does not allow that for
             # a gate that comes after it. No network of the tables has such a block.
             fits = not layer.spec.gate_after or layer.spec.act == operators.RELU
+            fits = fits and layer.drop_path is None
             layer.kernels = on and fits
             layer.spec = layer.spec._replace(pointwise_kernel=pointwise)
 
@@ -291,6 +309,7 @@ def mobilenetv3_large(
     width: float = 1.0,
     num_classes: int | None = None,
     dropout: float = 0.2,
+    drop_path: float = 0.0,
     weights: str | PathLike[str] | None = None,
     average: bool = True,
 ) -> MobileNetV3:
@@ -300,6 +319,7 @@ def mobilenetv3_large(
         width: multiplies the channels of every layer.
         num_classes: the number of logits; None: that of the weights, or 1,000 without weights.
         dropout: probability with which a unit of the last hidden layer is dropped in training.
+        drop_path: see `build_model`.
         weights: a run folder, a checkpoint, a folder of `tools/export.py`, or a file of weights
             (.safetensors, .pth); None: random weights from torch's current seed.
         average: take the moving average of the weights where there is one.
@@ -309,13 +329,15 @@ def mobilenetv3_large(
         Fault: there are no usable weights, or they have another width or number of classes. It is
             a ValueError.
     """
-    return _built("large", width, num_classes, dropout, weights, average)
+    make = partial(build_model, "large", width, dropout=dropout, drop_path=drop_path)
+    return _built(make, num_classes, weights, average)
 
 
 def mobilenetv3_small(
     width: float = 1.0,
     num_classes: int | None = None,
     dropout: float = 0.2,
+    drop_path: float = 0.0,
     weights: str | PathLike[str] | None = None,
     average: bool = True,
 ) -> MobileNetV3:
@@ -323,31 +345,31 @@ def mobilenetv3_small(
 
     Arguments, result and errors are those of `mobilenetv3_large`.
     """
-    return _built("small", width, num_classes, dropout, weights, average)
+    make = partial(build_model, "small", width, dropout=dropout, drop_path=drop_path)
+    return _built(make, num_classes, weights, average)
 
 
 def _built(
-    arch: Arch,
-    width: float,
+    make: Callable[[int], MobileNetV3],
     num_classes: int | None,
-    dropout: float,
     weights: str | PathLike[str] | None,
     average: bool,
 ) -> MobileNetV3:
+    """The network that `make` makes for a number of classes, with these weights."""
     if weights is None:
-        return build_model(arch, width, 1000 if num_classes is None else num_classes, dropout)
+        return make(1000 if num_classes is None else num_classes)
     # Imported late: what opens weights is above this module, and building a network needs none.
     from fasttrain import trained
 
-    return trained.network_from(
-        Path(weights), average, partial(build_model, arch, width, dropout=dropout), num_classes
-    )
+    return trained.network_from(Path(weights), average, make, num_classes)
 
 
-def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
+def build_model(
+    arch: Arch, width: float, num_classes: int, dropout: float, drop_path: float = 0.0
+) -> MobileNetV3:
     """Builds the network that a recipe's `[model]` names, initialised from torch's current seed."""
     rows, hidden_units = (LARGE, 1280) if arch == "large" else (SMALL, 1024)
-    network = MobileNetV3(rows, width, hidden_units, num_classes, dropout)
+    network = MobileNetV3(rows, width, hidden_units, num_classes, dropout, drop_path)
     network.about = f"MobileNetV3-{arch.capitalize()} {width:g} with {num_classes:,} classes"
     return network
 

@@ -8,7 +8,7 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -191,6 +191,8 @@ def _choose_kernels(
         return "", ""
     if train.precision == "no":
         return "", "fused kernels: off, as they need half precision"
+    if setup.recipe.model.drop_path:
+        return "", "fused kernels: off, as they have no stochastic depth (model.drop_path)"
     if earlier:
         previous = earlier.mode.removeprefix(without_kernels(earlier.mode))
         layer_trials.apply(setup.module, earlier.layers)
@@ -249,7 +251,7 @@ def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> lis
     build_kernels(network, mode, setup)
     found = None
     if setup.accelerator.is_main_process:
-        images = setup.plan.micro_batch_size, schedule.largest_crop_px(setup.recipe.data.crop_px)
+        images = setup.plan.micro_batch_size, schedule.largest_px(setup.recipe.data)
         dtype = block_dtype(setup.recipe.train)
         found = layer_trials.choose(network, images, dtype, compiler_options(mode), say)
     return [Own(*own) for own in broadcast_object_list([found])[0]]
@@ -264,7 +266,7 @@ def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:
     ratio = math.inf
     if setup.on_cpu:
         say("comparing the speed of bfloat16 with that of float32 on this CPU")
-        ratio = bf16_ratio(setup.module, schedule.largest_crop_px(setup.recipe.data.crop_px))
+        ratio = bf16_ratio(setup.module, schedule.largest_px(setup.recipe.data))
     # All ranks use the slowest rank's ratio. If one rank decided differently, the others would wait
     # for it in a collective.
     ratio = min(gather_object([ratio]))
@@ -344,9 +346,10 @@ def _key(setup: Setup, kernels_in: str = "") -> str:
         choice = f"kernels {digest} in {kernels_in}"
     return measured.key_of(
         choice, runtime.device_name(device), torch.__version__, torch.version.cuda,
-        recipe.model, recipe.train.precision, recipe.train.gradient_exchange,
-        bool(recipe.optim.ema_decay), recipe.data.crop_px, setup.num_classes,
-        plan.micro_batch_size, plan.accumulation, plan.world_size, torch.get_num_threads(),
+        recipe.model, recipe.optim.name, recipe.train.precision, recipe.train.gradient_exchange,
+        bool(recipe.optim.ema_decay), recipe.data.crop_px, recipe.data.scales_px,
+        setup.num_classes, plan.micro_batch_size, plan.accumulation, plan.world_size,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -412,7 +415,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     )
     tried = replace(setup, plan=plan)
     compile_kernels(mode, tried)
-    images, labels = tried.batch(size, schedule.largest_crop_px(setup.recipe.data.crop_px))
+    images, labels = tried.batch(size, schedule.largest_px(setup.recipe.data))
     # Each rank tries alone first. If it failed later, the others would wait in a collective.
     if plan.world_size > 1 and mode != "eager":
         if fault := _first_fault(_fault_alone(mode, tried, (images, labels))):
@@ -454,13 +457,17 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
     return ModeTrial(mode, rate, mean, faults[0] if faults else "", remark)
 
 
-def compile_kernels(mode: str, setup: Setup) -> None:
-    """Compiles the fused kernels of a mode side by side, once on a machine. All ranks call it."""
+def compile_kernels(mode: str, setup: Setup, sizes: Sequence[int] = ()) -> None:
+    """Compiles the fused kernels of a mode side by side, once on a machine. All ranks call it.
+
+    Args:
+        sizes: as `build_kernels` takes them.
+    """
     if "+" not in mode or setup.on_cpu:
         return
     network = copy.deepcopy(setup.module).train()
     use_kernels(network, True, pointwise=mode.endswith(KERNELS))
-    build_kernels(network, mode, setup)
+    build_kernels(network, mode, setup, sizes)
 
 
 def block_dtype(train: config.Train) -> torch.dtype:
@@ -468,21 +475,22 @@ def block_dtype(train: config.Train) -> torch.dtype:
     return torch.float16 if train.precision == "fp16" else torch.bfloat16
 
 
-def build_kernels(network: nn.Module, mode: str, setup: Setup) -> None:
+def build_kernels(network: nn.Module, mode: str, setup: Setup, sizes: Sequence[int] = ()) -> None:
     """Compiles the kernels of a network side by side. All ranks call it.
 
     Args:
         network: after `use_kernels`, in training mode.
+        sizes: sides of the images in pixels; by default the largest one of the recipe.
     """
     accelerator = setup.accelerator
     if accelerator.is_local_main_process:
         images = block_dtype(setup.recipe.train)
         weights = images if "graph" in mode else torch.float32
-        px = schedule.largest_crop_px(setup.recipe.data.crop_px)
-        size = setup.plan.micro_batch_size, px
         target = kernel_build.target_of(accelerator.device)
-        with suppress(Exception):  # the first launch compiles too, and says what is wrong
-            kernel_build.build(network, size, (images, weights), target)
+        for px in sizes or [schedule.largest_px(setup.recipe.data)]:
+            size = setup.plan.micro_batch_size, px
+            with suppress(Exception):  # the first launch compiles too, and says what is wrong
+                kernel_build.build(network, size, (images, weights), target)
     accelerator.wait_for_everyone()
 
 
@@ -587,15 +595,17 @@ def start(
     """
     recipe, plan = setup.recipe, setup.plan
     for attempt in _simpler(mode):
-        compile_kernels(attempt, setup)
+        compile_kernels(attempt, setup, _image_sizes(setup, 0))
         learner = execution.prepare(attempt, setup.accelerator, setup.module, recipe, plan)
         restore(learner)
         updater = execution.build(attempt, setup.accelerator, learner, plan, recipe.train)
         fault = ""
         try:
+            sizes = _image_sizes(setup, learner.state.step)
             if attempt != "eager":
                 say(f"preparing updates by {attempt}, which can take minutes")
-                updater.rehearse(*_rehearsal_batches(setup, learner.state.step))
+            if attempt != "eager" or (len(sizes) > 1 and not setup.on_cpu):
+                updater.rehearse(*_rehearsal_batches(setup, sizes))
         except Exception as error:
             fault = _message(error)
         if not (fault := _first_fault(fault)):
@@ -622,11 +632,17 @@ def _simpler(mode: str) -> list[str]:
     return [*dict.fromkeys([*found, "eager"])]
 
 
-def _rehearsal_batches(setup: Setup, step: int) -> tuple[list[Batch], list[Tensor]]:
-    """Made-up batches: one of each image size in the updates from `step` on, and in evaluations."""
-    plan, data = setup.plan, setup.recipe.data
-    epochs = range(plan.epoch_of(step), plan.epoch_of(plan.total_steps - 1) + 1)
-    sizes = dict.fromkeys(schedule.crop_px_at(epoch, data.crop_px) for epoch in epochs)
-    size = plan.micro_batch_size
-    training = [setup.batch(size, px) for px in sizes]
-    return training, [setup.images(size, data.eval_crop_px)]
+def _image_sizes(setup: Setup, step: int) -> list[int]:
+    """Sides of the images in the updates from `step` on, in pixels, the largest first.
+
+    CUDA graphs share a memory pool. A graph that is recorded later finds room in the memory of a
+    larger one before it, but not of a smaller one.
+    """
+    return sorted(schedule.first_updates(step, setup.plan, setup.recipe.data), reverse=True)
+
+
+def _rehearsal_batches(setup: Setup, sizes: Sequence[int]) -> tuple[Iterator[Batch], list[Tensor]]:
+    """Made-up batches: one of each size for updates, one at a time in memory; one to evaluate."""
+    size = setup.plan.micro_batch_size
+    training = (setup.batch(size, px) for px in sizes)
+    return training, [setup.images(size, setup.recipe.data.eval_crop_px)]

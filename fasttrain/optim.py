@@ -11,12 +11,16 @@ from fasttrain.flat import Flat, flatten
 from fasttrain.model import LAST_LAYER
 
 
-def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
-    """Builds SGD. Only the weights of convolutions and linear layers decay.
+def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.Optimizer:
+    """Builds SGD or AdamW. Only the weights of convolutions and linear layers decay.
 
     Before each update, every group gets the learning rate `schedule.lr_at` times its `lr_factor`.
-    Frozen parameters are in no group. The momentum buffers start as zeros. Otherwise, if the first
-    step is skipped, the fused SGD would read memory that was never set.
+    Frozen parameters are in no group. The state starts as zeros here and not at the first step: a
+    CUDA graph must know its tensors. And if the first step is skipped, the fused SGD would read
+    memory that was never set.
+
+    Both are torch's fused kernels. They skip a step by themselves if the guard rejects the update,
+    and read the learning rate from the device, so a CUDA graph can hold them.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -32,12 +36,35 @@ def build_optimizer(model: nn.Module, optim: config.Optim) -> torch.optim.SGD:
             ),
             *_groups(head, optim),
         ]
-    optimizer = torch.optim.SGD(
-        groups, lr=optim.warmup_lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
-    )
-    for parameter in parameters if optim.momentum else ():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer: torch.optim.Optimizer
+    if optim.name == "adamw":
+        optimizer = torch.optim.AdamW(
+            groups, lr=optim.warmup_lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
+        zeros = ["exp_avg", "exp_avg_sq"]
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=optim.warmup_lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+        )
+        zeros = ["momentum_buffer"] if optim.momentum else []
+    for parameter in parameters if zeros else ():
+        state = {name: torch.zeros_like(parameter) for name in zeros}
+        if optim.name == "adamw":
+            state["step"] = torch.zeros((), device=parameter.device)
+        optimizer.state[parameter] = state
     return optimizer
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, capturable: bool) -> None:
+    """Tells AdamW if a CUDA graph records its steps, which it refuses otherwise.
+
+    SGD has no such setting. A checkpoint stores it, so set it after the checkpoint was restored.
+    """
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = capturable
+    if capturable:  # otherwise it warns that the steps before the recording are not recorded
+        optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def _groups(parameters: list[nn.Parameter], optim: config.Optim) -> list[dict[str, Any]]:

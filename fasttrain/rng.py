@@ -44,6 +44,7 @@ class Stream(IntEnum):
     MIX = 19  # seed of torch's generator before a micro-batch is mixed (MixUp, CutMix)
     BLOCKS = 20  # order of the tars within an epoch, if `data.shuffle` is `blocks`
     STAND_IN = 21  # which sample replaces a damaged one
+    SCALE = 22  # side of the images of an update, if `data.scales_px` names several
 
 
 def hash64(seed: int, stream: Stream, *counters: ArrayLike) -> NDArray[np.uint64]:

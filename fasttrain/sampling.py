@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fasttrain import config, rng
 from fasttrain.rng import Stream, uniform
-from fasttrain.schedule import Plan, crop_px_at
+from fasttrain.schedule import Plan, image_px
 from fasttrain.shards import Split
 
 # The first four are torchvision's constants.
@@ -182,7 +182,7 @@ def train_draw(
     flips = np.zeros(len(ids), bool)
     if data.flip:
         flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
-    out_px = crop_px_at(epoch, data.crop_px)
+    out_px = image_px(step, plan, data)
     return Draw(ids, windows, flips, out_px, augment_draw(plan.seed, epoch, ids, data, out_px))
 
 

@@ -8,8 +8,11 @@ A step is one optimizer update, counted from 0 over the whole run. It takes one 
 import math
 from dataclasses import dataclass
 
-from fasttrain import config
+import numpy as np
+
+from fasttrain import config, rng
 from fasttrain.faults import ConfigError
+from fasttrain.rng import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
             f"use {_near_divisors(per_process, micro)}"
         )
     steps_per_epoch = num_samples // batch
+    lr_factor = lr_factor_of(optim, batch)
     schedule_steps = train.epochs * steps_per_epoch
     return Plan(
         seed=train.seed,
@@ -88,11 +92,20 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
         schedule_steps=schedule_steps,
         total_steps=min(schedule_steps, train.max_steps or schedule_steps),
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        warmup_lr=optim.warmup_lr,
-        peak_lr=optim.lr,
-        final_lr=optim.final_lr,
+        warmup_lr=lr_factor * optim.warmup_lr,
+        peak_lr=lr_factor * optim.lr,
+        final_lr=lr_factor * optim.final_lr,
         eval_every_epochs=train.eval_every_epochs,
     )
+
+
+def lr_factor_of(optim: config.Optim, global_batch_size: int) -> float:
+    """Returns the factor of `optim.lr_scaling` on all learning rates of the recipe; 1 if it is off.
+
+    Source: linear: Goyal et al., arXiv:1706.02677. Square root: Krizhevsky, arXiv:1404.5997.
+    """
+    ratio = global_batch_size / optim.lr_batch
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
 
 
 def _near_divisors(number: int, wanted: int) -> str:
@@ -115,9 +128,48 @@ def crop_px_at(epoch: int, crop_px: int | tuple[tuple[int, int], ...]) -> int:
     return next(px for start, px in reversed(crop_px) if start <= epoch)
 
 
-def largest_crop_px(crop_px: int | tuple[tuple[int, int], ...]) -> int:
-    """Returns the largest side of the training crops in pixels, for a recipe's `data.crop_px`."""
-    return crop_px if isinstance(crop_px, int) else max(px for _, px in crop_px)
+def image_px(step: int, plan: Plan, data: config.Data) -> int:
+    """Returns the side of the images of an update in pixels: a function of (seed, step).
+
+    With `data.scales_px`, the update draws one of these sizes. It is the same for all its
+    micro-batches and on all ranks.
+
+    Args:
+        step: index of the update, from 0.
+    """
+    if not data.scales_px:
+        return crop_px_at(plan.epoch_of(step), data.crop_px)
+    drawn = rng.hash64(plan.seed, Stream.SCALE, step)[0]
+    return data.scales_px[int(drawn % np.uint64(len(data.scales_px)))]
+
+
+def first_updates(step: int, plan: Plan, data: config.Data) -> dict[int, int]:
+    """The sides of the images in the updates from `step` to the end, in pixels.
+
+    Returns:
+        For each side the first of these updates that has it, in the order of these updates.
+    """
+    if not data.scales_px:
+        first = plan.epoch_of(step)
+        found: dict[int, int] = {}
+        for epoch in range(first, plan.epoch_of(plan.total_steps - 1) + 1):
+            begin = max(step, epoch * plan.steps_per_epoch)
+            found.setdefault(crop_px_at(epoch, data.crop_px), begin)
+        return found
+    steps = np.arange(step, plan.total_steps)
+    drawn = rng.hash64(plan.seed, Stream.SCALE, steps) % np.uint64(len(data.scales_px))
+    places, offsets = np.unique(drawn, return_index=True)
+    pairs = sorted(zip(offsets.tolist(), places.tolist(), strict=True))
+    return {data.scales_px[place]: step + offset for offset, place in pairs}
+
+
+def largest_px(data: config.Data) -> int:
+    """Returns the largest side of the training crops of a recipe, in pixels."""
+    if data.scales_px:
+        return max(data.scales_px)
+    if isinstance(data.crop_px, int):
+        return data.crop_px
+    return max(px for _, px in data.crop_px)
 
 
 def lr_at(step: int, plan: Plan) -> float:

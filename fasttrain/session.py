@@ -277,9 +277,20 @@ def build_network(session: Session, start: Weights | None) -> MobileNetV3:
         f"{process.world_size} x {process.device.type} with {process.cpu_threads} CPU threads, "
         f"precision {recipe.train.precision}; "
         f"{plan.global_batch_size:,} images an update, {plan.steps_per_epoch:,} updates an epoch, "
-        f"{plan.total_steps:,} in all\nrun folder: {session.folder}{said}"
+        f"{plan.total_steps:,} in all\n{scaled_lr(recipe, plan)}run folder: {session.folder}{said}"
     )
     return module
+
+
+def scaled_lr(recipe: Recipe, plan: Plan) -> str:
+    """A line on the learning rate, if the batch size scales it; else ""."""
+    optim = recipe.optim
+    if optim.lr_scaling == "none":
+        return ""
+    return (
+        f"peak learning rate {plan.peak_lr:.4g}: {optim.lr:g} for {optim.lr_batch:,} images an "
+        f"update, scaled to {plan.global_batch_size:,} ({optim.lr_scaling})\n"
+    )
 
 
 def start_updates(session: Session, module: MobileNetV3, resume: Resume) -> tuple[str, Updater]:
@@ -374,7 +385,8 @@ class Input:
             ),
             "step": measured.key_of(
                 "updates", recipe.model, recipe.optim, recipe.train, self.settings.crop_px,
-                self.session.plan.micro_batch_size, os.uname().nodename, *machine,
+                self.settings.scales_px, self.session.plan.micro_batch_size,
+                os.uname().nodename, *machine,
             ),
         }  # fmt: skip
 

@@ -14,7 +14,13 @@ from fasttrain import checkpoint
 
 # A recipe with everything that draws random numbers or has a state.
 ALL: dict[str, dict[str, Any]] = {
-    "data": {"augment": "trivial", "color_jitter": (0.4, 0.4, 0.4, 0.1), "erase": 0.5},
+    "data": {
+        "augment": "trivial",
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "erase": 0.5,
+        "scales_px": (32, 40, 48),
+    },
+    "model": {"drop_path": 0.3},
     "optim": {"ema_decay": 0.9},
     "train": {
         "micro_batch_size": 4,
@@ -102,7 +108,7 @@ def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[dic
     }
     training = torch.load(newest / "training.pt", weights_only=True)
     for number, values in training["optimizer"]["state"].items():
-        tensors[f"momentum.{number}"] = values["momentum_buffer"]
+        tensors |= {f"{name}.{number}": value for name, value in values.items()}
     records = {
         path.name: [
             {key: value for key, value in record.items() if key not in MEASURED}

@@ -25,6 +25,7 @@ from fasttrain.learner import Learner, TrainState
 from fasttrain.model import mobilenetv3_small
 from fasttrain.optim import WeightAverage, build_optimizer
 
+SGD, ADAMW = Optim(), Optim(name="adamw", lr=0.01, warmup_lr=0.01)
 ABOUT: dict[str, Any] = {
     "data": {"train": "1", "val": "2"},
     "cpu_threads": 1,
@@ -34,10 +35,10 @@ ABOUT: dict[str, Any] = {
 }
 
 
-def learner(seed: int = 0, step: int = 0) -> Learner:
+def learner(seed: int = 0, step: int = 0, optim: Optim = SGD) -> Learner:
     torch.manual_seed(seed)
     model = mobilenetv3_small(0.35, num_classes=4).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, Optim())
+    optimizer = build_optimizer(model, optim)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     average = WeightAverage(model, 0.9)
@@ -47,8 +48,9 @@ def learner(seed: int = 0, step: int = 0) -> Learner:
 def same(a: Learner, b: Learner) -> bool:
     def tensors(it: Learner) -> list[torch.Tensor]:
         assert it.ema
-        momentum = [s["momentum_buffer"] for s in it.optimizer.state_dict()["state"].values()]
-        return [*it.module.state_dict().values(), *it.ema.module.state_dict().values(), *momentum]
+        states = it.optimizer.state_dict()["state"].values()
+        found = [value for state in states for value in state.values()]
+        return [*it.module.state_dict().values(), *it.ema.module.state_dict().values(), *found]
 
     pairs = zip(tensors(a), tensors(b), strict=True)
     return a.state == b.state and all(torch.equal(x, y) for x, y in pairs)
@@ -58,8 +60,9 @@ def quiet(text: str) -> None:
     raise AssertionError(f"unexpected warning: {text}")
 
 
-def test_restore_brings_everything_back(tmp_path: Path) -> None:
-    saved, other = learner(0, 12), learner(1)
+@pytest.mark.parametrize("optim", [SGD, ADAMW], ids=lambda optim: optim.name)
+def test_restore_brings_everything_back(optim: Optim, tmp_path: Path) -> None:
+    saved, other = learner(0, 12, optim), learner(1, optim=optim)
     saved.state.last_eval = {"step": 11, "top1": 50.0}
     folder = checkpoint.save(tmp_path, saved, ABOUT, keep=3)
     assert folder == tmp_path / "step_00000012" and not same(saved, other)
@@ -70,6 +73,18 @@ def test_restore_brings_everything_back(tmp_path: Path) -> None:
     assert load_file(folder / "model.safetensors").keys() == saved.module.state_dict().keys()
     torch.load(folder / "training.pt", weights_only=True)
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(("saved", "now"), [(SGD, ADAMW), (ADAMW, SGD)])
+def test_the_state_of_another_optimizer_is_refused(
+    saved: Optim, now: Optim, tmp_path: Path
+) -> None:
+    folder = checkpoint.save(tmp_path, learner(0, 12, saved), ABOUT, keep=3)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.restore(folder, learner(1, optim=now), ABOUT, quiet)
+    assert "does not fit this run: it holds the state of another optimizer ([optim] name)" in str(
+        error.value
+    )
 
 
 def test_how_updates_were_carried_out_is_read_back(tmp_path: Path) -> None:

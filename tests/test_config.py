@@ -1,10 +1,11 @@
 """The shipped recipes load, `--set` changes them, and each kind of fault gets its message."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import REPO, run
+from conftest import REPO, Refused, run
 
 from fasttrain import config
 from fasttrain.faults import ConfigError
@@ -17,8 +18,9 @@ def test_shipped_recipes_load_and_survive_writing(path: Path, tmp_path: Path) ->
     recipe = config.load(path)
     assert recipe.log.run_dir == Path("runs") / path.stem
     copy = tmp_path / "copy.toml"
-    copy.write_text(config.dumps(recipe))
-    assert config.load(copy) == recipe
+    for comments in (False, True):
+        copy.write_text(config.dumps(recipe, comments=comments))
+        assert config.load(copy) == recipe
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,18 @@ def test_set_changes_values_of_any_type() -> None:
         ("data.crop_px=224.5", "[data] crop_px = 224.5: expected a number of pixels, or pairs"),
         ("data.crop_px=[[1, 128]]", "[data] crop_px = [[1, 128]]: epochs must start at 0 and rise"),
         ("data.crop_px=[[0, 64], [0, 96]]", "epochs must start at 0 and rise"),
+        (
+            "data.scales_px=[128]",
+            "[data] scales_px = [128]: one size is no choice; use crop_px = 128",
+        ),
+        (
+            "data.scales_px=[64, 16]",
+            "[data] scales_px[1] = 16: must be greater than or equal to 32",
+        ),
+        (
+            "data.scales_px=[64, 96, 64]",
+            "[data] scales_px = [64, 96, 64]: names a size twice; all sizes are equally likely",
+        ),
         ("data.augment_magnitude=31", "must be less than or equal to 30"),
         (
             "data.augment_ops=3",
@@ -115,7 +129,29 @@ def test_set_changes_values_of_any_type() -> None:
             "[optim] warmup_epochs = 200: longer than the run ([train] epochs = 150); "
             "lower warmup_epochs or raise epochs",
         ),
+        (
+            "optim.betas=[0.9, 0.99]",
+            '[optim] betas = [0.9, 0.99]: only adamw uses it; set name = "adamw", or delete betas',
+        ),
+        (
+            "optim.name=adamw&optim.nesterov=true",
+            '[optim] nesterov = true: only sgd uses it; set name = "sgd", or delete nesterov',
+        ),
+        (
+            "optim.name=adamw&optim.lr=0.004",
+            "[optim] warmup_lr = 0.1: larger than lr = 0.004; adamw needs a lower one, such as 0",
+        ),
+        ("optim.name=lamb", "[optim] name = \"lamb\": must be 'sgd' or 'adamw'"),
+        (
+            "optim.lr_batch=256",
+            '[optim] lr_batch = 256: only lr_scaling uses it; set lr_scaling = "linear" or "sqrt"',
+        ),
         ("optim.momentum=1", "[optim] momentum = 1: must be less than 1"),
+        (
+            "model.drop_path=0.1&train.kernels=force",
+            "[train] kernels = force: the fused kernels have no stochastic depth; use kernels = "
+            '"auto", or [model] drop_path = 0',
+        ),
         ("checkpoint.keep=1", "[checkpoint] keep = 1: must be greater than or equal to 2"),
         (
             "data.prepare=digits",
@@ -129,7 +165,7 @@ def test_set_changes_values_of_any_type() -> None:
 )
 def test_faults_name_the_place_and_the_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config.load(REPO / "recipes/large.toml", [override])
+        config.load(REPO / "recipes/large.toml", override.split("&"))
     assert message in str(error.value)
 
 
@@ -144,6 +180,16 @@ def test_long_values_are_cut_short(tmp_path: Path) -> None:
         config.load(REPO / "recipes/large.toml", [f"model.arch={'x' * 9999}"])
     assert "xxx...: must be 'large' or 'small'" in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_sizes_come_from_a_schedule_or_are_drawn() -> None:
+    both = ["data.scales_px=[128, 224]", "data.crop_px=[[0, 128], [9, 224]]"]
+    with pytest.raises(ConfigError) as error:
+        config.load(REPO / "recipes/large.toml", both)
+    assert str(error.value).endswith(
+        "[data] scales_px = [128, 224]: crop_px is a schedule of sizes already; set scales_px = "
+        "[], or crop_px to one size"
+    )
 
 
 def test_nesterov_needs_momentum() -> None:
@@ -199,17 +245,65 @@ def test_marked_fields_may_vary_within_a_run() -> None:
 
 
 def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in (
-        ((), "Trains the network of a recipe"),
-        ((config.PRINTS,), "Prints a recip"),
+    for command, said in (
+        (config.load_or_exit, "Trains the network of a recipe"),
+        (config.main, "Prints a recipe in full as TOML"),
     ):
         with pytest.raises(SystemExit):
-            config.load_or_exit(["--help"], *words)
+            command(["--help"])
         assert said in capsys.readouterr().out
 
 
-def test_command_line_prints_the_recipe_in_full() -> None:
+def test_command_line_prints_the_recipe_in_full(tmp_path: Path) -> None:
     done = run(["python", "-m", "fasttrain.config", "recipes/small.toml", "--set", "train.seed=5"])
-    assert "[optim]" in done.stdout and "seed = 5" in done.stdout
+    printed = tmp_path / "small.toml"
+    printed.write_text(done.stdout)
+    assert config.load(printed) == config.load(REPO / "recipes/small.toml", ["train.seed=5"])
+    # tools/train.sbatch looks for such a line.
+    assert re.findall(r'^run_dir = "(.*)"$', done.stdout, re.MULTILINE) == ["runs/small"]
     failed = run(["python", "-m", "fasttrain.config", "recipes/none.toml"], code=2)
     assert "recipes/none.toml: cannot read this recipe" in failed.stderr
+
+
+def test_each_printed_field_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    config.main([str(REPO / "recipes/large.toml"), "--set", "data.erase=0.25"])
+    printed = capsys.readouterr().out
+    erased = "Fraction of the training images in which a random rectangle is erased"
+    assert f"\n\n# {erased}. Default: 0.0.\nerase = 0.25\n\n" in printed
+    assert "\n\n# Mirror each training image with probability 0.5.\nflip = true\n\n" in printed
+    assert "\n# short_side is unset\n" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    blocks = [block.splitlines() for block in printed.split("\n\n") if block.strip()]
+    fields = sum(
+        len(type(table.default).model_fields) for table in config.Recipe.model_fields.values()
+    )
+    assert len(blocks) == fields + len(config.Recipe.model_fields)
+    for *comments, field in blocks:
+        assert all(line.startswith("# ") and line[2:].strip() for line in comments) and comments
+        assert field.startswith(("[", "# ")) or " = " in field
+        assert comments[-1].endswith((".", "]`."))
+
+
+def test_two_recipes_are_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, refused: Refused
+) -> None:
+    path = str(REPO / "recipes/large.toml")
+    config.main(["--diff", path, path])
+    assert capsys.readouterr().out == "The recipes have the same settings.\n"
+    config.main(["--diff", path, path, "--set", "train.max_steps=3", "--set", "data.root=/data"])
+    assert capsys.readouterr().out == (
+        'data.root: "data/imagenet" -> "/data"    # may differ between the machines of a run\n'
+        "train.max_steps: unset -> 3    # may change when a run resumes\n\n"
+        "All of these may change within a run: a run of the first recipe can resume with the "
+        "second one.\n"
+    )
+    config.main(["--diff", path, path, "--set", "train.seed=1", "--set", "log.samples=true"])
+    assert capsys.readouterr().out == (
+        "train.seed: 0 -> 1\n"
+        "log.samples: false -> true    # may change when a run resumes\n\n"
+        "A setting without a comment makes another run: a run of the first recipe cannot resume "
+        "with the second one.\n"
+    )
+    refused(config.main, ["--diff", path, tmp_path / "none.toml"], "none.toml: cannot read this")
+    refused(config.main, [path, "--diff", path, path], "name one recipe, or two after --diff")
+    refused(config.main, [], "name one recipe, or two after --diff")

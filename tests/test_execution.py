@@ -28,9 +28,10 @@ from updates import (
 )
 
 from fasttrain import caches, config, determinism, execution, graphs
+from fasttrain.compiling import compiled
 from fasttrain.config import Recipe
 from fasttrain.learner import Learner
-from fasttrain.model import mobilenetv3_large, mobilenetv3_small
+from fasttrain.model import InvertedResidual, Row, mobilenetv3_large, mobilenetv3_small
 from fasttrain.rng import Stream
 from fasttrain.schedule import Plan
 
@@ -41,12 +42,75 @@ def test_a_recorded_update_equals_eager_over_20_updates(micro: int, nesterov: bo
     recipe = recipe_for(micro_batch_size=micro)
     recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update={"nesterov": nesterov})})
     plan = plan_for(recipe)
-    batches = batches_for(plan, 20, sizes=(32, 48))
+    batches = batches_for(plan, 20, sizes=(32, 48, 32, 48, 40))
     expected, eager = carry_out("eager", recipe, plan, batches)
     found, recorded = carry_out("graph", recipe, plan, batches)
     assert found == pytest.approx(expected, rel=1e-4)
     assert_same(recorded, eager)
     assert recorded.state.step == eager.state.step == 20
+
+
+def test_adamw_gives_the_same_in_a_recorded_update_and_after_a_rejected_one() -> None:
+    recipe = recipe_for(max_skipped_steps=2)
+    settings = {"name": "adamw", "eps": 0.01, "weight_decay": 0.1}  # eps: rounding stays small
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update=settings)})
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 8)
+    batches[5][0][0, 0, 0, 0] = torch.inf
+    found = {mode: carry_out(mode, recipe, plan, batches)[1] for mode in ("eager", "graph")}
+    assert_same(found["graph"], found["eager"])
+    for mode, learner in found.items():
+        for state in learner.optimizer.state_dict()["state"].values():
+            assert state["step"].item() == 7
+        groups = learner.optimizer.param_groups
+        assert all(group["capturable"] == (mode == "graph") for group in groups)
+    first = carry_out("graph", recipe, plan, batches[:6])[1]
+    assert_same(resumed_from(first, "eager", recipe, plan, batches), found["eager"])
+
+
+def test_stochastic_depth_draws_the_same_in_a_recorded_update() -> None:
+    recipe = recipe_for(micro_batch_size=4)
+    plan = plan_for(recipe)
+    batches = batches_for(plan, 6)
+    module = mobilenetv3_small(0.35, num_classes=4, drop_path=0.5)
+    module = module.to(memory_format=torch.channels_last)
+    expected, eager = carry_out("eager", recipe, plan, batches, copy.deepcopy(module))
+    found, recorded = carry_out("graph", recipe, plan, batches, copy.deepcopy(module))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_same(recorded, eager)
+    module.load_state_dict(network().state_dict())
+    without, _ = carry_out("eager", recipe, plan, batches[:2], network())
+    others, _ = carry_out("eager", recipe, plan, batches[:2], module)
+    assert without != others
+
+
+@pytest.mark.slow
+def test_compiled_stochastic_depth_draws_the_same() -> None:
+    block = InvertedResidual(8, Row(3, 3.0, 8, 0, 1, 1), 1.0, drop_path=0.5)
+    x = torch.randn(16, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    run = compiled(lambda given: block(given), {"fallback_random": True})
+    results = []
+    for function in (block, run):
+        torch.manual_seed(5)
+        results.append(function(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert (results[0] == x).flatten(1).all(1).any()
+
+
+def test_preparing_an_eager_update_for_several_sizes_leaves_no_trace() -> None:
+    recipe = recipe_for()
+    plan = plan_for(recipe)
+    accelerator = Accelerator(cpu=True)
+    learner = execution.prepare("eager", accelerator, network(), recipe, plan)
+    updater = execution.build("eager", accelerator, learner, plan, recipe.train)
+    before = [(name, tensor.clone()) for name, tensor in everything(learner)]
+    prepared: list[torch.Size] = []
+    learner.module.register_forward_pre_hook(lambda _, given: prepared.append(given[0].shape))
+    updater.rehearse(batches_for(plan, 2, sizes=(48, 32)), [torch.zeros(8, 3, 32, 32)])
+    assert [shape[-1] for shape in prepared] == [48, 32]
+    for (name, was), (_, now) in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now), name
+    assert all(p.grad is None for p in learner.module.parameters())
 
 
 def test_stages_stay_frozen_and_the_backbone_learns_more_slowly_in_either_mode() -> None:
@@ -190,7 +254,8 @@ def test_two_processes_reduce_the_same_gradients_in_every_mode(tmp_path: Path) -
 def test_compiled_equals_eager_over_20_updates() -> None:
     recipe = recipe_for()
     plan = plan_for(recipe)
-    batches = [(images, labels) for images, labels in batches_for(plan, 20) if labels.ndim == 1]
+    made = batches_for(plan, 20, sizes=(32, 48, 32, 48, 40))
+    batches = [(images, labels) for images, labels in made if labels.ndim == 1]
     torch.manual_seed(0)
     block = Block().to(memory_format=torch.channels_last)
     expected, eager = carry_out("eager", recipe, plan, batches * 2, copy.deepcopy(block))
@@ -321,12 +386,29 @@ def test_on_a_gpu_every_mode_equals_eager_over_20_updates(mode: str, micro: int)
     accelerator = Accelerator(mixed_precision="no")
     assert accelerator.device.type == "cuda"
     for updates, rel in ((5, 1e-3), (20, 1e-2)):  # weights: see the compiled network above
-        batches = batches_for(plan, updates, sizes=(32, 48))
+        batches = batches_for(plan, updates, sizes=(32, 48, 32, 48, 40))
         expected, eager = carry_out("eager", recipe, plan, batches, learnt(mode), accelerator)
         found, other = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator, True)
         assert found == pytest.approx(expected, rel=rel)
         if updates == 5:
             assert_same(other, eager, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("mode", ["compile", "graph", "compile_graph"])
+def test_on_a_gpu_adamw_skips_a_bad_update_in_every_mode(mode: str) -> None:
+    recipe = recipe_for(max_skipped_steps=1)
+    settings = {"name": "adamw", "eps": 0.01, "weight_decay": 0.1}  # eps: rounding stays small
+    recipe = recipe.model_copy(update={"optim": OPTIM.model_copy(update=settings)})
+    plan, accelerator = plan_for(recipe), Accelerator(mixed_precision="no")
+    batches = batches_for(plan, 6)
+    batches[3][0][0, 0, 0, 0] = torch.inf
+    _, eager = carry_out("eager", recipe, plan, batches, learnt(mode), accelerator)
+    _, other = carry_out(mode, recipe, plan, batches, learnt(mode), accelerator, True)
+    assert_same(other, eager, rtol=1e-2, atol=1e-3)
+    for state in other.optimizer.state_dict()["state"].values():
+        assert state["step"].item() == 5
 
 
 @pytest.mark.gpu

@@ -273,6 +273,26 @@ def batches_of(
     return list(loaders.Loader(TrainingOrder(split, chosen, plan, rank, step, warn), CPU))
 
 
+@pytest.mark.parametrize("settings", [{}, {"color_jitter": (0.4, 0, 0, 0)}])
+@pytest.mark.parametrize("store", ["dataset", "raw"])
+def test_each_update_has_images_of_its_own_size(
+    store: str, settings: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    split = shards.open_split(request.getfixturevalue(store), "train")
+    scales = {"scales_px": (32, 48, 64), **settings}
+    found = batches_of(split, **scales)
+    sides = [batch.images.shape[-1] for batch in found]
+    assert sides == [batch.draw.out_px for batch in found if batch.draw]
+    assert sides[::4] == sides[1::4] == sides[3::4] and {*sides} == {32, 48, 64}
+    resumed = batches_of(split, step=5, **scales)
+    for ours, theirs in zip(found[20:], resumed, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    constant = batches_of(split, **settings)  # the same windows, mirrored alike
+    for ours, theirs in zip(found, constant, strict=True):
+        assert ours.draw and theirs.draw
+        assert (ours.draw.windows == theirs.draw.windows).all()
+
+
 @pytest.mark.parametrize("read", ["mmap", "pread"])
 def test_checksums_find_what_the_decoder_does_not(copied: Path, read: str) -> None:
     split = shards.open_split(copied, "train")

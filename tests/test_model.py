@@ -11,11 +11,17 @@ import torch
 from torch import nn
 
 from fasttrain.model import (
+    ARCHS,
+    LARGE,
+    SMALL,
+    InvertedResidual,
+    Row,
     StemConv2d,
     build_model,
     count_macs,
     mobilenetv3_large,
     mobilenetv3_small,
+    use_kernels,
 )
 
 Arch = Literal["large", "small"]
@@ -111,8 +117,51 @@ def test_stages_begin_where_the_image_is_halved(arch: Arch) -> None:
         assert model.classifier.training and model.classifier[0].weight.requires_grad
 
 
-def test_scripted_traced_and_exported_with_the_same_logits(tmp_path: Path) -> None:
-    model = mobilenetv3_small(0.35, num_classes=4).eval()
+def test_stochastic_depth_grows_with_depth_and_needs_a_shortcut() -> None:
+    for arch, rows in zip(ARCHS, (LARGE, SMALL), strict=True):
+        with torch.device("meta"):
+            model = build_model(arch, 1.0, 4, 0.2, drop_path=0.28)
+            plain = build_model(arch, 1.0, 4, 0.2)
+        blocks = [layer for layer in model.features if isinstance(layer, InvertedResidual)]
+        found = [block.drop_path.p if block.drop_path else None for block in blocks]
+        channels = [16, *(row.channels for row in rows)]
+        expected = [
+            0.28 * number / (len(rows) - 1)
+            if row.stride == 1 and row.channels == channels[number] and number
+            else None
+            for number, row in enumerate(rows)
+        ]
+        assert found == pytest.approx(expected) and found[-1] == pytest.approx(0.28)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        assert all(block.drop_path is None for block in plain.features[1:])
+
+
+def test_a_block_is_left_out_for_some_images_and_scaled_for_the_others() -> None:
+    torch.manual_seed(0)
+    block = InvertedResidual(16, Row(3, 4.0, 16, 1, 1, 1), 1.0, drop_path=0.25)
+    block.conv.eval()  # fixed statistics, so that the block does not depend on the other images
+    x = torch.randn(4000, 16, 2, 2)
+    with torch.no_grad():
+        added = block(x) - x
+        whole = block.conv(x)
+        assert torch.equal(block.eval()(x), x + whole)
+    left_out = added.flatten(1).abs().amax(1) == 0
+    torch.testing.assert_close(added[~left_out], whole[~left_out] / 0.75, rtol=1e-4, atol=1e-5)
+    assert left_out.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_blocks_with_stochastic_depth_train_by_pytorchs_layers() -> None:
+    model = build_model("small", 0.35, 4, 0.2, drop_path=0.1)
+    use_kernels(model, True)
+    for block in model.features[1:]:
+        assert block.kernels == (block.drop_path is None)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_scripted_traced_and_exported_with_the_same_logits(
+    drop_path: float, tmp_path: Path
+) -> None:
+    model = mobilenetv3_small(0.35, num_classes=4, drop_path=drop_path).eval()
     images = torch.randn(2, 3, 32, 32)  # the last blocks see images smaller than their kernels
     expected = model(images)
     with warnings.catch_warnings():

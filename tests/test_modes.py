@@ -1,6 +1,6 @@
 """The mode of execution is chosen by trials, and a mode that fails is replaced by another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from updates import Block, network, plan_for, recipe_for
 
 from fasttrain import modes, runtime
+from fasttrain.config import Data, Model
 from fasttrain.fused_block import Own
 from fasttrain.modes import ModeTrial
 
@@ -194,6 +195,16 @@ def test_kernels_need_a_gpu_and_half_precision(chosen: Chosen) -> None:
         recipe_for(kernels="force", precision="no")
 
 
+def test_stochastic_depth_needs_pytorchs_layers() -> None:
+    recipe = recipe_for(precision="bf16").model_copy(update={"model": Model(drop_path=0.1)})
+    accelerator: Any = Device("cuda")
+    setup = modes.Setup(accelerator, nn.Identity(), recipe, plan_for(recipe), 4)
+    assert modes._choose_kernels(setup, "graph", None, {}, print) == (
+        "",
+        "fused kernels: off, as they have no stochastic depth (model.drop_path)",
+    )
+
+
 def test_a_short_run_on_a_cpu_is_not_compiled(chosen: Chosen) -> None:
     mode, why, tried = chosen(GOOD, "cpu", precision="no")
     assert (mode, tried) == ("eager", ["eager"])
@@ -320,6 +331,32 @@ def test_a_run_falls_back_on_a_mode_that_works(monkeypatch: pytest.MonkeyPatch) 
     setup = modes.Setup(Accelerator(cpu=True), network(), asked, plan_for(recipe), 4)
     with pytest.raises(modes.ExecutionError, match=r"execution = compile: .*no compiler here; use"):
         modes.start("compile", setup, restored.append, said.append)
+
+
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [
+        ({"scales_px": (32, 64, 48)}, [64, 48, 32]),
+        ({"crop_px": ((0, 32), (2, 48), (99, 64))}, [48, 32]),  # the run ends before epoch 99
+    ],
+)
+def test_every_image_size_is_prepared_before_the_run_the_largest_first(
+    data: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[int, ...]] = []
+
+    class Updater:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def rehearse(self, training: Iterable[Any], evaluation: list[torch.Tensor]) -> None:
+            prepared.extend(tuple(images.shape) for images, _ in training)
+
+    monkeypatch.setattr(modes.execution, "build", Updater)
+    recipe = recipe_for().model_copy(update={"data": Data(**data)})
+    setup = modes.Setup(Accelerator(cpu=True), network(), recipe, plan_for(recipe), 4)
+    modes.start("compile", setup, lambda learner: None, lambda text: None)
+    assert prepared == [(8, 3, px, px) for px in sizes]
 
 
 @pytest.mark.gpu

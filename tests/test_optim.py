@@ -1,5 +1,7 @@
 """Parameter groups, the weights' moving average and BatchNorm's statistics are right."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,62 @@ def test_one_update_is_sgd_with_momentum() -> None:
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name])
+
+
+def test_an_update_by_adamw_is_that_of_the_paper_and_a_rejected_one_changes_nothing() -> None:
+    """The formula is that of algorithm 2 in arXiv:1711.05101."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    settings = Optim(
+        name="adamw", lr=0.1, warmup_lr=0, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
+    )
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    means = {name: torch.zeros_like(p) for name, p in expected.items()}
+    squares = {name: torch.zeros_like(p) for name, p in expected.items()}
+    optimizer: Any = build_optimizer(model, settings)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
+    number = 0
+    for lr, accepted in ((0.2, False), (0.2, True), (0.1, False), (0.1, True), (0.3, True)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = model(torch.randn(5, 3, dtype=torch.float64)).square().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        number += accepted
+        for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+            p.grad = grad if accepted else torch.full_like(grad, torch.nan)
+            if not accepted:
+                continue
+            means[name] = 0.8 * means[name] + 0.2 * grad
+            squares[name] = 0.95 * squares[name] + 0.05 * grad**2
+            mean, square = means[name] / (1 - 0.8**number), squares[name] / (1 - 0.95**number)
+            if p.ndim > 1:
+                expected[name] = expected[name] * (1 - lr * 0.1)
+            expected[name] = expected[name] - lr * mean / (square.sqrt() + 1e-6)
+        optimizer.found_inf.fill_(not accepted)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name])
+        assert optimizer.state[p]["step"].item() == 3
+
+
+def test_the_state_of_adamw_is_what_torch_would_make_at_the_first_step() -> None:
+    model = mobilenetv3_small(0.35, num_classes=4).to(memory_format=torch.channels_last)
+    ours: Any = build_optimizer(model, Optim(name="adamw", lr=0.1, warmup_lr=0))
+    torchs: Any = torch.optim.AdamW(model.parameters(), fused=True)
+    found = {p: dict(ours.state[p]) for p in model.parameters()}
+    for p in found:
+        p.grad = torch.zeros_like(p)
+    torchs.step()
+    for p, state in torchs.state.items():
+        assert found[p].keys() == state.keys()
+        for name, value in state.items():
+            one = found[p][name]
+            assert (one.dtype, one.shape, one.stride()) == (
+                value.dtype,
+                value.shape,
+                value.stride(),
+            )
+            assert not one.any()
 
 
 def test_moving_average_equals_torchs() -> None:

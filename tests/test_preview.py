@@ -130,6 +130,23 @@ def test_each_stage_of_the_size_schedule_has_a_row(drawn: Callable[..., Any]) ->
             assert (tile_at(picture, corner, stage["px"], 2) == tile).all()
 
 
+def test_each_size_that_updates_draw_has_a_row(drawn: Callable[..., Any]) -> None:
+    data = {"scales_px": (32, 64, 48)}
+    picture, found, recipe = drawn("--images", 3, "--update", 5, data=data)
+    split = shards.open_split(recipe.data.root, "train")
+    plan = schedule.make_plan(recipe.train, recipe.optim, split.num_samples, 1)
+    assert found["px"] == schedule.image_px(5, plan, recipe.data)
+    first = schedule.first_updates(0, plan, recipe.data)
+    assert [(s["px"], s["update"]) for s in found["stages"]] == [
+        (px, first[px]) for px in (32, 64, 48)
+    ]
+    for stage in found["stages"]:
+        (batch,) = batches_of(recipe, stage["update"])
+        for corner, tile in zip(stage["tiles"], pictures.pixels(batch.images), strict=False):
+            assert (tile_at(picture, corner, stage["px"], stage["enlarged"]) == tile).all()
+    assert preview.when(preview.stages_of(recipe.data, plan)[0], recipe.data) == "1 of 3 updates"
+
+
 def test_the_suffix_picks_the_format(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,8 +81,10 @@ def check_close(one: Path, two: Path) -> None:
     for name, tensor in tensors.items():
         if "running" not in name and "num_batches" not in name:  # averaged, not accumulated
             torch.testing.assert_close(tensor, others[name], rtol=2e-3, atol=2e-4, msg=name)
-    losses = [[r["loss"] for r in lines(f / "metrics.jsonl", "train")] for f in (one, two)]
+    trained = [lines(f / "metrics.jsonl", "train") for f in (one, two)]
+    losses, sizes = ([[r[key] for r in run] for run in trained] for key in ("loss", "crop_px"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.slow

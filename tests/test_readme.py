@@ -63,7 +63,12 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
     },
     "fasttrain/README.md": {},
-    "recipes/README.md": {"python -m fasttrain.config recipes/large.toml": "tests/test_config.py"},
+    "recipes/README.md": {
+        "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
+        "python -m fasttrain.config --diff recipes/large.toml recipes/large_long.toml": (
+            "tests/test_config.py"
+        ),
+    },
     "tests/README.md": {"pip install -e '.[test]' && python -m pytest": ".ci/run"},
     "tools/README.md": {
         "python tools/make_shards.py SOURCE data/imagenet --workers 8": (

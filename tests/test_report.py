@@ -367,6 +367,12 @@ def test_image_sizes_follow_the_schedule(tmp_path: Path) -> None:
     assert (size.chart.curves[0].x, size.chart.curves[0].y) == ([0, 1, 2, 3], [128, 128, 160, 160])
 
 
+def test_image_sizes_that_updates_draw_are_shown_as_a_range(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], data={"scales_px": [128, 320, 224]})
+    (size,) = charts.speed(runs.read([folder]))
+    assert [(c.x, c.y) for c in size.chart.curves] == [([0, 3], [128, 128]), ([0, 3], [320, 320])]
+
+
 def with_classes(folder: Path, names: tuple[str, ...]) -> Path:
     """Gives a run a checkpoint that names its classes."""
     checkpoint = folder / "checkpoints" / "step_00000004"

@@ -61,6 +61,7 @@ def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train.main([str(write_recipe(folder / "all.toml", dataset, folder / "run", **ALL))])
     assert len(lines(folder / "run" / "samples-rank0.jsonl")) == 15
+    assert len({line["crop_px"] for line in lines(folder / "run" / "metrics.jsonl", "train")}) > 1
     return folder / "run"
 
 
@@ -89,6 +90,21 @@ def test_a_run_resumed_at_any_step_ends_bit_for_bit_equal(
     assert_same_result(straight, tmp_path / "run")
     environments = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(environments) == len(stops) + 1
+
+
+@pytest.mark.slow
+def test_a_run_with_adamw_resumed_ends_bit_for_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path, stop_after: type[StopAfter]
+) -> None:
+    adamw = {"name": "adamw", "lr": 0.004, "warmup_lr": 0.001, "weight_decay": 0.05}
+    recipe = str(tiny(optim=adamw))
+    train.main([recipe, "--set", f"log.run_dir={tmp_path / 'straight'}"])
+    for stop_after.asked in (4, 8):
+        with pytest.raises(SystemExit):
+            train.main([recipe])
+    stop_after.asked = sys.maxsize
+    train.main([recipe])
+    assert_same_result(tmp_path / "straight", tmp_path / "run")
 
 
 def test_a_run_that_died_between_checkpoints_ends_bit_for_bit_equal(

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF
 
 from fasttrain import config, sampling, shards
 from fasttrain.config import Optim, Train
-from fasttrain.schedule import Plan, make_plan
+from fasttrain.schedule import Plan, image_px, make_plan
 from fasttrain.shards import Split
 
 GOLDEN_IDS = [22, 25, 34, 38]
@@ -284,6 +284,21 @@ def test_size_of_crops_follows_the_epoch(split: Split) -> None:
     plan = plan_for(split, 1, 12)
     found = [sampling.train_draw(split, data, plan, 0, step).out_px for step in range(18)]
     assert found == [32] * 6 + [48] * 9 + [64] * 3
+
+
+def test_all_micro_batches_of_an_update_have_the_size_that_it_draws(split: Split) -> None:
+    data = config.Data(scales_px=(32, 48, 64), erase=1.0)
+    for world, micro in ((1, 12), (1, 3), (2, 3), (4, 1)):
+        plan = plan_for(split, world, micro)
+        for step in range(plan.total_steps):
+            px = image_px(step, plan, data)
+            for rank in range(world):
+                for number in range(plan.accumulation):
+                    draw = sampling.train_draw(
+                        split, data, plan, rank, step * plan.accumulation + number
+                    )
+                    assert draw.out_px == px
+                    assert draw.augment.erase is not None and draw.augment.erase.max() < px
 
 
 def test_blocks_mix_as_many_tars_as_they_hold(split: Split) -> None:

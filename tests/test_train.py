@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import run
 
-from fasttrain import forecast, loaders, modes, train
+from fasttrain import config, forecast, loaders, modes, schedule, session, train
 
 
 def test_fp16_without_a_gpu_is_refused(
@@ -88,6 +88,16 @@ def test_faults_are_found_before_torch_is_imported_and_nothing_is_written(
 
 
 @pytest.mark.slow
+def test_a_learning_rate_that_the_batch_scales_is_told() -> None:
+    optim = config.Optim(lr=0.1, lr_scaling="linear", lr_batch=256)
+    recipe = config.Recipe(optim=optim, train=config.Train(global_batch_size=4096))
+    plan = schedule.make_plan(recipe.train, recipe.optim, 10_000, 1)
+    assert session.scaled_lr(recipe, plan) == (
+        "peak learning rate 1.6: 0.1 for 256 images an update, scaled to 4,096 (linear)\n"
+    )
+    assert session.scaled_lr(config.Recipe(), plan) == ""
+
+
 def test_the_launcher_shows_the_message_of_a_missing_data_set() -> None:
     failed = run(["accelerate", "launch", "fasttrain/train.py", "recipes/large.toml"], code=1)
     assert "no data set at data/imagenet (looked for " in failed.stderr

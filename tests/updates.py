@@ -107,7 +107,8 @@ def everything(learner: Learner) -> Iterator[tuple[str, Tensor]]:
     for name, value in learner.ema.module.state_dict().items():
         yield f"ema {name}", value
     for number, state in enumerate(learner.optimizer.state_dict()["state"].values()):
-        yield f"momentum {number}", state["momentum_buffer"]
+        for name, value in state.items():
+            yield f"{name.removesuffix('_buffer')} {number}", value
 
 
 def assert_same(found: Learner, expected: Learner, rtol: float = 1e-3, atol: float = 1e-4) -> None:

@@ -391,7 +391,7 @@ class Doctor:
         torch.set_num_threads(self.threads)
         network = build_model(**self.recipe.model.network(), num_classes=1000)
         network.to(memory_format=torch.channels_last)
-        px = schedule.largest_crop_px(self.recipe.data.crop_px)
+        px = schedule.largest_px(self.recipe.data)
         ratio = modes.bf16_ratio(network, px)
         if ratio < modes.TOO_SLOW:
             self.fault(modes.slow_bf16(ratio))
@@ -406,7 +406,7 @@ class Doctor:
             arch=self.recipe.model.arch,
             width=self.recipe.model.width,
             batch=plan.micro_batch_size,
-            px=schedule.largest_crop_px(self.recipe.data.crop_px),
+            px=schedule.largest_px(self.recipe.data),
             precision=self.recipe.train.precision,
             execution="eager",
             layout="channels_last",

@@ -4,7 +4,8 @@
 
 Each image of the batch stands beside its original, on which the crop window is drawn. The pixels
 are those of the run's own loader, with only the normalisation undone. With MixUp or CutMix, the
-mixed image follows. If `data.crop_px` is a schedule, one row per image size comes below.
+mixed image follows. If the image size varies (a schedule in `data.crop_px`, or `data.scales_px`),
+one row per image size comes below.
 
 The batch is that of a run of one process. Other numbers of processes have the same images, but
 with MixUp or CutMix they may mix others. The last line on standard output is one JSON object: it
@@ -259,21 +260,41 @@ def describe_labels(target: NDArray[np.float32], classes: Sequence[str]) -> str:
 
 
 class Stage(NamedTuple):
-    """A part of the size schedule."""
+    """The updates of one image size: a part of the size schedule, or a size of `data.scales_px`."""
 
     first_epoch: int
     last_epoch: int
     px: int
+    update: int  # the first one
 
 
 def stages_of(data: config.Data, plan: schedule.Plan) -> list[Stage]:
-    """The stages of the size schedule that the run reaches; none if the size is constant."""
+    """The image sizes that the run reaches, in the recipe's order; none if the size is constant."""
+    last = plan.epoch_of(plan.total_steps - 1)
+    if data.scales_px:
+        first = schedule.first_updates(0, plan, data)
+        return [
+            Stage(plan.epoch_of(first[px]), last, px, first[px])
+            for px in data.scales_px
+            if px in first
+        ]
     if isinstance(data.crop_px, int):
         return []
-    last = plan.epoch_of(plan.total_steps - 1)
     begun = [(epoch, px) for epoch, px in data.crop_px if epoch <= last]
     ends = [epoch - 1 for epoch, _ in begun[1:]] + [last]
-    return [Stage(epoch, end, px) for (epoch, px), end in zip(begun, ends, strict=True)]
+    return [
+        Stage(epoch, end, px, epoch * plan.steps_per_epoch)
+        for (epoch, px), end in zip(begun, ends, strict=True)
+    ]
+
+
+def when(stage: Stage, data: config.Data) -> str:
+    """Says which updates have the size of a stage."""
+    if data.scales_px:
+        return f"1 of {len(data.scales_px)} updates"
+    if stage.last_epoch > stage.first_epoch:
+        return f"epochs {stage.first_epoch} to {stage.last_epoch}"
+    return f"epoch {stage.first_epoch}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,7 +438,7 @@ def head(job: Job, title: str, device: str, factor: int, width: int) -> "Image.I
     texts = [
         f"{job.num_images:,} of {plan.global_batch_size:,} images from {data.root}, made on the "
         f"{device.upper().replace('CUDA', 'GPU')}. Crops of "
-        f"{schedule.crop_px_at(epoch, data.crop_px)} px{larger}.",
+        f"{schedule.image_px(job.step, plan, data)} px{larger}.",
         describe_settings(data, train),
         legend,
         f"The run has updates 0 to {plan.total_steps - 1:,} and epochs 0 to {last:,}.",
@@ -501,7 +522,7 @@ def with_window(example: Example, split: shards.Split, side: int) -> "Image.Imag
 
 
 def stage_side(job: Job) -> int:
-    """Side of the largest tile in the rows of the size schedule; 0 without a schedule."""
+    """Side of the largest tile in the rows of the image sizes; 0 if the size is constant."""
     from fasttrain import pictures
 
     px = max((stage.px for stage in stages_of(job.recipe.data, job.plan)), default=0)
@@ -511,7 +532,7 @@ def stage_side(job: Job) -> int:
 def stage_rows(
     job: Job, placement: "Placement", width: int, top: int
 ) -> tuple[list["Image.Image"], list[dict[str, Any]]]:
-    """One row of images for each stage of the size schedule, at the true ratio of their sizes.
+    """One row of images for each image size of the run, at the true ratio of the sizes.
 
     Args:
         top: y of the first row in the picture.
@@ -530,20 +551,16 @@ def stage_rows(
     pictures.write(title, (0, 12), "Image sizes of the run", 22)
     rows, about, y = [title], [], top + title.height
     for stage in stages:
-        update = stage.first_epoch * job.plan.steps_per_epoch
         row = pictures.blank(width, factor * stage.px + 24)
-        epochs = f"epoch {stage.first_epoch}"
-        if stage.last_epoch > stage.first_epoch:
-            epochs = f"epochs {stage.first_epoch} to {stage.last_epoch}"
         pictures.write(row, (0, 0), f"{stage.px} px", 20)
-        pictures.write(row, (0, 28), epochs, 14, pictures.GREY)
-        pictures.write(row, (0, 47), f"update {update:,}", 14, pictures.GREY)
-        found = examples_of(job._replace(step=update, num_images=count), placement, None)
+        pictures.write(row, (0, 28), when(stage, job.recipe.data), 14, pictures.GREY)
+        pictures.write(row, (0, 47), f"update {stage.update:,}", 14, pictures.GREY)
+        found = examples_of(job._replace(step=stage.update, num_images=count), placement, None)
         for number, example in enumerate(found):
             tile = pictures.enlarged(example.pixels, factor)
             row.paste(tile, (STAGE_TEXT + number * step_x, 0))
         tiles = [[MARGIN + STAGE_TEXT + number * step_x, y] for number in range(len(found))]
-        about.append({**stage._asdict(), "update": update, "enlarged": factor, "tiles": tiles})
+        about.append({**stage._asdict(), "enlarged": factor, "tiles": tiles})
         rows.append(row)
         y += row.height
     return rows, about

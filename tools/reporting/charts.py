@@ -140,6 +140,10 @@ def _lr(runs: Sequence[Run], axis: Axis) -> Figure:
 def _image_sizes(runs: Sequence[Run]) -> Figure:
     curves = []
     for number, run in enumerate(runs):
+        if scales := run.recipe.data.scales_px:  # the updates draw sizes from the one to the other
+            whole = [0.0, float(run.recipe.train.epochs)]
+            curves += [Curve(number, whole, [px, px]) for px in (min(scales), max(scales))]
+            continue
         epochs = [*range(run.recipe.train.epochs)]
         sizes = [crop_px_at(epoch, run.recipe.data.crop_px) for epoch in epochs]
         x = [*map(float, epochs), float(len(epochs))]
