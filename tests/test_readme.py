@@ -204,7 +204,7 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
 
 
 TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "preview", "report"]
-TOOLS += ["doctor", "benchmark"]
+TOOLS += ["doctor", "benchmark", "label"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

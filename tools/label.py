@@ -1,10 +1,11 @@
 """Stores a teacher's answers to the images that a run will see, so that the run learns from them.
 
-    python tools/label.py TEACHER RECIPE OUT
+    python tools/label.py TEACHER RECIPE [OUT]
 
 The run's own loader makes the images: crop, flip and augmentation are functions of seed, epoch and
 image, so the run will see the same ones. For each image and view, OUT gets the most probable
-classes and their probabilities. Then train with --set distill.labels=OUT.
+classes and their probabilities. Then train with --set distill.labels=OUT. OUT may be left out if
+the recipe sets `distill.labels`.
 
 TEACHER is one of
   - a run folder, a checkpoint, or a file of weights (--teacher-recipe then describes its network)
@@ -28,6 +29,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,13 +56,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fasttrain.batch import Batch, Placement
-    from fasttrain.decoder import Decoder
     from fasttrain.distilling import Teacher
     from fasttrain.runtime import Process
     from fasttrain.schedule import Plan
 
 TOP_K = 10
 LOCK = "lock"
+WAIT = timedelta(hours=12)  # for another rank: the last file of a large teacher takes long on a CPU
 
 
 def main() -> None:
@@ -77,8 +79,12 @@ def main() -> None:
         # Every rank raises the same faults before it has opened the teacher.
         stop(str(fault), everywhere=joined and not fault.raised_on_every_rank)
     except OSError as error:
+        why = error.strerror or error
+        path = error.filename or arguments.out
         stop(
-            f"{arguments.out}: cannot be written ({error}); what is complete stays", everywhere=True
+            f"{path}: cannot be written ({why}); complete files stay, and the same command "
+            "continues",
+            everywhere=True,
         )
 
 
@@ -89,7 +95,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("teacher", metavar="TEACHER")
     config.add_arguments(parser)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder of its own")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", nargs="?", help="a folder (default: distill.labels)"
+    )
     parser.add_argument(
         "--top-k",
         type=positive,
@@ -122,8 +130,7 @@ def parse() -> argparse.Namespace:
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the teacher's class names, one per line; a network of 1,000 classes without names has "
-        "ImageNet's",
+        help="the teacher's class names, one per line; without names, 1,000 classes are ImageNet's",
     )
     teacher.add_argument(
         "--precision",
@@ -157,7 +164,7 @@ class Job:
         px = schedule.crop_px_at(number, self.recipe.data.crop_px)
         return View(self.plan.draw_seed, number, px)
 
-    def index(self, teacher: "Teacher", decoder: "Decoder") -> Index:
+    def index(self, teacher: "Teacher", strategy: str) -> Index:
         """What `labels.json` says before the first view is complete."""
         return Index(
             version=teacher_labels.FORMAT_VERSION,
@@ -171,7 +178,7 @@ class Job:
             top_k=self.top_k,
             num_samples=self.split.num_samples,
             part_samples=teacher_labels.PART_SAMPLES,
-            decoder=decoder.strategy,
+            decoder=strategy,
             made_by=fasttrain.__version__,
             sha256=[],
         )
@@ -184,6 +191,9 @@ def open_job(arguments: argparse.Namespace) -> Job:
         Fault: the recipe is wrong, or the data set is missing or damaged.
     """
     recipe = config.load(commands.recipe(arguments.recipe), arguments.set)
+    out = arguments.out or recipe.distill.labels
+    if out is None:
+        raise ConfigError("OUT is missing: name a folder, or set [distill] labels in the recipe")
     shards.check_unchanged(recipe.data.root)
     split = shards.open_split(recipe.data.root, "train", recipe.data.short_side)
     plan = schedule.make_plan(recipe.train, recipe.optim, split.num_samples, 1, recipe.distill)
@@ -191,7 +201,7 @@ def open_job(arguments: argparse.Namespace) -> Job:
         recipe=recipe,
         plan=plan,
         split=split,
-        out=arguments.out,
+        out=out,
         top_k=min(arguments.top_k, len(split.classes)),
         batch_size=min(arguments.batch_size, split.num_samples),
         precision=arguments.precision,
@@ -262,19 +272,20 @@ def label(job: Job, teacher: "Teacher") -> None:
     """
     from accelerate.utils import broadcast_object_list, gather_object
 
-    accelerator, process, placement = join(job)
+    accelerator, process, placement, strategy = join(job)
     main = accelerator.is_main_process
     begun = time.perf_counter()
     with held(job.out) if main else nullcontext():
         found: list[Any] = [None, None]
         if main:
             say(describe(job, teacher, process))
-            index = prepare(job, job.index(teacher, placement.decoder))
+            index = prepare(job, job.index(teacher, strategy))
             found = [index, missing(job, index)]
         index, parts = broadcast_object_list(found)
         own = parts[process.rank :: process.world_size]
-        if main and len(parts) < job.plan.num_views * len(index.parts_of(0)):
-            say(f"{len(parts):,} files are missing; the others are kept")
+        total = job.plan.num_views * len(index.parts_of(0))
+        if main and len(parts) < total:
+            say(f"{total - len(parts):,} of {total:,} files are there already")
         counts = label_parts(job, index, own, teacher, (accelerator, placement))
         both = gather_object([counts])  # every rank has written its files
         if main:
@@ -284,9 +295,15 @@ def label(job: Job, teacher: "Teacher") -> None:
     accelerator.end_training()
 
 
-def join(job: Job) -> tuple["Accelerator", "Process", "Placement"]:
-    """Chooses the decoder, and joins the process group. Every rank must call this."""
-    from fasttrain import decoding, gpus, runtime
+def join(job: Job) -> tuple["Accelerator", "Process", "Placement", str]:
+    """Chooses the decoder, and joins the process group. Every rank must call this.
+
+    Returns:
+        What the rank works with, and the decoder's strategy.
+    Raises:
+        Fault: the precision needs a GPU, or no decoder works.
+    """
+    from fasttrain import decoding, gpus, makers, runtime
     from fasttrain.batch import Placement, half_images
 
     gpu = gpus.has_gpu(os.environ)
@@ -297,11 +314,13 @@ def join(job: Job) -> tuple["Accelerator", "Process", "Placement"]:
     task = decoding.Job(gpu, threads, job.batch_size, half)
     # Before this process uses the GPU.
     decoder, why = decoding.choose_decoder(job.split, job.recipe.data, task, os.environ)
-    accelerator = runtime.accelerator_for(job.precision)
+    accelerator = runtime.accelerator_for(job.precision, WAIT)
     process = runtime.start(accelerator, job.recipe, os.environ)
     if accelerator.is_main_process:
         say(why)
-    return accelerator, process, Placement(process.device, half, process.data_threads, decoder)
+    placement = Placement(process.device, half, process.data_threads, decoder)
+    strategy = makers.decoder_of(job.split, job.recipe.data, placement).strategy
+    return accelerator, process, placement, strategy
 
 
 def describe(job: Job, teacher: "Teacher", process: "Process") -> str:
@@ -311,8 +330,8 @@ def describe(job: Job, teacher: "Teacher", process: "Process") -> str:
     return (
         f"teacher: {teacher.name}{size}, on {process.world_size} x {process.device.type}, "
         f"precision {job.precision}\n"
-        f"images: {job.split.num_samples:,} of {job.recipe.data.root}, {job.plan.num_views:,} views "
-        f"of each, seed of the draws {job.plan.draw_seed}\n"
+        f"images: {job.split.num_samples:,} of {job.recipe.data.root}, {job.plan.num_views:,} "
+        f"views of each, seed of the draws {job.plan.draw_seed}\n"
         f"labels: the {job.top_k} most probable of {len(job.split.classes):,} classes, "
         f"{display_bytes(images * job.top_k * 4)} in {job.out}"
     )
@@ -366,7 +385,7 @@ def prepare(job: Job, wanted: Index) -> Index:
         {
             "the code of the images": each.subject.code,
             "--top-k": each.top_k,
-            **{f"the teacher's {key}": value for key, value in each.teacher},
+            **{f"the teacher's {key}": value for key, value in each.teacher if key != "name"},
         }
         for each in (index, wanted)
     )
@@ -401,7 +420,7 @@ def label_parts(
     from fasttrain.order import ViewOrder
 
     accelerator, placement = where
-    teacher.module.to(placement.device, memory_format=torch.channels_last)
+    teacher.module.to(placement.device).to(memory_format=torch.channels_last)
     ranges = [(job.view(part.view), part.first, part.last) for part in parts]
     order = ViewOrder(job.split, job.recipe.data, ranges, job.batch_size)
     left, images, right = iter(parts), 0, 0

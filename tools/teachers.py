@@ -45,6 +45,10 @@ class Foreign(NamedTuple):
 class Adapted(nn.Module):
     """Gives a teacher the images of a run as it expects them, and picks the logits of the data."""
 
+    scale: Tensor
+    shift: Tensor
+    rows: Tensor | None
+
     def __init__(self, network: Foreign, px: int | None, interpolation: str) -> None:
         """
         Args:
@@ -105,13 +109,15 @@ def foreign_teacher(wanted: Wanted, recipe: Recipe, names: tuple[str, ...]) -> T
     match = FOREIGN.fullmatch(wanted.name)
     assert match
     package, name = match.groups()
-    network = {"torchvision": _torchvision, "timm": _timm}[package](name, wanted.weights)
+    own = classes.read_list(wanted.classes) if wanted.classes else None
+    # A network of the package has as many classes as its pretrained weights.
+    sizes = {"num_classes": len(own)} if own and wanted.weights else {}
+    network = {"torchvision": _torchvision, "timm": _timm}[package](name, wanted.weights, sizes)
     network.module.eval().requires_grad_(False)
     found = Weights(Path(wanted.name), dict(network.module.state_dict()))
     adapted = Adapted(network, wanted.px, recipe.data.interpolation)
     px = recipe.data.crop_px if isinstance(recipe.data.crop_px, int) else recipe.data.crop_px[0][1]
     number = _try(adapted, wanted, px)
-    own = classes.read_list(wanted.classes) if wanted.classes else None
     if own and len(own) != number:
         raise ConfigError(
             f"--classes {wanted.classes}: names {len(own):,} classes, but {wanted.name} has "
@@ -135,20 +141,20 @@ def _try(teacher: nn.Module, wanted: Wanted, px: int) -> int:
         ) from None
 
 
-def _torchvision(name: str, file: Path | None) -> Foreign:
+def _torchvision(name: str, file: Path | None, sizes: dict[str, int]) -> Foreign:
     from torchvision import models
 
     if name not in (known := models.list_models(module=models)):
         raise ConfigError(f"torchvision:{name}: there is no such network{_close(name, known)}")
     if file:
-        return Foreign(_loaded(models.get_model(name, weights=None), file))
+        return Foreign(_loaded(models.get_model(name, weights=None, **sizes), file))
     chosen = models.get_model_weights(name).DEFAULT
     module = _pretrained(f"torchvision:{name}", lambda: models.get_model(name, weights=chosen))
     images = chosen.transforms()
     return Foreign(module, images.mean, images.std)
 
 
-def _timm(name: str, file: Path | None) -> Foreign:
+def _timm(name: str, file: Path | None, sizes: dict[str, int]) -> Foreign:
     try:
         import timm
     except ModuleNotFoundError:
@@ -156,11 +162,10 @@ def _timm(name: str, file: Path | None) -> Foreign:
             f"timm:{name}: timm is not installed; pip install -e '.[distill]'"
         ) from None
     if not timm.is_model(name.partition(".")[0]):
-        raise ConfigError(
-            f"timm:{name}: there is no such network{_close(name, timm.list_models())}"
-        )
+        close = _close(name, timm.list_models())
+        raise ConfigError(f"timm:{name}: there is no such network{close}")
     if file:
-        module = _loaded(timm.create_model(name), file)
+        module = _loaded(timm.create_model(name, **sizes), file)
     else:
         module = _pretrained(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     images = timm.data.resolve_model_data_config(module)
