@@ -153,6 +153,7 @@ def test_a_run_with_stored_labels_resumes_bit_for_bit(
     stop_after: type[StopAfter],  # noqa: F811
 ) -> None:
     changes = student(labels=str(stored))
+    changes["train"] = changes["train"] | {"max_steps": 8}
     straight = tiny("straight", **changes | {"log": {"run_dir": str(tmp_path / "straight")}})
     train.main([str(straight)])
     recipe = str(tiny(**changes))
@@ -164,6 +165,22 @@ def test_a_run_with_stored_labels_resumes_bit_for_bit(
     tensors, _ = result_of(tmp_path / "run")
     for name, tensor in result_of(tmp_path / "straight")[0].items():
         assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_the_labels_of_one(
+    stored: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    losses = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        changes = student(labels=str(stored)) | {
+            "train": {"micro_batch_size": 4, "max_steps": 7, "cutmix_alpha": 1.0},
+            "log": {"every_steps": 1, "run_dir": str(folder)},
+        }
+        run([*launch(world), "fasttrain/train.py", tiny(**changes)], ACCELERATE_USE_CPU="1")
+        losses[world] = [record["loss"] for record in lines(folder / "metrics.jsonl", "train")]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_teacher_in_the_run_trains_as_its_stored_labels_do(

@@ -56,7 +56,12 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
     },
     "fasttrain/README.md": {},
-    "recipes/README.md": {"python -m fasttrain.config recipes/large.toml": "tests/test_config.py"},
+    "recipes/README.md": {
+        "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
+        "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_commands_for_imagenet_work",
+        "python tools/label.py runs/large recipes/small_distill.toml": "tests/test_label.py",
+        "python fasttrain/train.py recipes/small_distill.toml": "tests/test_label.py",
+    },
     "tests/README.md": {"pip install -e '.[test]' && python -m pytest": ".ci/run"},
     "tools/README.md": {
         "python tools/make_shards.py SOURCE data/imagenet --workers 8": (
@@ -72,6 +77,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/evaluate.py runs/large --data data/imagenet data/imagenet-a "
         "data/imagenet-r": "tests/test_evaluate.py",
         "python tools/preview.py recipes/large.toml preview.png": "tests/test_preview.py",
+        "python tools/label.py runs/large recipes/small_distill.toml": "tests/test_label.py",
         "pip install -e '.[report]'": ".ci/run",
         "python tools/report.py runs/large --out report.html": "tests/test_report.py",
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",

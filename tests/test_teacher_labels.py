@@ -134,6 +134,20 @@ def test_labels_of_other_images_are_refused(
     )
 
 
+def test_each_setting_of_the_data_changes_pixels_or_does_not() -> None:
+    """A new setting must be put into one of these lists."""
+    others = {
+        *("root", "short_side", "eval_resize_px", "eval_crop_px", "stage", "stage_part"),
+        *("stage_keep", "shuffle", "shuffle_shards", "read", "read_ahead", "read_threads"),
+        *("decode", "hw_decoder_load", "jpeg_fancy_upsampling", "verify", "on_bad_sample"),
+        *("max_bad_samples", "threads", "queue_depth"),
+    }
+    assert others | {*teacher_labels.PIXELS} == config.Data.model_fields.keys()
+    assert not others & {*teacher_labels.PIXELS}
+    package = Path(teacher_labels.__file__).parent
+    assert all((package / f"{name}.py").exists() for name in teacher_labels.CODE)
+
+
 def test_settings_that_change_no_pixel_are_free(root: Path, split: Split) -> None:
     free: dict[str, dict[str, Any]] = {"data": {"read": "pread"}, "train": {"seed": 9}}
     stored = opened(root, split, **free, distill={"draw_seed": 0})
