@@ -300,14 +300,14 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def open_weights(
-    path: Path, average: bool, say: Callable[[str], None]
+    path: Path, average: bool | None, say: Callable[[str], None]
 ) -> tuple[Weights, config.Recipe | None]:
     """Reads weights from a run folder, a checkpoint or a file.
 
     Args:
         path: a run folder, of which the newest good checkpoint is read; a checkpoint; one of its
             two files of weights; or any other file of weights.
-        average: read the moving average instead of the weights.
+        average: read the moving average instead of the weights; None: if there is one.
         say: receives a line for each damaged checkpoint that is skipped.
     Returns:
         The weights, and the recipe that trained them; None if they are not from a checkpoint.
@@ -318,7 +318,8 @@ def open_weights(
         return weights.read(path, average), None
     folder: Path | None = path
     if path.is_file():
-        folder, average = path.parent, average or path.name == EMA
+        folder = path.parent
+        average = path.name == EMA or bool(average)  # None: the file that is named
     elif (path / run_folder.CHECKPOINTS).is_dir():
         folder = newest_good(path / run_folder.CHECKPOINTS, say)
     if folder is None:
@@ -326,10 +327,22 @@ def open_weights(
     saved = read_state(folder)
     if faults := faults_of(folder):
         raise CheckpointError("\n  ".join([f"{folder} cannot be used:", *faults]))
+    average = (folder / EMA).exists() if average is None else average
     file = folder / (EMA if average else MODEL)
     if not file.exists():
         raise CheckpointError(f"{folder} has no moving average: [optim] ema_decay was 0")
-    return replace(weights.read(file), names=tuple(saved.classes)), saved.recipe
+    found = replace(weights.read(file), names=tuple(saved.classes), average=average)
+    return found, saved.recipe
+
+
+def last_evaluation(found: Weights) -> dict[str, Any]:
+    """The record of the evaluation of a checkpoint's weights; empty if they were not evaluated.
+
+    Args:
+        found: what `open_weights` read from a checkpoint.
+    """
+    state = read_state(found.path.parent).state
+    return state.last_eval if state.last_eval.get("step", -1) + 1 == state.step else {}
 
 
 def restore(

@@ -455,7 +455,7 @@ _TOO_LONG = "..."  # is shown instead of such a value
 
 
 def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False) -> Recipe:
-    """Reads the recipe at `path`.
+    """Reads the recipe at `path`, or the shipped one of that name: see `commands.recipe`.
 
     Args:
         overrides: `section.key=value` texts that replace values of the file.
@@ -464,6 +464,7 @@ def load(path: Path, overrides: Sequence[str] = (), written_by_run: bool = False
     Raises:
         ConfigError: the file cannot be read, or values are wrong. Names all faults at once.
     """
+    path = commands.recipe(path)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except OSError as error:
@@ -716,7 +717,7 @@ def load_or_exit(argv: Sequence[str] | None = None, description: str = TRAINS) -
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        return load(commands.recipe(arguments.recipe), arguments.set)
+        return load(arguments.recipe, arguments.set)
     except ConfigError as error:
         stop(str(error))
 

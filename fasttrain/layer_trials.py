@@ -5,8 +5,8 @@ the product, Inductor's kernels make the rest.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,7 +68,11 @@ def with_kernels(network: nn.Module) -> list[Own]:
 
 
 def choose(
-    network: nn.Module, images: tuple[int, int], dtype: torch.dtype, options: dict[str, Any] | None
+    network: nn.Module,
+    images: tuple[int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any] | None,
+    say: Callable[[str], object],
 ) -> list[Own]:
     """Times the passes in which the blocks of a network use our kernels; equal ones once.
 
@@ -77,18 +81,23 @@ def choose(
         images: their number and side.
         dtype: of images in blocks.
         options: the compiler's options; None: the run compiles nothing.
+        say: prints a line about passes that failed. They use PyTorch's code.
     Returns:
         For each block, the passes in which our kernel is faster.
     """
     device = next(network.parameters()).device
     known: dict[tuple[Any, ...], bool] = {}
+    faults: Counter[str] = Counter()
 
     def wins(each: Pass) -> bool:
         if each.key not in known:
             known[each.key] = False
-            with suppress(Exception):  # a kernel that fails on this GPU is not used
+            try:
                 ours, plain = _seconds(each, device, dtype, options)
                 known[each.key] = plain >= GAIN * ours
+            except Exception as error:  # such as too little shared memory on this GPU
+                first = (str(error).splitlines() or ["no message"])[0]
+                faults[f"{type(error).__name__}: {first}"] += 1
             torch.compiler.reset()  # else further layers count as further sizes of this one
         return known[each.key]
 
@@ -99,6 +108,8 @@ def choose(
         chosen[number] = Own(
             *(own and wins(each) for own, each in zip(block.spec.own, passes, strict=True))
         )
+    for fault, number in faults.items():
+        say(f"WARNING: {number} of {len(known)} passes of 1 x 1 layers could not be timed: {fault}")
     return chosen
 
 

@@ -351,8 +351,9 @@ class Trainer:
             self.state.loss_sum = self._total(self.updater.guard.loss_sum)
             self._count_cost()
             fault = self._try_to_save()
+        self.new_best = False  # if the save failed, the next one has other weights
         if not fault:
-            self.saved_step, self.failed_saves, self.new_best = self.state.step, 0, False
+            self.saved_step, self.failed_saves = self.state.step, 0
             return
         self.outputs.display.say(f"NOT SAVED at update {self.state.step}: {fault}")
         self.failed_saves += 1

@@ -8,6 +8,9 @@ layer keeps its 1280 (Large) or 1024 (Small) units.
 Source: Searching for MobileNetV3, arXiv:1905.02244, tables 1 and 2.
 """
 
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -285,23 +288,66 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def mobilenetv3_large(
-    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+    width: float = 1.0,
+    num_classes: int | None = None,
+    dropout: float = 0.2,
+    weights: str | PathLike[str] | None = None,
+    average: bool = True,
 ) -> MobileNetV3:
-    """MobileNetV3-Large: 5,483,032 parameters, 216.59 M multiply-adds at 224 px for width 1.0."""
-    return MobileNetV3(LARGE, width, 1280, num_classes, dropout)
+    """MobileNetV3-Large: 5,483,032 parameters, 216.59 M multiply-adds at 224 px for width 1.0.
+
+    Args:
+        width: multiplies the channels of every layer.
+        num_classes: the number of logits; None: that of the weights, or 1,000 without weights.
+        dropout: probability with which a unit of the last hidden layer is dropped in training.
+        weights: a run folder, a checkpoint, a folder of `tools/export.py`, or a file of weights
+            (.safetensors, .pth); None: random weights from torch's current seed.
+        average: take the moving average of the weights where there is one.
+    Returns:
+        The network on the CPU, in training mode. Call `eval()` before you evaluate it.
+    Raises:
+        Fault: there are no usable weights, or they have another width or number of classes. It is
+            a ValueError.
+    """
+    return _built("large", width, num_classes, dropout, weights, average)
 
 
 def mobilenetv3_small(
-    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
+    width: float = 1.0,
+    num_classes: int | None = None,
+    dropout: float = 0.2,
+    weights: str | PathLike[str] | None = None,
+    average: bool = True,
 ) -> MobileNetV3:
-    """MobileNetV3-Small: 2,542,856 parameters, 56.51 M multiply-adds at 224 px for width 1.0."""
-    return MobileNetV3(SMALL, width, 1024, num_classes, dropout)
+    """MobileNetV3-Small: 2,542,856 parameters, 56.51 M multiply-adds at 224 px for width 1.0.
+
+    Arguments, result and errors are those of `mobilenetv3_large`.
+    """
+    return _built("small", width, num_classes, dropout, weights, average)
+
+
+def _built(
+    arch: Arch,
+    width: float,
+    num_classes: int | None,
+    dropout: float,
+    weights: str | PathLike[str] | None,
+    average: bool,
+) -> MobileNetV3:
+    if weights is None:
+        return build_model(arch, width, 1000 if num_classes is None else num_classes, dropout)
+    # Imported late: what opens weights is above this module, and building a network needs none.
+    from fasttrain import trained
+
+    return trained.network_from(
+        Path(weights), average, partial(build_model, arch, width, dropout=dropout), num_classes
+    )
 
 
 def build_model(arch: Arch, width: float, num_classes: int, dropout: float) -> MobileNetV3:
     """Builds the network that a recipe's `[model]` names, initialised from torch's current seed."""
-    build = mobilenetv3_large if arch == "large" else mobilenetv3_small
-    network = build(width, num_classes, dropout)
+    rows, hidden_units = (LARGE, 1280) if arch == "large" else (SMALL, 1024)
+    network = MobileNetV3(rows, width, hidden_units, num_classes, dropout)
     network.about = f"MobileNetV3-{arch.capitalize()} {width:g} with {num_classes:,} classes"
     return network
 

@@ -211,18 +211,22 @@ def _choose_kernels(
         layer_trials.apply(setup.module, remembered["layers"])
         return remembered["kernels"], f"fused kernels: {why}, as measured in an earlier run"
     say("timing updates with and without fused kernels, which can take minutes")
-    return _compare_kernels(mode, setup, key, known)
+    return _compare_kernels(mode, setup, key, known, say)
 
 
 _KERNELS_SAID = {"": "off", DEPTHWISE: "depthwise only", KERNELS: "on"}
 
 
 def _compare_kernels(
-    mode: str, setup: Setup, key: str, known: Mapping[str, ModeTrial]
+    mode: str,
+    setup: Setup,
+    key: str,
+    known: Mapping[str, ModeTrial],
+    say: Callable[[str], object],
 ) -> tuple[str, str]:
     """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
     without = known.get(mode) or try_mode(mode, setup)
-    layers = _choose_layers(mode, setup)
+    layers = _choose_layers(mode, setup, say)
     layer_trials.apply(setup.module, layers)
     passes = [wins for own in layers for wins in own]
     trials = [
@@ -241,7 +245,7 @@ def _compare_kernels(
     return chosen, f"fused kernels: {why}"
 
 
-def _choose_layers(mode: str, setup: Setup) -> list[Own]:
+def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> list[Own]:
     """Which 1 x 1 layers use kernels, by trials of rank 0. All ranks call it, and return the same.
 
     A pass is timed at the largest image size of the recipe, as modes are.
@@ -254,7 +258,7 @@ def _choose_layers(mode: str, setup: Setup) -> list[Own]:
     if setup.accelerator.is_main_process:
         images = setup.plan.micro_batch_size, schedule.largest_crop_px(setup.recipe.data.crop_px)
         dtype = block_dtype(setup.recipe.train)
-        found = layer_trials.choose(network, images, dtype, compiler_options(mode))
+        found = layer_trials.choose(network, images, dtype, compiler_options(mode), say)
     return [Own(*own) for own in broadcast_object_list([found])[0]]
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -95,6 +96,8 @@ def start(
             f"ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes {launched} ..."
         )
     stopping.Follower(environ, patience)
+    if accelerator.process_index:
+        warnings.simplefilter("ignore")  # rank 0 gives each of them once
     faulthandler.enable(2)  # reading a mapped tar that was cut short raises SIGBUS
     reading.raise_file_limit()
     caches.keep_compiled()

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from fasttrain import matching
+from fasttrain import description, matching
+from fasttrain.description import Description
 from fasttrain.faults import Fault
 from fasttrain.matching import Known
-from fasttrain.model import ARCHS, LAST_LAYER, build_model
+from fasttrain.model import ARCHS, LAST_LAYER, Arch, build_model, round_channels
 
 SHOWN = 3  # names of tensors in a message
 # Keys under which training scripts keep the network, its moving average and its class names.
@@ -50,6 +51,8 @@ class Weights:
     tensors: dict[str, Tensor]  # on the CPU
     names: tuple[str, ...] | None = None
     has_average: bool = False  # True if the file also holds the moving average
+    average: bool = False  # True if these are the moving average
+    description: Description | None = None  # if `tools/export.py` wrote the file
 
     @property
     def known(self) -> Known:
@@ -71,11 +74,11 @@ class Weights:
 # --------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, average: bool = False) -> Weights:
+def read(path: Path, average: bool | None = False) -> Weights:
     """Reads the weights in a file of safetensors or torch. The file may hold other values too.
 
     Args:
-        average: read the moving average instead of the network.
+        average: read the moving average instead of the network; None: if the file holds one.
     Raises:
         WeightsError: the file cannot be read, or it holds no weights that can be read safely.
     """
@@ -85,9 +88,12 @@ def read(path: Path, average: bool = False) -> Weights:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     if start[8:9] == b"{":  # safetensors: the length of a header, and the header
-        content = _safetensors(path)
+        content, text = _safetensors(path)
     else:
         content = _torch(path, start)
+        text = getattr(content, description.KEY, None)
+    has_average = _find(content, AVERAGE) is not None
+    average = has_average if average is None else average
     tensors = _find(content, AVERAGE if average else NETWORK)
     if tensors is None and not average:
         tensors = _tensors(content)
@@ -95,8 +101,10 @@ def read(path: Path, average: bool = False) -> Weights:
         what = "no moving average; leave out --ema" if average else f"no network ({_kind(content)})"
         raise WeightsError(f"{path}: holds {what}")
     tensors = _without_prefix(path, tensors)
-    known = _names(content, tensors)
-    return Weights(path, tensors, known, not average and _find(content, AVERAGE) is not None)
+    told = description.parse(text, path) if isinstance(text, str) else None
+    known = (told.classes if told else None) or _names(content, tensors)
+    averaged = average or (told is not None and told.average)
+    return Weights(path, tensors, known, has_average and not average, averaged, told)
 
 
 def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
@@ -113,14 +121,17 @@ def with_names(weights: Weights, names: tuple[str, ...]) -> Weights:
     return replace(weights, names=names)
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Reads the tensors of a file, and the text of its description."""
     try:
-        found: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}
+            text = (file.metadata() or {}).get(description.KEY)
     except Exception as error:  # a damaged header can raise exceptions of many types
         raise WeightsError(
             f"{path}: is damaged or cut short ({_first_line(error)}); copy it again"
         ) from None
-    return found
+    return found, text
 
 
 def _torch(path: Path, start: bytes) -> Any:
@@ -353,23 +364,39 @@ def _misshaped(
     ]
 
 
+def network_of(tensors: Mapping[str, Tensor]) -> tuple[Arch, float] | None:
+    """The network whose tensors these are, and its width; None if it is none of `WIDTHS`."""
+    stem = len(tensors.get("features.0.0.weight", ()))
+    for arch, width in itertools.product(ARCHS, WIDTHS):
+        if stem != round_channels(16 * width):  # saves the time to build the network
+            continue
+        with torch.device("meta"):
+            network = build_model(arch, width, 1, 0.0).state_dict()
+        if same_shapes(tensors, network):
+            return arch, width
+    return None
+
+
+def same_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """True if `own` has all tensors but those of the last layer, with the same shapes."""
+    shapes = {n: t.shape for n, t in tensors.items() if not n.startswith(LAST_LAYER)}
+    return all(n in own and own[n].shape == shape for n, shape in shapes.items())
+
+
 def _advice(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Says of which network the weights are, and what the user can do."""
     rows = len(tensors.get(f"{LAST_LAYER}.weight", ()))
-    shapes = {n: t.shape for n, t in tensors.items() if not n.startswith(LAST_LAYER)}
-    if all(n in own and own[n].shape == shape for n, shape in shapes.items()):
+    if same_shapes(tensors, own):
         return (
             "\na network with other classes can start from them in a new run: --set "
             "model.weights=..., with another log.run_dir"
         )
-    for arch, width in itertools.product(ARCHS, WIDTHS):
-        with torch.device("meta"):
-            network = build_model(arch, width, max(rows, 1), 0.0).state_dict()
-        if all(n in network and network[n].shape == shape for n, shape in shapes.items()):
-            return (
-                f"\nthey are of MobileNetV3-{arch.capitalize()} {width:g} with {rows:,} classes: "
-                f'set [model] arch = "{arch}", width = {width:g} in the recipe'
-            )
+    if found := network_of(tensors):
+        arch, width = found
+        return (
+            f"\nthey are of MobileNetV3-{arch.capitalize()} {width:g} with {rows:,} classes: "
+            f'set [model] arch = "{arch}", width = {width:g} in the recipe'
+        )
     return (
         "\nonly weights of fasttrain and of github.com/d-li14/mobilenetv3.pytorch fit; torchvision "
         "and timm have other networks"

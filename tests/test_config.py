@@ -218,7 +218,8 @@ def test_marked_fields_may_vary_within_a_run() -> None:
         *("train.execution", "train.max_steps", "train.micro_batch_size", "train.hang_timeout_s"),
         *("train.deterministic", "train.max_skipped_steps", "train.kernels"),
         *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.max_failures"),
-        *("checkpoint.resume", "log.every_steps", "log.samples", "distill.other_code"),
+        *("checkpoint.resume", "checkpoint.keep_best", "log.every_steps", "log.samples"),
+        *("log.trackers", "distill.other_code"),
     }
     assert config.may_vary(per_machine=True) == per_machine
     assert config.may_vary() == per_machine | on_resume

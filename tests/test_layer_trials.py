@@ -72,10 +72,15 @@ def test_a_kernel_is_used_where_it_is_five_percent_faster(monkeypatch: pytest.Mo
     net = network()
     net.features[3].eval()  # a frozen block
     layer_trials.apply(net, layer_trials.with_kernels(net))
-    found = layer_trials.choose(net, (2, 32), torch.bfloat16, None)
+    said: list[str] = []
+    found = layer_trials.choose(net, (2, 32), torch.bfloat16, None, said.append)
     # Of the first block, project alone, and it is gated. The third is frozen.
     assert found == [NONE, Own(True, False, True, False), NONE, Own(True, False, False, False)]
     assert len({each.key for each in timed}) == len(timed)
+    assert said == [
+        f"WARNING: 4 of {len(timed)} passes of 1 x 1 layers could not be timed: RuntimeError: out "
+        "of shared memory"
+    ]
 
 
 def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +94,7 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = MobileNetV3((SMALL[4],) * 3, 0.35, 16, 4, 0.2).train()
     use_kernels(net, True, pointwise=True)
     layer_trials.apply(net, [ALL] * 3)
-    assert layer_trials.choose(net, (2, 32), torch.bfloat16, None) == [ALL] * 3
+    assert layer_trials.choose(net, (2, 32), torch.bfloat16, None, print) == [ALL] * 3
     different = [each.key for each in passes_of(net, (2, 32))]
     assert len(timed) == len(set(different)) < len(different)
 
@@ -132,6 +137,6 @@ def test_a_gpu_times_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     layer_trials.apply(net, layer_trials.with_kernels(net))
     passes = len({each.key for each in passes_of(net, (64, 64))[2:]})  # the first has no expand
     options = {"fallback_random": True}
-    chosen = layer_trials.choose(net, (64, 64), torch.bfloat16, options)
+    chosen = layer_trials.choose(net, (64, 64), torch.bfloat16, options, print)
     assert len(found) == passes and all(1e-6 < seconds < 1 for pair in found for seconds in pair)
     assert len(chosen) == 3

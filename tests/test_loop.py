@@ -288,6 +288,28 @@ def test_a_run_that_cannot_be_saved_continues_for_a_while(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_best_checkpoint_that_cannot_be_saved_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    real = files._write_new
+
+    def write(path: Path, data: bytes) -> None:
+        tried.append(path.parent.name[5:13])
+        if path.parent.name.startswith("step_00000004"):
+            raise OSError(28, os.strerror(28))
+        real(path, data)
+
+    accuracies = iter([50.0, 40.0])
+    result = {"top5": 90.0, "loss": 1.0, "seen": 8}
+    monkeypatch.setattr(files, "_write_new", write)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: [result | {"top1": next(accuracies)}])
+    plan = make_plan(Train(epochs=2, global_batch_size=8), Optim(warmup_epochs=1), 32, 1)
+    _, done = run_fit(Plain(), random_batches(4, 8), plan, tmp_path, keep_best=True, max_failures=3)
+    assert {*tried} == {"00000004", "00000008"} and done and done["best"]["top1"] == 50
+    assert not (tmp_path / "best").exists()
+
+
 def test_a_run_folder_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -31,7 +31,7 @@ LAYERS = [Own(False, True, True, False)]
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that use kernels, each time that they are set. Trials would choose LAYERS."""
     found: list[Any] = []
-    monkeypatch.setattr(modes, "_choose_layers", lambda mode, setup: LAYERS)
+    monkeypatch.setattr(modes, "_choose_layers", lambda *_: LAYERS)
     monkeypatch.setattr(modes.layer_trials, "apply", lambda module, layers: found.append(layers))
     return found
 
@@ -164,7 +164,7 @@ def test_the_layers_with_kernels_are_chosen_remembered_and_kept(
     chosen({}, execution="graph", kernels="force")
     assert len(applied) == 3
     none = [Own(False, False, False, False)]
-    monkeypatch.setattr(modes, "_choose_layers", lambda mode, setup: none)
+    monkeypatch.setattr(modes, "_choose_layers", lambda *_: none)
     tried = chosen(kernels_trials(5300, 0), kernels="auto", cache="two")[2]
     assert "compile_graph_fuse+kernels" not in tried
 

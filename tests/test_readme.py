@@ -39,19 +39,26 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/make_shards.py SOURCE data/imagenet": (
             f"{HERE}::test_commands_for_imagenet_work"
         ),
+        "python tools/preview.py recipes/large.toml preview.png": "tests/test_preview.py",
         "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_commands_for_imagenet_work",
         "accelerate launch --multi_gpu --num_processes 8 fasttrain/train.py recipes/large.toml": (
             "tests/test_processes.py"
         ),
+        "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
         "python tools/evaluate.py runs/large --data data/imagenet": (
             f"{HERE}::test_commands_for_imagenet_work"
         ),
-        "python -m fasttrain.config recipes/large.toml": "tests/test_config.py",
+        "python tools/report.py runs/large --out report.html": "tests/test_report.py",
+        "python tools/predict.py runs/large photo.jpg": "tests/test_predict.py",
+        "python tools/export.py runs/large large.onnx": "tests/test_export.py",
         "python tools/make_shards.py my_images data/mine --val-fraction 0.1": (
             "tests/test_folders.py"
         ),
+        "python tools/preview.py recipes/finetune.toml preview.png": "tests/test_preview.py",
         "accelerate launch fasttrain/train.py recipes/finetune.toml --set "
         "model.weights=runs/imagenette": "tests/test_finetune.py",
+        "python tools/evaluate.py runs/finetune --data data/mine": "tests/test_evaluate.py",
+        "python tools/predict.py runs/finetune photo.jpg": "tests/test_predict.py",
         "pip install --group cuda12 && pip install --no-deps -e .": "tests/test_layout.py",
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
     },
@@ -80,6 +87,17 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/label.py runs/large recipes/small_distill.toml": "tests/test_label.py",
         "pip install -e '.[report]'": ".ci/run",
         "python tools/report.py runs/large --out report.html": "tests/test_report.py",
+        "python tools/export.py runs/large large.onnx": "tests/test_export.py",
+        "python tools/export.py runs/large large-int8.onnx --int8 --data data/imagenet": (
+            "tests/test_export.py"
+        ),
+        "python tools/export.py runs/large mobilenetv3-large --push USER/NAME": (
+            "tests/test_export.py"
+        ),
+        "python tools/predict.py large.onnx photo.jpg": "tests/test_predict.py",
+        "python tools/predict.py runs/large photos --top 3 --draw predictions.png": (
+            "tests/test_predict.py"
+        ),
         "python tools/doctor.py recipes/large.toml": "tests/test_doctor.py",
         "accelerate launch --multi_gpu --num_processes 8 tools/doctor.py recipes/large.toml": (
             "tests/test_doctor.py"
@@ -195,7 +213,7 @@ def test_the_demo_trains(clone: Path, updates: int | None, top1: float) -> None:
 
 def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
     """They run on the tests' images, in one process without a GPU."""
-    shard, plain, _, evaluate = COMMANDS[2:6]
+    shard, _, plain, _, _, evaluate = COMMANDS[2:8]
     verify = "python tools/verify_shards.py data/imagenet"
     assert shell(shard.replace("SOURCE", str(folder)), clone).returncode == 0
     small = "train.global_batch_size=8 train.max_steps=2 train.precision=no data.crop_px=32"
@@ -210,7 +228,7 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
 
 
 TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "preview", "report"]
-TOOLS += ["doctor", "benchmark", "label"]
+TOOLS += ["export", "predict", "label", "doctor", "benchmark"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

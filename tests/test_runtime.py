@@ -1,11 +1,14 @@
-"""A process runs on the CPUs of the node that its GPU belongs to."""
+"""A process runs on the CPUs of its GPU's node, and rank 0 alone gives warnings."""
 
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from updates import recipe_for
 
 from fasttrain import runtime
 
@@ -45,3 +48,21 @@ def test_processes_stay_on_the_node_of_their_gpu(
     monkeypatch.setattr(runtime, "cpu_share", lambda environ: 8 // processes)
     runtime.bind_to_node(processes - 1, {"LOCAL_WORLD_SIZE": str(processes)}, tmp_path)
     assert done == ([bound] if bound else [])
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, True), (1, False)])
+def test_rank_0_alone_gives_warnings(
+    monkeypatch: pytest.MonkeyPatch, rank: int, told: bool
+) -> None:
+    monkeypatch.setattr(runtime.stopping, "Follower", lambda *_: None)
+    for name in ("keep_memory", "bind_to_node"):
+        monkeypatch.setattr(runtime, name, lambda *_: None)
+    accelerator: Any = SimpleNamespace(
+        process_index=rank, num_processes=2, device=torch.device("cpu")
+    )
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        process = runtime.start(accelerator, recipe_for(cpu_threads=threads), {"WORLD_SIZE": "2"})
+        warnings.warn("said by a package", stacklevel=1)
+    assert process.rank == rank and bool(given) == told

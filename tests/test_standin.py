@@ -67,6 +67,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def story(library: Path, mode: str, folder: Path) -> dict[str, Any]:
     """The report of story.py about a mode."""
+    return report(library, "story.py", mode, str(folder))
+
+
+def report(library: Path, script: str, *words: str) -> dict[str, Any]:
+    """What a script prints that runs on the stand-in."""
     changes = {
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}",
@@ -76,7 +81,7 @@ def story(library: Path, mode: str, folder: Path) -> dict[str, Any]:
         "TRITON_LIBCUDA_PATH": str(library.parent),
     }
     done = subprocess.run(
-        [sys.executable, STANDIN / "story.py", mode, folder],
+        [sys.executable, STANDIN / script, *words],
         env=environment(**changes),
         capture_output=True,
         text=True,
@@ -129,3 +134,11 @@ def test_each_mode_trains_on_the_stand_in_for_cuda(
         assert run["on_default_stream"]
         assert "compile" in mode or not run["drawn"]  # a rehearsal without graphs may draw
         assert run["bad"] and not run["bad_later"] and run["done"]
+
+
+@pytest.mark.slow
+def test_layers_are_timed_on_the_stand_in(library: Path) -> None:
+    """Our kernels and PyTorch's code are recorded as graphs, and launched without a fault."""
+    told = report(library, "passes.py")
+    # Of the first block, project; of the second one, expand and project; each in two directions.
+    assert told == {"chosen": [[False] * 4] * 2, "warnings": [], "graphs": 12}

@@ -7,6 +7,7 @@ WEIGHTS is one of
   - a checkpoint
   - a file of weights (.safetensors or .pth, such as the published
     mobilenetv3-large-1cd25616.pth); --recipe then describes the network
+  - what tools/export.py wrote as .safetensors, .pth or a folder; it describes itself
 
 A data set may have some of the network's classes, or all of them in another order, because classes
 are found by name. If `accelerate launch` starts several processes, they share the work.
@@ -250,11 +251,12 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights",
     Raises:
         Fault: there are no usable weights at `path`, or their recipe is missing.
     """
-    from fasttrain import checkpoint
+    from fasttrain import checkpoint, trained
 
     given = config.load(recipe) if recipe else None
-    found, own = checkpoint.open_weights(path, ema, say)
-    if (chosen := given or own) is None:
+    found, own = checkpoint.open_weights(trained.file_in(path), ema, say)
+    described = trained.recipe_of(found.description) if found.description else None
+    if (chosen := given or own or described) is None:
         raise ConfigError(
             f"{path} is a file of weights: give the recipe of its network, such as "
             "--recipe recipes/large.toml"
