@@ -337,8 +337,9 @@ class Distill(Section):
     """Folder of the teacher's labels that `tools/label.py` stored. They must belong to the images
     of this run: to the data set, the crops, flips and augmentations, and `draw_seed`."""
     teacher: Annotated[ExpandedPath | None, PER_MACHINE] = None
-    """Compute the teacher's labels in the run instead: a run folder, a checkpoint, or the
-    `model.safetensors` of one. Each update is slower by the teacher's forward pass."""
+    """Compute the teacher's labels in the run instead. This names a run folder, a checkpoint, one
+    of its two files of weights, or a file that `tools/export.py` wrote. Each update is slower by
+    the teacher's forward pass."""
     weight: Fraction = 0.9
     """Weight of the loss with the teacher's probabilities. The loss with the labels has the weight
     1 - `weight`. `train.label_smoothing` smooths only the labels."""

@@ -41,6 +41,7 @@ from fasttrain import (
     staging,
     stopping,
     trackers,
+    trained,
     weights,
 )
 from fasttrain.batch import Batch, Placement, half_images
@@ -100,11 +101,17 @@ def read_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Teacher | None:
     path = recipe.distill.teacher
     if path is None:
         return None
-    found, own = checkpoint.open_weights(path, False, lambda text: None)
+    if not path.exists():
+        raise ConfigError(
+            f'[distill] teacher = "{path}": there is no such file or folder; name a run folder, a '
+            "checkpoint or an exported file of weights"
+        )
+    found, own = trained.weights_and_recipe(path, False, None, lambda text: None)
     if own is None:
         raise ConfigError(
-            f'[distill] teacher = "{path}": is a file of weights; name a run folder or a '
-            f"checkpoint, or store the labels of other networks: {commands.command('label')} --help"
+            f'[distill] teacher = "{path}": is a file of weights that does not describe its '
+            "network; name a run folder, a checkpoint or an exported file, or store the labels: "
+            f"{commands.command('label')} --teacher-recipe ..."
         )
     return teacher_from(found, own, classes)
 

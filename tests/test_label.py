@@ -23,8 +23,10 @@ from fasttrain import (
     config,
     distilling,
     loaders,
+    makers,
     schedule,
     session,
+    shards,
     teacher_labels,
     train,
     weights,
@@ -94,6 +96,43 @@ def test_what_is_stored_is_what_the_teacher_says_in_the_run(
     index = teacher_labels.read_index(stored)
     assert index.teacher.name == str(trained / STEP / "model.safetensors")
     assert len({path.name for path in stored.glob("*.labels")}) == 3 * VIEWS
+
+
+class Numbers:
+    """Stands in for stored labels: they name view and samples."""
+
+    def take(self, view: int, ids: np.ndarray) -> np.ndarray:
+        return np.stack([np.full(len(ids), view), ids], 1).astype(np.int16)[:, :, None]
+
+
+@pytest.mark.parametrize("kind", ["windows", "dali", "kernel"])
+def test_each_maker_hands_the_labels_of_its_images_over(
+    kind: str, split: Split, raw: Path, interpreter: Callable[[str], Any]
+) -> None:
+    chosen = split
+    data = config.Data(crop_px=32, augment="trivial" if kind == "dali" else "none")
+    if kind == "kernel":
+        interpreter("resize_gpu")
+        chosen = shards.open_split(raw, "train")
+    distill = config.Distill(views=VIEWS)
+    plan = schedule.make_plan(
+        config.Train(epochs=3, global_batch_size=15), config.Optim(), 45, 1, distill
+    )
+    order = TrainingOrder(chosen, data, plan, 0)
+    stored: Any = Numbers()
+    if kind == "kernel":
+        loader = loaders.Loader(order, CPU)
+        loader.maker = makers.KernelMaker(order, CPU, stored)
+    else:
+        loader = loaders.Loader(order, CPU, stored=stored)
+    views = []
+    for batch in loader:
+        assert batch.draw and batch.soft is not None
+        view, ids = batch.soft.squeeze(2).T.tolist()
+        assert ids == batch.draw.ids.tolist()
+        assert batch.labels.tolist() == chosen.label[batch.draw.ids].tolist()
+        views.append(set(view))
+    assert views == [{0}] * 3 + [{1}] * 3 + [{0}] * 3
 
 
 def test_only_missing_and_damaged_files_are_made_again(
@@ -223,7 +262,11 @@ def test_a_teacher_in_the_run_trains_as_its_stored_labels_do(
 
 
 def test_faults_of_the_command_are_told_before_the_work(
-    stored: Path, trained: Path, tiny: Callable[..., Path], tmp_path: Path, refused: Refused
+    stored: Path,
+    trained: Path,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = stored.parent / "student.toml"
     file = trained / STEP / "model.safetensors"
@@ -239,7 +282,7 @@ def test_faults_of_the_command_are_told_before_the_work(
         ([trained, recipe, empty, "--set", "train.epoch=3"], "did you mean epochs?"),
         (
             [tmp_path / "weights.safetensors", recipe, empty],
-            "is a file of weights: give the recipe of its network, such as --teacher-recipe",
+            "is a file of weights that does not describe its network: give its recipe, such as --t",
         ),
         (
             [trained, recipe, empty, "--teacher-weights", file],
@@ -263,6 +306,9 @@ def test_faults_of_the_command_are_told_before_the_work(
     ]
     for words, message in cases:
         refused(label.main, words, message)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    words = ["timm:resnet50", recipe, empty]
+    refused(label.main, words, "timm is not installed; pip install -e '.[distill]'")
 
 
 def test_networks_of_torchvision_get_their_own_size_and_classes(
@@ -306,7 +352,12 @@ def test_a_live_teacher_must_be_a_run_of_ours(
     refused(
         train.main,
         [tiny(distill={"teacher": str(file)})],
-        f'[distill] teacher = "{file}": is a file of weights; name a run folder or a checkpoint',
+        f'[distill] teacher = "{file}": is a file of weights that does not describe its network; ',
+    )
+    refused(
+        train.main,
+        [tiny(distill={"teacher": "nothing"})],
+        '[distill] teacher = "nothing": there is no such file or folder; name a run folder, a ',
     )
     refused(
         train.main,

@@ -8,7 +8,8 @@ classes and their probabilities. Then train with --set distill.labels=OUT. OUT m
 the recipe sets `distill.labels`.
 
 TEACHER is one of
-  - a run folder, a checkpoint, or a file of weights (--teacher-recipe then describes its network)
+  - a run folder, a checkpoint, a file or folder that export.py wrote, or another file of weights
+    (--teacher-recipe then describes its network)
   - torchvision:NAME or timm:NAME, such as torchvision:resnet50, with the weights that the package
     has in its cache or downloads, or with --teacher-weights FILE
 
@@ -115,7 +116,7 @@ def parse() -> argparse.Namespace:
         "--teacher-recipe",
         type=Path,
         metavar="RECIPE",
-        help="the recipe of the teacher's network; needed for a file of weights",
+        help="the recipe of the teacher's network, if its file of weights does not describe it",
     )
     teacher.add_argument(
         "--teacher-px",
@@ -218,7 +219,7 @@ def open_teacher(arguments: argparse.Namespace, job: Job) -> "Teacher":
     # These imports take seconds, so they come after the arguments are checked.
     import teachers
 
-    from fasttrain import checkpoint
+    from fasttrain import trained
 
     foreign = teachers.FOREIGN.fullmatch(arguments.teacher)
     wrong = {
@@ -243,11 +244,11 @@ def open_teacher(arguments: argparse.Namespace, job: Job) -> "Teacher":
             "weights, torchvision:NAME or timm:NAME"
         )
     given = config.load(arguments.teacher_recipe) if arguments.teacher_recipe else None
-    found, own = checkpoint.open_weights(path, arguments.ema, say)
-    if (chosen := given or own) is None:
+    found, chosen = trained.weights_and_recipe(path, arguments.ema, given, say)
+    if chosen is None:
         raise ConfigError(
-            f"{path} is a file of weights: give the recipe of its network, such as "
-            "--teacher-recipe recipes/large.toml"
+            f"{path} is a file of weights that does not describe its network: give its recipe, "
+            "such as --teacher-recipe recipes/large.toml"
         )
     return teachers.fasttrain_teacher((found, chosen), wanted, job.recipe, names)
 
