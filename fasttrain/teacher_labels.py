@@ -31,7 +31,7 @@ from fasttrain.shards import Split
 
 FORMAT_VERSION = 1
 INDEX = "labels.json"
-PART_SAMPLES = 2**16  # images in a file; the last file of a view may have fewer
+PART_SAMPLES = 2**15  # images in a file; the last file of a view may have fewer
 KEPT_VIEWS = 2  # whose files stay mapped: the loader reads ahead into the next one
 # The settings of [data] that decide an image's pixels. The decoder may change them by a few levels.
 PIXELS = (

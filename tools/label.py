@@ -79,6 +79,9 @@ def main() -> None:
     except Fault as fault:
         # Every rank raises the same faults before it has opened the teacher.
         stop(str(fault), everywhere=joined and not fault.raised_on_every_rank)
+    except KeyboardInterrupt:
+        say("stopped; the same command makes what is missing")
+        raise SystemExit(130) from None
     except OSError as error:
         why = error.strerror or error
         path = error.filename or arguments.out
@@ -139,7 +142,7 @@ def parse() -> argparse.Namespace:
         default="no",
         help="of the teacher; no is float32 (default: %(default)s)",
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # OUT may follow options
 
 
 # --------------------------------------------------------------------------------------------------
