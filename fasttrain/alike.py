@@ -1,33 +1,18 @@
 """Checks that the processes that were launched together belong to one run."""
 
-import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fasttrain import config
+from fasttrain.digests import code_digest
 from fasttrain.launch import LaunchError
 from fasttrain.runtime import Process
 
 CLOCK_S = 60.0  # largest difference allowed between the clocks of two machines
-
-
-def code_digest(package: Path = Path(__file__).parent, modules: Sequence[str] = ()) -> str:
-    """Returns 12 hex digits that depend on the names and contents of modules of a package.
-
-    Args:
-        modules: their names; by default all modules, and those in sub-folders too.
-    """
-    digest = hashlib.sha256()
-    paths = [package / f"{name}.py" for name in modules] or package.rglob("*.py")
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def facts(process: Process, recipe: config.Recipe, digests: Sequence[str]) -> dict[str, Any]:

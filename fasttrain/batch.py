@@ -15,6 +15,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, S, S), channels_last, normalised; fp16 on a GPU under AMP, else fp32
     labels: Tensor  # (B,) int64
     draw: Draw | None = None  # the samples, windows and flips that it was made from
+    soft: Tensor | None = None  # a teacher's labels, int16 (B, 2, k): see StoredLabels.take
 
 
 class Placement(NamedTuple):

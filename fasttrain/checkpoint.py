@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from fasttrain import config, files, matching, run_folder, weights
+from fasttrain import config, files, matching, run_folder, shards, weights
 from fasttrain.faults import Fault
 from fasttrain.learner import Learner, TrainState
 from fasttrain.weights import Weights
@@ -45,7 +45,7 @@ class Saved(BaseModel):
     state: TrainState
     recipe: config.Recipe
     classes: list[str]
-    data: dict[str, str]  # digests of the index, by split
+    data: dict[str, str]  # digests of the index, by split; of a teacher's labels or weights
     world_size: int
     cpu_threads: int
     # By the device's name:
@@ -192,9 +192,9 @@ def _check_fits(
     """Compares the recipe, classes and data of a checkpoint with those of this start."""
     saved = read_state(folder)
     changes = [
-        f"the {split} index at {about['recipe']['data']['root']} is not the one it was trained on"
-        for split, digest in about["data"].items()
-        if saved.data.get(split) != digest
+        _data_change(name, saved.data.get(name), about)
+        for name in {**about["data"], **saved.data}
+        if saved.data.get(name) != about["data"].get(name)
     ]
     recipe = config.Recipe.model_validate_json(json.dumps(about["recipe"]))
     changes += config.differences(saved.recipe, recipe)
@@ -221,6 +221,20 @@ def _check_fits(
                 [f"WARNING: {folder} was trained with other data or another recipe:", *changes]
             )
         )
+
+
+def _data_change(name: str, digest: str | None, about: dict[str, Any]) -> str:
+    """Says that something in `about["data"]` differs from that of a checkpoint.
+
+    Args:
+        digest: the checkpoint's; None if it had no such data.
+    """
+    if name in shards.SPLITS:
+        root = about["recipe"]["data"]["root"]
+        return f"the {name} index at {root} is not the one it was trained on"
+    old, new = (text[:12] if text else "none" for text in (digest, about["data"].get(name)))
+    what = {"labels": "the teacher's labels", "teacher": "the teacher's weights"}[name]
+    return f"distill.{name}: {what} have another digest: {old} -> {new}"
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:

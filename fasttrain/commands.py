@@ -19,6 +19,7 @@ TOOLS = {
     "export": "fasttrain-export",
     "report": "fasttrain-report",
     "preview": "fasttrain-preview",
+    "label": "fasttrain-label",
     "doctor": "fasttrain-doctor",
     "benchmark": "fasttrain-benchmark",
 }

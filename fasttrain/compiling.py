@@ -27,17 +27,33 @@ def compiler_options(mode: str) -> dict[str, Any] | None:
     return {"fallback_random": True, **(FUSE if "fuse" in mode else {})}
 
 
-def loss_function(model: nn.Module, train: config.Train, options: dict[str, Any] | None) -> Loss:
+def loss_function(model: nn.Module, recipe: config.Recipe, options: dict[str, Any] | None) -> Loss:
     """The function that gives the mean cross-entropy of a batch (0-d).
+
+    With a teacher, its labels are those of `distilling.join`, and the function gives the weighted
+    sum of two cross-entropies. The second differs from the Kullback-Leibler divergence by the
+    teacher's entropy, which has no gradient.
 
     Args:
         options: the compiler's options; None returns a function that is not compiled.
+
+    Source of the second loss: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
     """
+    smoothing, distill = recipe.train.label_smoothing, recipe.distill
+    weight, temperature = distill.weight, distill.temperature
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), labels, label_smoothing=train.label_smoothing)
+        return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
 
-    return loss_of if options is None else compiled(loss_of, options)
+    def distilled_loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        logits = model(images).float()
+        hard, soft = labels.chunk(2, 1)
+        by_labels = F.cross_entropy(logits, hard, label_smoothing=smoothing)
+        by_teacher = F.cross_entropy(logits / temperature, soft) * temperature**2
+        return (1 - weight) * by_labels + weight * by_teacher
+
+    chosen = distilled_loss_of if distill.on else loss_of
+    return chosen if options is None else compiled(chosen, options)
 
 
 def compiled(function: Any, options: dict[str, Any]) -> Any:

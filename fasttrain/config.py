@@ -336,7 +336,8 @@ class Train(Section):
     """Images per forward pass and process; unset: `global_batch_size` divided by the number of
     processes."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of all random numbers: initial weights, order, crops, flips, augmentation, dropout."""
+    """Seed of all random numbers: initial weights, order, crops, flips, augmentation, dropout.
+    `distill.draw_seed` can give crops, flips and augmentation a seed of their own."""
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Mixed precision: bfloat16, float16 with loss scaling, or none (float32)."""
     label_smoothing: Fraction = 0.0
@@ -391,6 +392,57 @@ class Train(Section):
         return self
 
 
+class Distill(Section):
+    """Learning from a teacher: its probabilities for each image are a second target."""
+
+    labels: Annotated[ExpandedPath | None, PER_MACHINE] = None
+    """Folder of the teacher's labels that `tools/label.py` stored. They must belong to the images
+    of this run: to the data set, the crops, flips and augmentations, and `draw_seed`."""
+    teacher: Annotated[ExpandedPath | None, PER_MACHINE] = None
+    """Compute the teacher's labels in the run instead. This names a run folder, a checkpoint, one
+    of its two files of weights, or a file that `tools/export.py` wrote. Each update is slower by
+    the teacher's forward pass."""
+    weight: Fraction = 0.9
+    """Weight of the loss with the teacher's probabilities. The loss with the labels has the weight
+    1 - `weight`. `train.label_smoothing` smooths only the labels."""
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """Divides the logits of student and teacher before the softmax of the teacher's loss, which is
+    multiplied by the square of this number. Above 1, improbable classes count more."""
+    views: Annotated[int, Field(ge=0)] = 0
+    """Number of different views of each image: its crop, flip and augmentation in epoch e are those
+    of epoch e modulo `views`. 0 draws new ones in each epoch. The order of the images always
+    differs from epoch to epoch."""
+    draw_seed: Annotated[int | None, Field(ge=0)] = None
+    """Seed of crops, flips and augmentation; unset: `train.seed`. With a fixed seed here, runs with
+    other values of `train.seed` share one folder of `labels`."""
+    other_code: Annotated[bool, ON_RESUME] = False
+    """Accept `labels` that a version of fasttrain made whose code for crops, flips and augmentation
+    differs from this one. Set it only if you know that the images are the same."""
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.labels and self.teacher:
+            raise ValueError(
+                "labels and teacher are both set: the labels are the answers of a teacher already; "
+                "remove one of the two"
+            )
+        for key in ("weight", "temperature"):
+            value = getattr(self, key)
+            if not self.on and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} = {value:g}: there is no teacher; set labels (python tools/label.py "
+                    "makes them) or teacher"
+                )
+        if self.other_code and not self.labels:
+            raise ValueError("other_code = true: no labels are read; set labels, or remove it")
+        return self
+
+    @property
+    def on(self) -> bool:
+        """True if the run learns from a teacher."""
+        return bool(self.labels or self.teacher)
+
+
 class Checkpoint(Section):
     """When the run is saved, and from where it resumes."""
 
@@ -432,6 +484,7 @@ class Recipe(Section):
     model: Model = Model()
     optim: Optim = Optim()
     train: Train = Train()
+    distill: Distill = Distill()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
@@ -579,7 +632,23 @@ def _validate(raw: Mapping[str, Any], faults: list[str]) -> tuple[Recipe | None,
             f"[optim] frozen_stages = {optim.frozen_stages}: these stages would keep their random "
             "weights; set [model] weights to start from trained ones, or frozen_stages = 0"
         )
+    distill, data = sections.get("distill"), sections.get("data")
+    if distill and data and distill.views and len({*_sizes(data.crop_px)}) > 1:
+        faults.append(
+            f"[distill] views = {distill.views}: a view has one size, but [data] crop_px changes "
+            "it from epoch to epoch; use one crop_px, or views = 0"
+        )
+    if distill and data and distill.labels and data.scales_px:
+        faults.append(
+            f"[data] scales_px = {_shown(data.scales_px)}: stored labels are of images of one size "
+            "in an epoch; use crop_px, or a teacher in the run: [distill] teacher"
+        )
     return (None if faults else Recipe(**sections)), faults
+
+
+def _sizes(crop_px: int | tuple[tuple[int, int], ...]) -> list[int]:
+    """The image sizes that `data.crop_px` names."""
+    return [crop_px] if isinstance(crop_px, int) else [size for _, size in crop_px]
 
 
 def _value_fault(value: object) -> str:

@@ -49,7 +49,7 @@ class Eager:
         accelerator: Accelerator,
         learner: Learner,
         plan: Plan,
-        train: config.Train,
+        recipe: config.Recipe,
         options: dict[str, Any] | None = None,
     ) -> None:
         """
@@ -58,12 +58,12 @@ class Eager:
         """
         self.accelerator = accelerator
         self.learner = learner
-        self.train = train
+        self.recipe = recipe
         self.accumulation = plan.accumulation
-        self.guard = Guard(learner, plan, train.max_skipped_steps)
+        self.guard = Guard(learner, plan, recipe.train.max_skipped_steps)
         set_capturable(learner.optimizer, False)
         self.compiled = options is not None
-        self.loss_of = loss_function(learner.model, train, options)
+        self.loss_of = loss_function(learner.model, recipe, options)
         self.evaluators = evaluators_of(learner, options, None)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
@@ -71,7 +71,8 @@ class Eager:
 
         Args:
             images: float `(B, 3, S, S)`, channels-last.
-            labels: int64 `(B,)`, or probabilities `(B, C)`.
+            labels: int64 `(B,)`, or probabilities `(B, C)`; with a teacher those of
+                `distilling.join`.
             is_last: this is the update's last micro-batch: all-reduce the gradients.
         """
         learner = self.learner
@@ -137,7 +138,7 @@ class Eager:
         """
         module = self.learner.module
         with self.accelerator.autocast():
-            loss = loss_function(module, self.train, None)(images, labels)
+            loss = loss_function(module, self.recipe, None)(images, labels)
         torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ class Graphed:
         accelerator: Accelerator,
         learner: Learner,
         plan: Plan,
-        train: config.Train,
+        recipe: config.Recipe,
         options: dict[str, Any] | None = None,
         run: Run | None = None,
     ) -> None:
@@ -211,7 +212,7 @@ class Graphed:
         self.accumulation = plan.accumulation
         device = accelerator.device
         on_gpu = device.type == "cuda"
-        self.guard = Guard(learner, plan, train.max_skipped_steps, compile_it=on_gpu)
+        self.guard = Guard(learner, plan, recipe.train.max_skipped_steps, compile_it=on_gpu)
         set_capturable(learner.optimizer, True)
         self.lrs: dict[float, Tensor] = {}  # learning rate for each `lr_factor`
         self.ema_weight = torch.zeros((), device=device)
@@ -219,13 +220,13 @@ class Graphed:
         self.loss_weight = torch.ones((), device=device) / (plan.accumulation * plan.world_size)
         self.inputs: dict[Any, Batch] = {}
         self.pending: Any = None  # input key of the update's last micro-batch, until `update` runs
-        self.exchange_bf16 = train.gradient_exchange == "bf16"
+        self.exchange_bf16 = recipe.train.gradient_exchange == "bf16"
         for group in learner.optimizer.param_groups:
             factor = group.get("lr_factor", 1)
             if factor not in self.lrs:
                 self.lrs[factor] = torch.zeros((), device=device)
             group["lr"] = self.lrs[factor]
-        dtype = torch.bfloat16 if train.precision == "bf16" else None
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else None
         # Of the images. The compiler casts them where they are first read.
         self.dtype = dtype if options is None else None
         self.compute = ComputeCopy(learner.module, dtype)
@@ -242,7 +243,7 @@ class Graphed:
         self.counted = torch.tensor([not _is_frozen(x) for x in layers], device=device).long()
         self.recorder = None if run else Recorder(self._touched())
         self.run: Run = run or self.recorder  # type: ignore[assignment]
-        self.loss_of = loss_function(self.compute.module, train, options)
+        self.loss_of = loss_function(self.compute.module, recipe, options)
         self.evaluators = evaluators_of(learner, options, self.run)
 
     def micro(self, images: Tensor, labels: Tensor, is_last: bool) -> None:
@@ -417,7 +418,7 @@ def _arrange_buckets(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def build(
-    mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, train: config.Train
+    mode: str, accelerator: Accelerator, learner: Learner, plan: Plan, recipe: config.Recipe
 ) -> Updater:
     """Builds the updater for a learner that `prepare` made for the same `mode`.
 
@@ -425,4 +426,4 @@ def build(
     """
     kind = Graphed if "graph" in mode else Eager
     options = compiler_options(without_kernels(mode))
-    return kind(accelerator, learner, plan, train, options)
+    return kind(accelerator, learner, plan, recipe, options)

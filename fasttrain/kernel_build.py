@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import fused_block
-from fasttrain.alike import code_digest
+from fasttrain.digests import code_digest
 from fasttrain.model import InvertedResidual
 
 SOURCES = ("depthwise_gpu", "pointwise_gpu", "triton_parts", "operators", "fused_block")  # modules

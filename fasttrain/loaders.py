@@ -27,6 +27,7 @@ from fasttrain.order import EvaluationOrder, Order, TrainingOrder
 from fasttrain.reading import BadSamples
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
+from fasttrain.teacher_labels import StoredLabels
 
 
 class Loader:
@@ -38,13 +39,24 @@ class Loader:
 
     Raises:
         DataError: a batch could not be made. Iterating raises it.
+        LabelsError: a file of the teacher's labels is missing or was changed.
     """
 
-    def __init__(self, order: Order, placement: Placement, stages: Stages | None = None) -> None:
+    def __init__(
+        self,
+        order: Order,
+        placement: Placement,
+        stages: Stages | None = None,
+        stored: StoredLabels | None = None,
+    ) -> None:
+        """
+        Args:
+            stored: a teacher's labels, which the batches shall have too.
+        """
         self.order = order
         self.placement = placement
         self.stages = stages or Stages()
-        self.maker = maker_for(order, placement)
+        self.maker = maker_for(order, placement, stored)
         self.iteration = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -64,7 +76,8 @@ class Loader:
                 if isinstance(item, BaseException):
                     raise item
                 if lane:
-                    lane.take([item.images, item.labels])
+                    parts = (item.images, item.labels, item.soft)
+                    lane.take([part for part in parts if part is not None])
                 yield item
                 if lane:
                     lane.give_back()

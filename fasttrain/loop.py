@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fasttrain import checkpoint, config, determinism, files, pictures, sampling, schedule
 from fasttrain.batch import Batch
 from fasttrain.display import TrainDisplay
+from fasttrain.distilling import Teach
 from fasttrain.evaluator import Evaluator
 from fasttrain.execution import Updater
 from fasttrain.faults import Fault
@@ -45,6 +46,7 @@ class Inputs:
     eval_batches: Iterable[Batch]  # of this rank
     num_eval_samples: int  # of all ranks together
     mix: Mix | None = None  # mixes the images and labels of a micro-batch
+    teach: Teach | None = None  # joins a teacher's labels with those of a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ class Trainer:
             if step == micro == 0 and self.outputs.trackers:
                 self._picture(self.outputs.trackers, batch)
             group = micro * plan.world_size + rank  # index of the micro-batch in the global batch
+            if self.inputs.teach:
+                labels = self.inputs.teach(batch)
             if self.inputs.mix:
                 place = plan.seed, step, group
                 images, labels = mix_at(self.inputs.mix, images, labels, place)

@@ -37,6 +37,7 @@ from fasttrain.reading import (
 from fasttrain.resize import Pending, Resizer
 from fasttrain.sampling import Draw
 from fasttrain.shards import Split
+from fasttrain.teacher_labels import StoredLabels
 
 
 def decoder_of(split: Split, data: config.Data, placement: Placement) -> Decoder:
@@ -49,16 +50,22 @@ def decoder_of(split: Split, data: config.Data, placement: Placement) -> Decoder
     return chosen
 
 
-def maker_for(order: Order, placement: Placement) -> "DaliMaker | WindowMaker | KernelMaker":
-    """The fastest maker for these images, settings and device."""
+def maker_for(
+    order: Order, placement: Placement, stored: StoredLabels | None = None
+) -> "DaliMaker | WindowMaker | KernelMaker":
+    """The fastest maker for these images, settings and device.
+
+    Args:
+        stored: a teacher's labels, which the batches shall have too.
+    """
     strategy = decoder_of(order.split, order.data, placement).strategy
     if strategy == "raw" and kernel_works(order.data, placement, order.training):
-        return KernelMaker(order, placement)
+        return KernelMaker(order, placement, stored)
     on_cpu = placement.device.type == "cpu" and strategy in ("cpu", "raw")
     # On a CPU, DALI's resizing would take most of the time: see `resize`.
     if order.training and on_cpu and not sampling.augmented(order.data):
-        return WindowMaker(order, placement)
-    return DaliMaker(order, placement, "train" if order.training else "val")
+        return WindowMaker(order, placement, stored)
+    return DaliMaker(order, placement, "train" if order.training else "val", stored)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,16 +91,29 @@ def labels_of(split: Split, draw: Draw, device: torch.device) -> Tensor:
     return labels.to(device, non_blocking=True)
 
 
+def soft_of(stored: StoredLabels | None, draw: Draw, device: torch.device) -> Tensor | None:
+    """The teacher's labels of a draw on the device, int16 `(B, 2, k)`; None if there are none."""
+    if stored is None:
+        return None
+    labels = torch.from_numpy(stored.take(draw.view, draw.ids))
+    if device.type == "cuda":  # only a copy from pinned memory lets this thread go on
+        labels = labels.pin_memory()
+    return labels.to(device, non_blocking=True)
+
+
 class DaliMaker:
     """Runs a DALI graph over the batches of a feed."""
 
     lane: Lane | None = None
 
-    def __init__(self, order: Order, placement: Placement, kind: str) -> None:
+    def __init__(
+        self, order: Order, placement: Placement, kind: str, stored: StoredLabels | None = None
+    ) -> None:
         """
         Args:
             kind: the kind of the graph: see `pipeline.Form`.
         """
+        self.stored = stored
         self.order, self.split, self.data = order, order.split, order.data
         self.placement = placement
         self.kind = kind
@@ -110,7 +130,9 @@ class DaliMaker:
         for images, draw in self.run(feed, closed):
             # DALI writes (B, H, W, C). Viewed as (B, C, H, W), that is channels-last, uncopied.
             pixels = pipeline.tensor_of(images).permute(0, 3, 1, 2)
-            yield Batch(pixels, labels_of(self.split, draw, self.placement.device), draw)
+            device = self.placement.device
+            soft = soft_of(self.stored, draw, device)
+            yield Batch(pixels, labels_of(self.split, draw, device), draw, soft)
 
     def run(self, feed: Feed, closed: threading.Event) -> Iterator[tuple[Any, Draw]]:
         """Yields DALI's output for each batch, as DALI's own lists, and the batch's draw."""
@@ -199,8 +221,11 @@ class WindowMaker:
 
     lane: Lane | None = None
 
-    def __init__(self, order: Order, placement: Placement) -> None:
+    def __init__(
+        self, order: Order, placement: Placement, stored: StoredLabels | None = None
+    ) -> None:
         self.split, self.data, self.placement = order.split, order.data, placement
+        self.stored = stored
         self.dali = DaliMaker(order, placement, "windows")
         self.windows_only = self.dali.windows_only
         self.make_reader: MakeReader = ShardReader
@@ -222,8 +247,9 @@ class WindowMaker:
 
     def _finished(self, pending: Pending, draw: Draw, owner: Any) -> Batch:
         """Waits for a batch's windows to be resized. `owner` keeps their memory until then."""
-        labels = labels_of(self.split, draw, self.placement.device)
-        return Batch(pending.result(), labels, draw)
+        device = self.placement.device
+        labels, soft = labels_of(self.split, draw, device), soft_of(self.stored, draw, device)
+        return Batch(pending.result(), labels, draw, soft)
 
     def _windows(
         self, feed: Feed, closed: threading.Event
@@ -282,9 +308,12 @@ def _kernel_fault(device: torch.device, cubic: bool, half: bool) -> str:
 class KernelMaker:
     """Makes batches of raw images on a GPU, by one copy and one kernel per batch."""
 
-    def __init__(self, order: Order, placement: Placement) -> None:
+    def __init__(
+        self, order: Order, placement: Placement, stored: StoredLabels | None = None
+    ) -> None:
         from fasttrain import resize_gpu
 
+        self.stored = stored
         self.split, self.data, self.placement = order.split, order.data, placement
         self.windows_only = order.training
         make = pinned if placement.device.type == "cuda" else None
@@ -318,12 +347,13 @@ class KernelMaker:
                     half = self.placement.half
                     images = resize_gpu.resize(on_device, size, draw.out_px, cubic, half)
                     labels = resize_gpu.head_of(on_device, size).labels.clone()
+                    soft = soft_of(self.stored, draw, self.placement.device)
                 if number > feed.numbers.start:
                     if copied:
                         copied.synchronize()
                     feed.done(number - 1)
                 copied = copying
                 lane.finish()
-                yield Batch(images, labels, draw)
+                yield Batch(images, labels, draw, soft)
         finally:
             lane.close()  # the device must not read a pinned buffer after it is freed

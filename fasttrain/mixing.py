@@ -10,13 +10,15 @@ from fasttrain.rng import Stream
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def build_mix(train: config.Train, num_classes: int) -> Mix | None:
+def build_mix(train: config.Train, num_classes: int, taught: bool = False) -> Mix | None:
     """Builds the function that mixes a micro-batch.
 
     It mixes each image with the previous one, with one weight for the whole micro-batch. It draws
     from torch's generator on the CPU. So the result does not depend on the device, and the host
     does not wait for the device.
 
+    Args:
+        taught: the labels are those of `distilling.join`, float32 `(B, 2 C)`, and stay so.
     Returns:
         A function of images `(B, 3, S, S)` and labels int64 `(B,)`. It returns the mixed images and
         the labels as probabilities, float32 `(B, C)`. None if the settings ask for neither method.
@@ -28,6 +30,7 @@ def build_mix(train: config.Train, num_classes: int) -> Mix | None:
     from torchvision.transforms import v2  # takes seconds to import
 
     chosen = []
+    num_classes *= 2 if taught else 1
     if train.mixup_alpha:
         chosen.append(v2.MixUp(alpha=train.mixup_alpha, num_classes=num_classes))
     if train.cutmix_alpha:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fasttrain import (
     config,
     determinism,
+    distilling,
     execution,
     kernel_build,
     layer_trials,
@@ -29,9 +30,9 @@ from fasttrain import (
     runtime,
     schedule,
 )
-from fasttrain.alike import code_digest
 from fasttrain.batch import half_images
 from fasttrain.compiling import compiler_options
+from fasttrain.digests import code_digest
 from fasttrain.execution import DEPTHWISE, KERNELS, Batch, Updater, without_kernels
 from fasttrain.faults import Fault
 from fasttrain.fused_block import Own
@@ -82,10 +83,16 @@ class Setup:
         )
 
     def batch(self, size: int, px: int) -> Batch:
-        """Made-up images, and labels `(size,)`, or `(size, C)` if MixUp or CutMix is on."""
+        """Made-up images, and labels in the form in which updates will get them.
+
+        Their shape is `(size,)`; `(size, C)` with MixUp or CutMix; `(size, 2 C)` with a teacher.
+        """
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(self.num_classes, (size,), generator=generator)
-        if self.recipe.train.mixup_alpha or self.recipe.train.cutmix_alpha:
+        if self.recipe.distill.on:
+            rows = F.one_hot(labels, self.num_classes).float()
+            labels = distilling.join(labels, rows)
+        elif self.recipe.train.mixup_alpha or self.recipe.train.cutmix_alpha:
             labels = F.one_hot(labels, self.num_classes).float()
         return self.images(size, px), labels.to(self.accelerator.device)
 
@@ -430,7 +437,7 @@ def try_mode(mode: str, setup: Setup) -> ModeTrial:
         learner = execution.prepare(
             mode, setup.accelerator, copy.deepcopy(setup.module), recipe, plan
         )
-        updater = execution.build(mode, setup.accelerator, learner, plan, recipe.train)
+        updater = execution.build(mode, setup.accelerator, learner, plan, recipe)
         updates = _updates(updater, (images, labels), recipe.optim.warmup_lr)
         if "compile" in mode:
             from torch._inductor.utils import run_and_get_code  # takes seconds
@@ -516,7 +523,7 @@ def _fault_alone(mode: str, setup: Setup, batch: Batch) -> str:
     updater: Updater | None = None
     try:
         learner = execution.prepare("graph", setup.accelerator, module, recipe, plan)
-        updater = execution.build(mode, setup.accelerator, learner, plan, recipe.train)
+        updater = execution.build(mode, setup.accelerator, learner, plan, recipe)
         updater.rehearse([batch], [])
     except Exception as error:
         return _message(error)
@@ -598,7 +605,7 @@ def start(
         compile_kernels(attempt, setup, _image_sizes(setup, 0))
         learner = execution.prepare(attempt, setup.accelerator, setup.module, recipe, plan)
         restore(learner)
-        updater = execution.build(attempt, setup.accelerator, learner, plan, recipe.train)
+        updater = execution.build(attempt, setup.accelerator, learner, plan, recipe)
         fault = ""
         try:
             sizes = _image_sizes(setup, learner.state.step)

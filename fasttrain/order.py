@@ -4,14 +4,17 @@ Batches are numbered from the start of the run: batch n of a rank is micro-batch
 update n // accumulation. So a resumed run gets the same batches as a run that never stopped.
 """
 
+import bisect
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from fasttrain import config, sampling
 from fasttrain.reading import BadSamples
-from fasttrain.sampling import Draw, Piece
+from fasttrain.sampling import Draw, Piece, View
 from fasttrain.schedule import Plan
 from fasttrain.shards import Split
 
@@ -116,6 +119,51 @@ class TrainingOrder:
             what = "damaged, more than may be replaced (data.max_bad_samples, or half of all)"
             raise BadSamples(self.split, self.bad, what) from error
         self.warn(f"{error}\n{len(self.bad)} damaged samples so far are replaced by others")
+
+
+class ViewOrder:
+    """The images of the training split in a given view and order: batches of consecutive samples.
+
+    A teacher labels them. The images are those that `TrainingOrder` has in that view.
+    """
+
+    training = True
+
+    def __init__(
+        self,
+        split: Split,
+        data: config.Data,
+        ranges: Sequence[tuple[View, int, int]],
+        batch_size: int,
+    ) -> None:
+        """
+        Args:
+            ranges: a view, and the samples [first, last) that are wanted in it. No batch holds
+                samples of two ranges.
+        """
+        self.split, self.data, self.ranges, self.batch_size = split, data, ranges, batch_size
+        self.starts = [0]  # the number of the first batch of each range, and that of all batches
+        for _, first, last in ranges:
+            self.starts.append(self.starts[-1] - (first - last) // batch_size)
+
+    def numbers(self, iteration: int) -> range:
+        return range(self.starts[-1])
+
+    def draw(self, number: int) -> Draw:
+        place = bisect.bisect_right(self.starts, number) - 1
+        view, first, last = self.ranges[place]
+        first += (number - self.starts[place]) * self.batch_size
+        ids = np.arange(first, min(first + self.batch_size, last))
+        return sampling.view_draw(self.split, self.data, view, ids)
+
+    def pieces(self, number: int) -> Sequence[Piece]:
+        return ()
+
+    def verified(self, number: int) -> bool:
+        return self.data.verify != "off"
+
+    def replace(self, error: BadSamples) -> None:
+        raise error
 
 
 class EvaluationOrder:

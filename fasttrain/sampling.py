@@ -1,5 +1,8 @@
 """Draws samples, windows, flips and augmentations: pure functions of (seed, epoch, sample).
 
+The windows, flips and augmentations of an epoch are a view of the images. Each epoch has its own
+view, or views repeat. They may have a seed of their own: see `config.Distill`.
+
     global batch of step s in epoch e = order(seed, e)[i * B : (i + 1) * B]    i = s in its epoch
     micro-batch m of rank r           = rows [g * b, (g + 1) * b) of it        g = m * W + r
     order(seed, e)                    = a permutation of all samples
@@ -58,6 +61,15 @@ class Draw(NamedTuple):
     flips: NDArray[np.bool_]  # (B,)
     out_px: int  # side of the batch's images
     augment: Augment = Augment()
+    view: int = 0  # in training: see `View`
+
+
+class View(NamedTuple):
+    """What decides how each sample is cut, mirrored and augmented."""
+
+    seed: int
+    number: int  # the epoch whose draws these are
+    out_px: int  # side of the images
 
 
 @lru_cache(maxsize=2)
@@ -177,13 +189,20 @@ def train_draw(
     ids = order[first : first + plan.micro_batch_size].astype(np.int64)
     if bad:
         ids = replace_bad(plan.seed, epoch, ids, bad, split.num_samples)
+    view = View(plan.draw_seed, plan.view_of(epoch), image_px(step, plan, data))
+    return view_draw(split, data, view, ids)
+
+
+def view_draw(split: Split, data: config.Data, view: View, ids: NDArray[np.int64]) -> Draw:
+    """Draws how samples `ids` `(B,)` are cut, mirrored and augmented in a view."""
+    seed, number, out_px = view
     sizes = split.width[ids], split.height[ids]
-    windows = crop_windows(plan.seed, epoch, ids, sizes, data.crop_area, data.crop_ratio)
+    windows = crop_windows(seed, number, ids, sizes, data.crop_area, data.crop_ratio)
     flips = np.zeros(len(ids), bool)
     if data.flip:
-        flips = uniform(plan.seed, Stream.FLIP, epoch, ids) < 0.5
-    out_px = image_px(step, plan, data)
-    return Draw(ids, windows, flips, out_px, augment_draw(plan.seed, epoch, ids, data, out_px))
+        flips = uniform(seed, Stream.FLIP, number, ids) < 0.5
+    augment = augment_draw(seed, number, ids, data, out_px)
+    return Draw(ids, windows, flips, out_px, augment, number)
 
 
 def replace_bad(

@@ -20,6 +20,8 @@ class Plan:
     """The numbers of a run, for a given number of samples and a world size."""
 
     seed: int
+    draw_seed: int  # of windows, flips and augmentations
+    views: int  # after this many epochs, their draws repeat; 0: never
     num_samples: int  # of the training split
     world_size: int
     global_batch_size: int
@@ -38,6 +40,16 @@ class Plan:
         """Returns the epoch, from 0, of update `step`."""
         return step // self.steps_per_epoch
 
+    def view_of(self, epoch: int) -> int:
+        """Returns the view of the images in an epoch: their windows, flips and augmentations."""
+        return epoch % self.views if self.views else epoch
+
+    @property
+    def num_views(self) -> int:
+        """The number of views that the run's schedule needs."""
+        epochs = self.epoch_of(self.schedule_steps - 1) + 1
+        return min(self.views, epochs) if self.views else epochs
+
     def eval_due(self, num_done: int) -> bool:
         """True if an evaluation is due after `num_done` updates."""
         epoch, rest = divmod(num_done, self.steps_per_epoch)
@@ -51,12 +63,21 @@ class Plan:
         return self.total_steps // period - num_done // period + at_end
 
 
-def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_size: int) -> Plan:
+def make_plan(
+    train: config.Train,
+    optim: config.Optim,
+    num_samples: int,
+    world_size: int,
+    distill: config.Distill | None = None,
+) -> Plan:
     """Makes the plan for `num_samples` training images and a world size.
 
+    Args:
+        distill: says which views of the images there are; None: a new one in each epoch.
     Raises:
         ConfigError: the global batch is larger than the data, or does not divide evenly.
     """
+    distill = distill or config.Distill()
     batch = train.global_batch_size
     if batch > num_samples:
         raise ConfigError(
@@ -83,6 +104,8 @@ def make_plan(train: config.Train, optim: config.Optim, num_samples: int, world_
     schedule_steps = train.epochs * steps_per_epoch
     return Plan(
         seed=train.seed,
+        draw_seed=train.seed if distill.draw_seed is None else distill.draw_seed,
+        views=distill.views,
         num_samples=num_samples,
         world_size=world_size,
         global_batch_size=batch,

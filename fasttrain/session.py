@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from fasttrain import (
     decoder,
     decoding,
     display,
+    distilling,
     forecast,
     gpus,
     heartbeat,
@@ -40,12 +41,15 @@ from fasttrain import (
     staging,
     stopping,
     trackers,
+    trained,
     weights,
 )
 from fasttrain.batch import Batch, Placement, half_images
 from fasttrain.config import Recipe
 from fasttrain.decoder import Decoder
+from fasttrain.distilling import Teach, Teacher
 from fasttrain.execution import Updater
+from fasttrain.faults import ConfigError
 from fasttrain.forecast import Forecast, Rate, Stages
 from fasttrain.heartbeat import Heartbeat
 from fasttrain.learner import Learner, TrainState
@@ -56,6 +60,7 @@ from fasttrain.order import TrainingOrder
 from fasttrain.run_folder import JsonLines
 from fasttrain.schedule import Plan
 from fasttrain.shards import DataSet, Split
+from fasttrain.teacher_labels import StoredLabels
 from fasttrain.trackers import Trackers
 from fasttrain.weights import Weights
 
@@ -85,6 +90,47 @@ def read_weights(recipe: Recipe, classes: tuple[str, ...]) -> Weights | None:
     return found
 
 
+def read_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Teacher | None:
+    """Reads `distill.teacher`, with one logit for each class of the data.
+
+    Returns:
+        The teacher on the CPU, in evaluation mode; None if the recipe names none.
+    Raises:
+        Fault: the weights are missing or damaged, or the teacher lacks classes of the data.
+    """
+    path = recipe.distill.teacher
+    if path is None:
+        return None
+    if not path.exists():
+        raise ConfigError(
+            f'[distill] teacher = "{path}": there is no such file or folder; name a run folder, a '
+            "checkpoint or an exported file of weights"
+        )
+    found, own = trained.weights_and_recipe(path, False, None, lambda text: None)
+    if own is None:
+        raise ConfigError(
+            f'[distill] teacher = "{path}": is a file of weights that does not describe its '
+            "network; name a run folder, a checkpoint or an exported file, or store the labels: "
+            f"{commands.command('label')} --teacher-recipe ..."
+        )
+    return teacher_from(found, own, classes)
+
+
+def teacher_from(found: Weights, recipe: Recipe, classes: tuple[str, ...]) -> Teacher:
+    """Builds the teacher whose weights were read.
+
+    Args:
+        recipe: of the teacher's network.
+        classes: of the data.
+    Raises:
+        Fault: the weights are of another network, or the teacher lacks classes of the data.
+    """
+    module = build_model(**recipe.model.network(), num_classes=len(classes))
+    weights.load(found, module, partial(matching.to_evaluate, data=classes))
+    module.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Teacher(str(found.path), found.digest(), module)
+
+
 def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[Decoder, str]:
     """Tries the decoders and chooses the fastest one that works.
 
@@ -107,6 +153,21 @@ def try_decoders(recipe: Recipe, plan: Plan, split: Split) -> tuple[Decoder, str
 # --------------------------------------------------------------------------------------------------
 
 
+class Lesson(NamedTuple):
+    """What a run learns from beside the labels. At most one of them is there."""
+
+    stored: StoredLabels | None = None  # a teacher's labels
+    teacher: Teacher | None = None
+
+    def digests(self) -> dict[str, str]:
+        """The digest of what is there, by its setting in [distill]."""
+        stored, teacher = self
+        return {
+            **({"labels": stored.digest} if stored else {}),
+            **({"teacher": teacher.digest} if teacher else {}),
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """What the parts of a run share on this rank, from one start to its end."""
@@ -118,6 +179,7 @@ class Session:
     process: runtime.Process
     view: display.TrainDisplay
     stop: stopping.StopRequest
+    lesson: Lesson
 
     @property
     def folder(self) -> Path:
@@ -147,17 +209,20 @@ class Session:
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": train.classes,
-            "data": {"train": train.digest, "val": val.digest},
+            "data": {"train": train.digest, "val": val.digest} | self.lesson.digests(),
             "world_size": self.process.world_size,
             "cpu_threads": self.process.cpu_threads,
         }
 
 
-def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -> Session:
+def join(
+    recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None, lesson: Lesson
+) -> Session:
     """Joins the process group, and checks that all ranks belong to one run.
 
     Args:
         start: the weights that the run starts from, if any.
+        lesson: a teacher or its labels, if any.
     Raises:
         LaunchError: the ranks differ in code, data or settings, or their launch is faulty.
     """
@@ -170,12 +235,14 @@ def join(recipe: Recipe, plan: Plan, data_set: DataSet, start: Weights | None) -
     facts = alike.facts(process, recipe, [split.digest for split in data_set])
     if start:  # paths and file formats may differ between machines, the tensors may not
         facts["model.weights"] = start.digest()
+    digests = lesson.digests()  # all ranks need the same names here
+    facts |= {f"distill.{name}": digests.get(name) for name in ("labels", "teacher")}
     alike.check(gather_object([facts]))
     memory = metrics.used_memory(process.device)
     view = display.TrainDisplay(plan, accelerator.is_main_process, memory_gib=memory.total_gib)
     file = run_folder.run_dir(recipe) / run_folder.STOP if accelerator.is_main_process else None
     stop = stopping.StopRequest(process.world_size, file, timeout, patience, view)
-    return Session(recipe, plan, data_set, accelerator, process, view, stop)
+    return Session(recipe, plan, data_set, accelerator, process, view, stop, lesson)
 
 
 def agree_on_decoder(chosen: Decoder, why: str) -> tuple[Decoder, str]:
@@ -343,7 +410,8 @@ class Input:
         session = self.session
         rank = session.process.rank
         order = TrainingOrder(self.data_set.train, self.settings, session.plan, rank, step)
-        return iter(loaders.Loader(order, self.placement, self.stages))
+        stored = session.lesson.stored
+        return iter(loaders.Loader(order, self.placement, self.stages, stored))
 
     def samples_of(self, step: int) -> list[str]:
         """Describes where each sample of update `step` is stored, for all ranks."""
@@ -385,8 +453,8 @@ class Input:
             ),
             "step": measured.key_of(
                 "updates", recipe.model, recipe.optim, recipe.train, self.settings.crop_px,
-                self.settings.scales_px, self.session.plan.micro_batch_size,
-                os.uname().nodename, *machine,
+                recipe.distill.on, recipe.distill.teacher, self.settings.scales_px,
+                self.session.plan.micro_batch_size, os.uname().nodename, *machine,
             ),
         }  # fmt: skip
 
@@ -412,12 +480,28 @@ class Input:
 
 def inputs_for(session: Session, run_input: Input, heartbeat: Heartbeat) -> Inputs:
     """The inputs of the trainer. The heartbeat counts each training batch as progress."""
+    num_classes = len(run_input.data_set.train.classes)
     return Inputs(
         train_batches=lambda step: heartbeat.counted(run_input.train_batches(step)),
         eval_batches=run_input.eval_batches,
         num_eval_samples=run_input.data_set.val.num_samples,
-        mix=build_mix(session.recipe.train, len(run_input.data_set.train.classes)),
+        mix=build_mix(session.recipe.train, num_classes, session.recipe.distill.on),
+        teach=_teach_for(session, num_classes),
     )
+
+
+def _teach_for(session: Session, num_classes: int) -> Teach | None:
+    """The function that adds the teacher's labels to a batch; None without a teacher."""
+    stored, teacher = session.lesson
+    distill = session.recipe.distill
+    if stored:
+        session.view.say(f"learning from {stored.about}; weight {distill.weight:g}")
+        return distilling.from_stored(num_classes, distill.temperature)
+    if teacher:
+        session.view.say(f"learning from {teacher.name}, in the run; weight {distill.weight:g}")
+        teacher.module.to(session.process.device)
+        return distilling.from_teacher(teacher, session.accelerator, distill.temperature)
+    return None
 
 
 def outputs_for(

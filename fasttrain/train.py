@@ -21,12 +21,14 @@ from fasttrain import (
     schedule,
     settled,
     shards,
+    teacher_labels,
     trackers,
 )
 from fasttrain.config import Recipe
 from fasttrain.faults import Fault
 from fasttrain.schedule import Plan
 from fasttrain.shards import DataSet
+from fasttrain.teacher_labels import StoredLabels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,11 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_set = open_data(recipe.data)
         world_size = launch.number_in(os.environ, "WORLD_SIZE", 1)
         num_samples = data_set.train.num_samples
-        plan = schedule.make_plan(recipe.train, recipe.optim, num_samples, world_size)
+        plan = schedule.make_plan(
+            recipe.train, recipe.optim, num_samples, world_size, recipe.distill
+        )
+        look = os.environ.get("LOCAL_RANK", "0") == "0"
+        stored = teacher_labels.open_for(recipe, plan, data_set.train, look)
         launch.check_processes(os.environ)
         with run_folder.locked(recipe) if is_main else contextlib.nullcontext():
             started = True
-            train(recipe, plan, data_set)
+            train(recipe, plan, data_set, stored)
     except Fault as fault:
         # Before training starts, all ranks find the same faults.
         faults.stop(str(fault), everywhere=started and not fault.raised_on_every_rank)
@@ -73,9 +79,11 @@ def open_data(data: config.Data) -> DataSet:
     return DataSet(train_set, val_set)
 
 
-def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
+def train(recipe: Recipe, plan: Plan, data_set: DataSet, stored: StoredLabels | None) -> None:
     """Builds everything, restores the newest checkpoint, trains, and marks the run as done.
 
+    Args:
+        stored: a teacher's labels; None if the recipe names none.
     Raises:
         SystemExit: the run was asked to stop. The exit status is that of the request.
     """
@@ -87,10 +95,11 @@ def train(recipe: Recipe, plan: Plan, data_set: DataSet) -> None:
     gpus.check_launch(recipe, os.environ)
     _say(*gpus.idle_gpus(os.environ))
     start = session.read_weights(recipe, data_set.train.classes)
+    lesson = session.Lesson(stored, session.read_teacher(recipe, data_set.train.classes))
     decoder, why_decoder = session.try_decoders(recipe, plan, data_set.train)
 
     # ---- the processes
-    run = session.join(recipe, plan, data_set, start)
+    run = session.join(recipe, plan, data_set, start, lesson)
     decoder, why_decoder = session.agree_on_decoder(decoder, why_decoder)
     with session.staged(run) as staged_set:
         heartbeat = session.watch(run)

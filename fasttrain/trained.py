@@ -79,6 +79,24 @@ def read(
     return found, recipe
 
 
+def weights_and_recipe(
+    path: Path, average: bool, given: config.Recipe | None, say: Callable[[str], None]
+) -> tuple[Weights, config.Recipe | None]:
+    """Reads weights, and a recipe of their network: the given one, theirs, or a described one.
+
+    Args:
+        path, say: see `open_trained`.
+        average: read the moving average of the weights; it must be there.
+    Returns:
+        The weights, and the recipe; None if there is none.
+    Raises:
+        Fault: there are no usable weights at `path`.
+    """
+    found, own = checkpoint.open_weights(file_in(path), average, say)
+    described = recipe_of(found.description) if found.description else None
+    return found, given or own or described
+
+
 def file_in(path: Path) -> Path:
     """The file of weights if `path` is a folder of `tools/export.py`; otherwise `path`."""
     is_exported = (path / CONFIG).is_file() and (path / MODEL).is_file()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from fasttrain import alike
+from fasttrain import alike, digests
 from fasttrain.config import Recipe
 from fasttrain.launch import LaunchError
 from fasttrain.runtime import Process
@@ -53,19 +53,19 @@ def test_processes_that_differ_are_refused(change: dict[str, Any], message: str)
 def test_the_digest_of_the_code_covers_every_module_also_in_sub_folders(tmp_path: Path) -> None:
     package = tmp_path / "fasttrain"
     shutil.copytree(REPO / "fasttrain", package, ignore=shutil.ignore_patterns("__pycache__"))
-    found = alike.code_digest(package)
-    assert found == alike.code_digest()
+    found = digests.code_digest(package)
+    assert found == digests.code_digest()
     (package / "README.md").write_text("no code")
-    assert alike.code_digest(package) == found
+    assert digests.code_digest(package) == found
     (package / "shards").mkdir()
     (package / "shards" / "forms.py").write_text("X = 1\n")
-    deeper = alike.code_digest(package)
+    deeper = digests.code_digest(package)
     (package / "shards" / "forms.py").write_text("X = 2\n")
-    changed = alike.code_digest(package)
+    changed = digests.code_digest(package)
     (package / "shards" / "forms.py").rename(package / "shards" / "other.py")
-    assert len({found, deeper, changed, alike.code_digest(package)}) == 4
+    assert len({found, deeper, changed, digests.code_digest(package)}) == 4
     for path in sorted(package.glob("*.py")):
-        before, text = alike.code_digest(package), path.read_text()
+        before, text = digests.code_digest(package), path.read_text()
         path.write_text(f"{text}\n")
-        assert alike.code_digest(package) != before, path
+        assert digests.code_digest(package) != before, path
         path.write_text(text)

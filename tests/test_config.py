@@ -158,6 +158,13 @@ def test_set_changes_values_of_any_type() -> None:
             "[data] prepare: fasttrain no longer has this key; delete it; the demo's data "
             "set is now made by `python tools/make_digits.py`",
         ),
+        (
+            "distill.weight=0.5",
+            "[distill] weight = 0.5: there is no teacher; set labels (python tools/label.py makes "
+            "them) or teacher",
+        ),
+        ("distill.temperature=0", "[distill] temperature = 0: must be greater than 0"),
+        ("distill.other_code=true", "[distill] other_code = true: no labels are read; set labels"),
         ("trian.epochs=1", "[trian]: unknown section; did you mean train?"),
         ("train=3", "--set train=3: expected section.key=value, for example train.epochs=90"),
         ("train.epochs", "--set train.epochs: expected section.key=value"),
@@ -197,6 +204,32 @@ def test_nesterov_needs_momentum() -> None:
         config.load(REPO / "recipes/large.toml", ["optim.nesterov=true", "optim.momentum=0"])
 
 
+def test_a_run_has_one_teacher_and_a_view_one_size() -> None:
+    path = REPO / "recipes/large.toml"
+    with pytest.raises(ConfigError) as error:
+        config.load(path, ["distill.labels=a", "distill.teacher=b"])
+    assert (
+        "[distill] labels and teacher are both set: the labels are the answers of a teacher "
+        "already; remove one of the two"
+    ) in str(error.value)
+    sizes = "data.crop_px=[[0, 128], [60, 224]]"
+    with pytest.raises(ConfigError) as error:
+        config.load(path, ["distill.views=50", sizes])
+    assert (
+        "[distill] views = 50: a view has one size, but [data] crop_px changes it from epoch to "
+        "epoch; use one crop_px, or views = 0"
+    ) in str(error.value)
+    assert config.load(path, ["distill.labels=a", sizes]).distill.on
+    scales = "data.scales_px=[128, 160]"
+    with pytest.raises(ConfigError) as error:
+        config.load(path, ["distill.labels=a", scales])
+    assert (
+        "[data] scales_px = [128, 160]: stored labels are of images of one size in an epoch; use "
+        "crop_px, or a teacher in the run: [distill] teacher"
+    ) in str(error.value)
+    assert config.load(path, ["distill.teacher=a", scales]).distill.on
+
+
 def test_all_faults_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text('data = 3\n[train]\nepochs = "300"\nseed = -1\n[optim]\nlearning_rate = 1\n')
@@ -227,6 +260,8 @@ def test_marked_fields_may_vary_within_a_run() -> None:
         "data.root",
         "data.stage",
         "data.threads",
+        "distill.labels",
+        "distill.teacher",
         "log.run_dir",
         "train.cpu_threads",
     }
@@ -238,7 +273,7 @@ def test_marked_fields_may_vary_within_a_run() -> None:
         *("train.deterministic", "train.max_skipped_steps", "train.kernels"),
         *("checkpoint.every_steps", "checkpoint.keep", "checkpoint.max_failures"),
         *("checkpoint.resume", "checkpoint.keep_best", "log.every_steps", "log.samples"),
-        "log.trackers",
+        *("log.trackers", "distill.other_code"),
     }
     assert config.may_vary(per_machine=True) == per_machine
     assert config.may_vary() == per_machine | on_resume

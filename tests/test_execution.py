@@ -102,7 +102,7 @@ def test_preparing_an_eager_update_for_several_sizes_leaves_no_trace() -> None:
     plan = plan_for(recipe)
     accelerator = Accelerator(cpu=True)
     learner = execution.prepare("eager", accelerator, network(), recipe, plan)
-    updater = execution.build("eager", accelerator, learner, plan, recipe.train)
+    updater = execution.build("eager", accelerator, learner, plan, recipe)
     before = [(name, tensor.clone()) for name, tensor in everything(learner)]
     prepared: list[torch.Size] = []
     learner.module.register_forward_pre_hook(lambda _, given: prepared.append(given[0].shape))
@@ -145,7 +145,7 @@ def resumed_from(
     second.ema.module.load_state_dict(first.ema.module.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.state = first.state
-    updater = execution.build(mode, accelerator, second, plan, recipe.train)
+    updater = execution.build(mode, accelerator, second, plan, recipe)
     for number in range(first.state.step * plan.accumulation, len(batches)):
         step, micro = divmod(number, plan.accumulation)
         determinism.seed_torch(0, Stream.TORCH, step, micro)
@@ -425,7 +425,7 @@ def test_on_a_gpu_mixed_precision_survives_evaluations_and_a_restart(mode: str) 
     seen: dict[str, list[Any]] = {}
     for each in ("eager", mode):
         learner = execution.prepare(each, accelerator, learnt(mode).to(device), recipe, plan)
-        updater = execution.build(each, accelerator, learner, plan, recipe.train)
+        updater = execution.build(each, accelerator, learner, plan, recipe)
         before = [t.clone() for t in learner.flat]
         updater.rehearse([(images, batches[0][1].to(device))], [images])
         assert all(torch.equal(a, b) for a, b in zip(learner.flat, before, strict=True))
@@ -454,7 +454,7 @@ def test_on_a_gpu_mixed_precision_survives_evaluations_and_a_restart(mode: str) 
                 learner.state = old.state
                 loss_sum = updater.guard.loss_sum
                 updater.close()
-                updater = execution.build(each, accelerator, learner, plan, recipe.train)
+                updater = execution.build(each, accelerator, learner, plan, recipe)
                 updater.guard.loss_sum += loss_sum
                 updater.rehearse([], [images])
         seen[each] = found

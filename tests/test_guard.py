@@ -38,8 +38,8 @@ def built(mode: str, max_skipped: int = 100, micro: int = 8) -> tuple[Learner, U
     accelerator = Accelerator(cpu=True)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
     if mode == "graph":  # what would be recorded, without a GPU
-        return learner, Graphed(accelerator, learner, plan, recipe.train, run=run_at_once)
-    return learner, execution.build(mode, accelerator, learner, plan, recipe.train)
+        return learner, Graphed(accelerator, learner, plan, recipe, run=run_at_once)
+    return learner, execution.build(mode, accelerator, learner, plan, recipe)
 
 
 def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:

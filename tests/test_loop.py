@@ -67,7 +67,7 @@ def run_fit(
         log=Log(every_steps=log_every_steps),
     )
     learner = execution.prepare("eager", accelerator, model, recipe, plan)
-    updater = execution.build("eager", accelerator, learner, plan, recipe.train)
+    updater = execution.build("eager", accelerator, learner, plan, recipe)
     outputs = Outputs(
         checkpoints=folder,
         about={},

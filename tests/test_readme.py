@@ -68,6 +68,9 @@ KNOWN: dict[str, dict[str, str]] = {
         "python -m fasttrain.config --diff recipes/large.toml recipes/large_long.toml": (
             "tests/test_config.py"
         ),
+        "python fasttrain/train.py recipes/large.toml": f"{HERE}::test_commands_for_imagenet_work",
+        "python tools/label.py runs/large recipes/small_distill.toml": "tests/test_label.py",
+        "python fasttrain/train.py recipes/small_distill.toml": "tests/test_label.py",
     },
     "tests/README.md": {"pip install -e '.[test]' && python -m pytest": ".ci/run"},
     "tools/README.md": {
@@ -84,6 +87,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "python tools/evaluate.py runs/large --data data/imagenet data/imagenet-a "
         "data/imagenet-r": "tests/test_evaluate.py",
         "python tools/preview.py recipes/large.toml preview.png": "tests/test_preview.py",
+        "python tools/label.py runs/large recipes/small_distill.toml": "tests/test_label.py",
         "pip install -e '.[report]'": ".ci/run",
         "python tools/report.py runs/large --out report.html": "tests/test_report.py",
         "python tools/export.py runs/large large.onnx": "tests/test_export.py",
@@ -227,7 +231,7 @@ def test_commands_for_imagenet_work(clone: Path, folder: Path) -> None:
 
 
 TOOLS = ["make_digits", "make_shards", "verify_shards", "evaluate", "preview", "report"]
-TOOLS += ["export", "predict", "doctor", "benchmark"]
+TOOLS += ["export", "predict", "label", "doctor", "benchmark"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

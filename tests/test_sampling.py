@@ -57,6 +57,38 @@ def test_an_epoch_holds_each_sample_at_most_once_and_epochs_differ(split: Split)
     assert set().union(*epochs) == set(range(45))  # others are dropped in each epoch
 
 
+def test_views_repeat_the_images_and_not_their_order(split: Split) -> None:
+    train = Train(epochs=6, global_batch_size=45, seed=3)
+    data = config.Data(augment="rand", color_jitter=(0.4, 0.3, 1.2, 0.1), erase=0.5)
+
+    def epoch(number: int, distill: config.Distill) -> list[np.ndarray]:
+        """Windows, flips and augmentations of an epoch, in the order of the samples."""
+        plan = make_plan(train, Optim(), 45, 1, distill)
+        draw = sampling.train_draw(split, data, plan, 0, number)
+        orders.append(tuple(draw.ids.tolist()))
+        rows = np.argsort(draw.ids)
+        assert draw.view == plan.view_of(number)
+        columns: list[np.ndarray | None] = [draw.windows, draw.flips, *draw.augment]
+        return [column[rows] for column in columns if column is not None]
+
+    def same(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
+        return all(map(np.array_equal, some, others))
+
+    orders: list[tuple[int, ...]] = []
+    two = config.Distill(views=2)
+    epochs = [epoch(number, two) for number in range(4)]
+    assert same(epochs[0], epochs[2]) and same(epochs[1], epochs[3])
+    assert not same(epochs[0], epochs[1])
+    assert len(set(orders)) == 4
+    # Without views, the first epochs are the same. With another seed, only the order is.
+    assert same(epoch(1, config.Distill()), epochs[1])
+    assert not same(epoch(2, config.Distill()), epochs[2])
+    other = epoch(1, config.Distill(draw_seed=4))
+    assert not same(other, epochs[1]) and orders[-1] == orders[1]
+    train = train.model_copy(update={"seed": 9})
+    assert same(epoch(1, config.Distill(draw_seed=4)), other) and orders[-1] != orders[1]
+
+
 def test_draws_match_golden_values(split: Split) -> None:
     ids = sampling.epoch_order(0, 1, split, 0)[:4].astype(np.int64)
     sizes = np.array([500, 375, 64, 48], np.uint16), np.array([375, 500, 311, 48], np.uint16)

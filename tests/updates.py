@@ -83,11 +83,9 @@ def carry_out(
     module = (module or network()).to(accelerator.device)
     learner = execution.prepare(mode, accelerator, module, recipe, plan)
     if mode.startswith("graph") and not record:
-        updater: execution.Updater = Graphed(
-            accelerator, learner, plan, recipe.train, run=run_at_once
-        )
+        updater: execution.Updater = Graphed(accelerator, learner, plan, recipe, run=run_at_once)
     else:
-        updater = execution.build(mode, accelerator, learner, plan, recipe.train)
+        updater = execution.build(mode, accelerator, learner, plan, recipe)
     losses, given = [], iter(batches)
     for step in range(len(batches) // plan.accumulation):
         for micro in range(plan.accumulation):

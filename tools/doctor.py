@@ -45,6 +45,7 @@ from fasttrain import (
     schedule,
     settled,
     staging,
+    teacher_labels,
     train,
 )
 from fasttrain.batch import half_images
@@ -144,8 +145,11 @@ class Doctor:
             train_images = self.splits[0].num_samples if self.splits else None
             batch = self.recipe.train.global_batch_size
             self.plan = schedule.make_plan(
-                self.recipe.train, self.recipe.optim, train_images or batch, self.world.size
-            )
+                self.recipe.train, self.recipe.optim, train_images or batch, self.world.size,
+                self.recipe.distill,
+            )  # fmt: skip
+            if self.splits:
+                teacher_labels.open_for(self.recipe, self.plan, self.splits[0], check=False)
         self.choose_decoder()
         if self.plan and self.num_gpus:
             self.step = self.try_step(self.plan)  # before this process touches the GPU

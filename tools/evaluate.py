@@ -251,12 +251,11 @@ def find_weights(path: Path, ema: bool, recipe: Path | None) -> tuple["Weights",
     Raises:
         Fault: there are no usable weights at `path`, or their recipe is missing.
     """
-    from fasttrain import checkpoint, trained
+    from fasttrain import trained
 
     given = config.load(recipe) if recipe else None
-    found, own = checkpoint.open_weights(trained.file_in(path), ema, say)
-    described = trained.recipe_of(found.description) if found.description else None
-    if (chosen := given or own or described) is None:
+    found, chosen = trained.weights_and_recipe(path, ema, given, say)
+    if chosen is None:
         raise ConfigError(
             f"{path} is a file of weights: give the recipe of its network, such as "
             "--recipe recipes/large.toml"

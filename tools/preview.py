@@ -156,7 +156,7 @@ def open_job(recipe: config.Recipe, step: int, images: int | None) -> Job:
     shards.check_unchanged(root)
     split = shards.open_split(root, "train", recipe.data.short_side)
     reading.check_open_files(split)
-    plan = schedule.make_plan(recipe.train, recipe.optim, split.num_samples, 1)
+    plan = schedule.make_plan(recipe.train, recipe.optim, split.num_samples, 1, recipe.distill)
     if not 0 <= step < plan.total_steps:
         raise ConfigError(
             f"--update {step}: the run has {plan.total_steps:,} updates, from 0 to "

@@ -215,7 +215,7 @@ def _unrecorded(mode: str, setup: modes.Setup) -> Updater:
     learner = modes.execution.prepare(
         mode, setup.accelerator, setup.module, setup.recipe, setup.plan
     )
-    return modes.execution.build(mode, setup.accelerator, learner, setup.plan, setup.recipe.train)
+    return modes.execution.build(mode, setup.accelerator, learner, setup.plan, setup.recipe)
 
 
 def trials(mode: str, folder: Path) -> dict[str, Any]:

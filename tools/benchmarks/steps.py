@@ -192,7 +192,7 @@ def built(job: StepJob, plan: Plan) -> tuple[Accelerator, execution.Learner, exe
     setup = modes.Setup(accelerator, module, recipe, plan, job.classes)
     modes.compile_kernels(job.execution, setup)
     learner = execution.prepare(job.execution, accelerator, module, recipe, plan)
-    updater = execution.build(job.execution, accelerator, learner, plan, recipe.train)
+    updater = execution.build(job.execution, accelerator, learner, plan, recipe)
     return accelerator, learner, updater
 
 
