@@ -47,6 +47,7 @@ def job(name: str, dataset: Path, folder: Path | None = None, **changes: Any) ->
     return pipelines.InputJob(name=name, shards=dataset, folder=folder, **settings)
 
 
+@pytest.mark.slow
 def test_the_input_is_measured_beside_other_pipelines(
     dataset: Path,
     folder: Path,

@@ -119,6 +119,7 @@ def test_a_stage_without_room_is_a_fault(
     assert "GB are to be copied, and 0.0 GB are free" in found["faults"][0]
 
 
+@pytest.mark.slow
 def test_two_processes_are_examined(tiny: Callable[..., Path]) -> None:
     done = run([*MULTI, "tools/doctor.py", tiny()], ACCELERATE_USE_CPU="1")
     found = json.loads(done.stdout.splitlines()[-1])

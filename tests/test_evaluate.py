@@ -188,6 +188,7 @@ def check_files(folder: Path, classes: list[str], result: dict[str, Any]) -> dic
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_predictions_for_several_data_sets(
     trained: Path, dataset: Path, tmp_path: Path, evaluated: Evaluate
 ) -> None:

@@ -157,6 +157,7 @@ def test_blocks_with_stochastic_depth_train_by_pytorchs_layers() -> None:
         assert block.kernels == (block.drop_path is None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_path", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_scripted_traced_and_exported_with_the_same_logits(
     drop_path: float, tmp_path: Path

@@ -132,7 +132,6 @@ def test_each_mode_trains_on_the_stand_in_for_cuda(
         assert f"train.execution = {mode} failed: " in run["warnings"][0]
         assert "operation not permitted when stream is capturing" in run["warnings"][0]
         assert run["on_default_stream"]
-        assert "compile" in mode or not run["drawn"]  # a rehearsal without graphs may draw
         assert run["bad"] and not run["bad_later"] and run["done"]
 
 

@@ -243,13 +243,11 @@ def failing_capture(mode: str, folder: Path) -> dict[str, Any]:
             torch.zeros(1, device="cuda").item()
 
     setup.module.register_forward_hook(wait)
-    before = torch.cuda.get_rng_state()
     start = started(mode, setup, folder, said)
     fallen = {
         "mode": start[0],
         "warnings": [text for text in said if text.startswith("WARNING")],
         "on_default_stream": torch.cuda.current_stream() == torch.cuda.default_stream(),
-        "drawn": not torch.equal(before, torch.cuda.get_rng_state()),
         "bad": len([line for line in device.log() if line.startswith("BAD")]),
     }
     done = fitted(setup, start, folder, NEVER)
