@@ -401,7 +401,9 @@ class Trainer:
             "images_per_s": round(self.clock.lap("run")[0], 1),
             "seconds": round(state.seconds, 2),
             "best": {
-                key: state.best[key] for key in ("step", "epoch", "top1", "ema") if state.best
+                key: state.best[key]
+                for key in ("step", "epoch", "top1", "ema")
+                if key in state.best
             },
             "time": round(time.time(), 2),
         }
