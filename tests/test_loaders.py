@@ -16,11 +16,11 @@ import torch
 from conftest import shard
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 import fasttrain
-from fasttrain import config, loaders, pipeline, resize, sampling, shards
+from fasttrain import config, loaders, pipeline, sampling, shards
 from fasttrain.batch import Batch, Placement
 from fasttrain.config import Optim, Train
 from fasttrain.order import TrainingOrder
@@ -29,7 +29,7 @@ from fasttrain.schedule import Plan, make_plan
 from fasttrain.shards import Split
 
 CPU = Placement(torch.device("cpu"), half=False, threads=2)
-MEAN, STD = torch.tensor(resize.MEAN), torch.tensor(resize.STD)
+MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def original(split: Split, sample: int) -> Image.Image:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """Normalised (B, 3, H, W) back to 0 ... 255 as (B, H, W, 3)."""
+    """Undoes the usual normalisation of (B, 3, H, W): 0 to 255, as (B, H, W, 3)."""
     return (images.permute(0, 2, 3, 1) * STD + MEAN) * 255
 
 
@@ -77,7 +77,7 @@ def test_validation_pixels_are_torchvisions(photos: Path) -> None:
     settings = config.Data(root=photos)
     (batch,) = loaders.eval_loader(split, settings, 8, 0, 1, CPU)
     for sample, found in enumerate(pixels(batch.images)):
-        expected = TF.center_crop(TF.resize(original(split, sample), 256), [224, 224])
+        expected = v2.CenterCrop(224)(v2.Resize(256)(original(split, sample)))
         mean, largest = error_of(found, expected)
         assert mean < 0.25 and largest <= 2
 
@@ -91,8 +91,8 @@ def test_training_pixels_are_torchvisions(photos: Path) -> None:
         for sample, (x, y, w, h), flip, found in zip(
             *batch.draw[:3], pixels(batch.images), strict=True
         ):
-            box = TF.resized_crop(original(split, sample), y, x, h, w, [224, 224])
-            mean, largest = error_of(found, TF.hflip(box) if flip else box)
+            box = v2.functional.resized_crop(original(split, sample), y, x, h, w, [224, 224])
+            mean, largest = error_of(found, v2.functional.hflip(box) if flip else box)
             assert mean < 0.25 and largest <= 2
             sides.add(bool(flip))
     assert sides == {True, False}
