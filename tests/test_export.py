@@ -12,6 +12,7 @@ import evaluate
 import export
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import STEP, Refused, lines
 from exporting import forms, hub, measure
 from safetensors import safe_open
@@ -176,6 +177,36 @@ class FakeApi:
     def upload_folder(self, **options: Any) -> str:
         self.calls.append(("upload", options))
         return "https://hub.example/me/network"
+
+
+def test_an_evaluation_and_an_export_measure_the_same_statistics(
+    trained: Path,
+    dataset: Path,
+    tmp_path: Path,
+    exported: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "network.safetensors"
+    precise = ["--precise-bn", dataset, "--precise-bn-images", 30]
+    result, said = exported(trained, out, *precise)
+    assert result["precise_bn_images"] == 30 and "measured on 30 training images of" in said
+    before, after = load_file(trained / STEP / "model.safetensors"), load_file(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {n for n in before if n.endswith(("_mean", "_var", "_tracked"))}
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["fasttrain"])["top1"] is None  # of other statistics
+
+    results = []
+    for words in ([trained, *precise, "--out", tmp_path / "out"], [out], [trained]):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--data", str(dataset)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        evaluate.main()
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+    assert results[0]["loss"] != pytest.approx(results[2]["loss"], rel=1e-3)
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert about["precise_bn_images"] == 30
 
 
 def test_a_folder_is_pushed(tmp_path: Path) -> None:

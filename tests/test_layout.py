@@ -18,7 +18,7 @@ ROWS = (
     {"deployed"},
     {"loop", "decoding", "modes", "trained"},
     {"checkpoint", "execution", "layer_trials"},
-    {"evaluator", "guard", "kernel_build", "photos", "weights"},
+    {"evaluator", "guard", "kernel_build", "photos", "precise_bn", "weights"},
     {"description", "loaders"},
     {"alike", "compiling", "learner"},
     {

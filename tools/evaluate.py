@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fasttrain import config, display, launch, matching, run_folder, settled, shards
-from fasttrain.arguments import fraction, positive
+from fasttrain.arguments import add_precise_bn, fraction, positive
 from fasttrain.faults import ConfigError, Fault, stop
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         help="the recipe of the network and of the image size; needed for a file of weights",
     )
+    add_precise_bn(network)
     network.add_argument(
         "--precision",
         choices=("no", "bf16", "fp16"),
@@ -158,6 +159,7 @@ class Network(NamedTuple):
     average: bool  # True for the moving average of the weights
     recipe: config.Recipe  # with the image size of this evaluation
     subjects: list[Subject]
+    training: shards.Split | None  # images to measure BatchNorm's statistics on; None keeps them
 
     def about(self) -> dict[str, Any]:
         """The entries of `evaluation.json` about the weights."""
@@ -204,9 +206,13 @@ def open_network(arguments: argparse.Namespace, splits: Sequence[shards.Split]) 
     """Reads the weights, and maps the classes of each data set to the network's.
 
     Raises:
-        Fault: there are no usable weights, the network lacks classes of the data, or the image
-            size is impossible.
+        Fault: there are no usable weights, the network lacks classes of the data, the image size
+            is impossible, or the data set of `--precise-bn` is missing or damaged.
     """
+    training = None
+    if arguments.precise_bn:
+        shards.check_unchanged(arguments.precise_bn)
+        training = shards.open_split(arguments.precise_bn, "train")
     # These imports take seconds, so they come after the arguments are checked.
     import torch
 
@@ -219,7 +225,8 @@ def open_network(arguments: argparse.Namespace, splits: Sequence[shards.Split]) 
         found = weights.with_names(found, classes.read_list(arguments.classes))
     subjects = []
     for split in splits:
-        model = build_model(**recipe.model.network(), num_classes=len(split.classes))
+        network = recipe.model.network() | {"dropout": 0.0, "drop_path": 0.0}
+        model = build_model(**network, num_classes=len(split.classes))
         by_number = arguments.classes_by_number and (
             len(splits) == 1 or matching.are_numbers(split.classes)
         )
@@ -229,7 +236,8 @@ def open_network(arguments: argparse.Namespace, splits: Sequence[shards.Split]) 
         model.to(memory_format=torch.channels_last).eval()
         subjects.append(Subject(split, model, matched))
     average = arguments.ema or found.path.name == checkpoint.EMA
-    return Network(found, average, recipe.model_copy(update={"data": data}), subjects)
+    recipe = recipe.model_copy(update={"data": data})
+    return Network(found, average, recipe, subjects, training)
 
 
 @contextmanager
@@ -378,6 +386,12 @@ def evaluate(arguments: argparse.Namespace, network: Network, folders: Folders) 
     if is_main:
         lines = [network.describe(session.flip), *how, folders.remark]
         say("\n".join(filter(None, lines)))
+    about = network.about()
+    if network.training:
+        used = measure_statistics(
+            session, network, network.training, decoders.pop(), arguments.precise_bn_images
+        )
+        about |= {"precise_bn_images": used}
     results: dict[str, dict[str, Any]] = {}
     faults = []
     for number, (subject, decoder) in enumerate(zip(network.subjects, decoders, strict=True)):
@@ -385,9 +399,9 @@ def evaluate(arguments: argparse.Namespace, network: Network, folders: Folders) 
         root = str(subject.split.root)
         results[root] = result
         if found and is_main and folders.writable:
-            about = network.about() | {"data": root, "split": "val"} | session.about() | result
+            whole = about | {"data": root, "split": "val"} | session.about() | result
             try:
-                predictions.write(folders.paths[number], about, found, subject.split.classes)
+                predictions.write(folders.paths[number], whole, found, subject.split.classes)
             except OSError as error:
                 faults.append(f"{folders.paths[number]}: not written ({error.strerror or error})")
     if is_main:
@@ -405,7 +419,8 @@ def join(
     """Chooses a decoder for each data set, and joins the process group. Every rank must call this.
 
     Returns:
-        The session; the decoders; and lines for the user about precision and devices.
+        The session; the decoders, the last one for `network.training` if that is set; and lines
+        for the user about precision and devices.
     Raises:
         LaunchError: the precision needs a GPU.
     """
@@ -420,9 +435,10 @@ def join(
     half = half_images(gpu, precision)
     threads = runtime.data_threads(data, os.environ)
     job = decoding.Job(gpu, threads, arguments.batch_size, half)
+    splits = [subject.split for subject in network.subjects]
+    splits += [network.training] if network.training else []
     decoders = [  # before this process uses the GPU
-        decoding.choose_decoder(subject.split, data, job, os.environ)[0]
-        for subject in network.subjects
+        decoding.choose_decoder(split, data, job, os.environ)[0] for split in splits
     ]
     accelerator = runtime.accelerator_for(precision)
     process = runtime.start(accelerator, recipe, os.environ)
@@ -433,6 +449,31 @@ def join(
     lines = [*changes, f"{process.world_size} x {process.device.type}, {how}"]
     flip = arguments.tta == "flip"
     return Session(accelerator, process, data, half, arguments.batch_size, flip), decoders, lines
+
+
+def measure_statistics(
+    session: Session, network: Network, training: shards.Split, decoder: "Decoder", number: int
+) -> int:
+    """Measures BatchNorm's statistics anew, alike on every rank.
+
+    Args:
+        number: how many training images to use at least.
+    Returns:
+        The number of images that were used.
+    """
+    from fasttrain import precise_bn
+    from fasttrain.batch import Placement
+
+    process = session.process
+    placement = Placement(process.device, session.half, process.data_threads, decoder)
+    model = network.subjects[0].model.to(process.device)
+    with session.accelerator.autocast():
+        used = precise_bn.measure(model, training, session.data, placement, number)
+    for subject in network.subjects[1:]:  # they differ in the last layer alone
+        subject.model.to(process.device).load_state_dict(dict(model.named_buffers()), strict=False)
+    if session.accelerator.is_main_process:
+        say(f"BatchNorm's statistics: measured on {used:,} training images of {training.root}")
+    return used
 
 
 def run(

@@ -22,11 +22,15 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasttrain import config, shards
-from fasttrain.arguments import positive
+from fasttrain.arguments import add_precise_bn, positive
 from fasttrain.faults import ConfigError, Fault, stop
+
+if TYPE_CHECKING:
+    from fasttrain.model import MobileNetV3
+    from fasttrain.trained import Trained
 
 SUFFIXES = (".safetensors", ".pth", ".onnx", ".pt2", ".pte", "")
 QUANTISED = (".onnx", ".pt2", ".pte")
@@ -44,6 +48,7 @@ def main() -> None:
         action="store_true",
         help="take the weights of the last update, not their moving average",
     )
+    add_precise_bn(parser.add_argument_group("Precise BN"))
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument(
         "--threads", type=positive, help="CPU threads of the timing (default: torch's)"
@@ -104,8 +109,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--push: the Hub takes a folder; give OUT without the suffix of {out}")
     if arguments.private and not arguments.push:
         raise ConfigError("--private: add --push USER/NAME")
-    if arguments.int8:
-        shards.check_unchanged(arguments.data)
+    for root in filter(None, (arguments.data, arguments.precise_bn)):
+        shards.check_unchanged(root)
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,6 +138,9 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"{found.description.network} with {found.description.num_classes:,} classes")
     say(f"writing {which} in {found.weights.path} to {out}")
     result: dict[str, Any] = {"form": out.suffix or "folder", "path": str(out)}
+    if arguments.precise_bn:
+        found, used = with_precise_bn(found, network, arguments)
+        result["precise_bn_images"] = used
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / (out.name or "folder")
         result |= write(arguments, found, network, made)
@@ -155,6 +163,32 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         result["pushed"] = hub.push(out, arguments.push, arguments.private)
         say(f"uploaded to {result['pushed']}")
     return result
+
+
+def with_precise_bn(
+    found: "Trained", network: "MobileNetV3", arguments: argparse.Namespace
+) -> tuple["Trained", int]:
+    """Measures the statistics of the network's BatchNorms anew.
+
+    Returns:
+        The description without the accuracy, which the run measured with other statistics; and the
+        number of images that were used.
+    """
+    import torch
+
+    from fasttrain import precise_bn, runtime, trained
+    from fasttrain.batch import Placement
+
+    root = arguments.precise_bn
+    data = trained.recipe_of(found.description).data.model_copy(
+        update={"root": root, "decode": "cpu"}
+    )
+    placement = Placement(torch.device("cpu"), False, runtime.data_threads(data, {}))
+    split = shards.open_split(root, "train")
+    used = precise_bn.measure(network, split, data, placement, arguments.precise_bn_images)
+    say(f"BatchNorm's statistics: measured on {used:,} training images of {root}")
+    described = found.description.model_copy(update={"top1": None, "top5": None})
+    return found._replace(description=described), used
 
 
 def write(arguments: argparse.Namespace, found: Any, network: Any, made: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exporting.forms import program_of, quiet
-from fasttrain import batch, config, display, loaders, matching, metrics, runtime, shards
+from fasttrain import batch, display, loaders, matching, metrics, runtime, shards, trained
 from fasttrain.description import Description
 from fasttrain.faults import ConfigError
 from fasttrain.matching import Known
@@ -33,13 +33,8 @@ class Images:
         """
         shards.check_unchanged(root)
         self.described = described
-        how = described.preprocessing
-        self.data = config.Data(
-            root=root,
-            eval_resize_px=how.resize_px,
-            eval_crop_px=how.crop_px,
-            interpolation=how.interpolation,
-            decode="cpu",
+        self.data = trained.recipe_of(described).data.model_copy(
+            update={"root": root, "decode": "cpu"}
         )
         self.train, self.val = (shards.open_split(root, name) for name in shards.SPLITS)
         known = Known(described.num_classes, described.classes)

@@ -1,0 +1,53 @@
+"""Precise BN: measures BatchNorm's statistics anew, on training images, with the final weights.
+
+In training they are moving averages over the last batches, while the weights still changed. See
+"Rethinking 'Batch' in BatchNorm" (arXiv:2105.07576), section 3.
+"""
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from fasttrain import config, display, loaders, shards
+from fasttrain.batch import Placement
+
+BATCH = 128  # images whose statistics are averaged
+
+
+def measure(
+    network: nn.Module, split: shards.Split, data: config.Data, placement: Placement, number: int
+) -> int:
+    """Replaces the statistics of each BatchNorm by their means over batches of training images.
+
+    The images have the size and the centre crop of the evaluation.
+
+    Args:
+        network: on the placement's device, without dropout. Its weights stay as they are.
+        split: the training images.
+        data: the size of the evaluation's images, and how they are decoded.
+        number: how many images to use, rounded up to whole batches; at most the whole split.
+    Returns:
+        The number of images that were used.
+    """
+    number = min(number, split.num_samples)
+    batch = min(BATCH, number)
+    every = max(1, split.num_samples // batch // math.ceil(number / batch))
+    used = 0
+
+    def images() -> Iterator[Tensor]:
+        nonlocal used
+        loader = loaders.eval_loader(split, data, batch, 0, every, placement)
+        with display.progress(number, "measuring BatchNorm's statistics") as advance:
+            for made in loader:
+                if len(made.images) < batch:  # its mean would count as much as that of a whole one
+                    continue
+                yield made.images
+                used += batch
+                advance(batch, 0)
+                if used >= number:
+                    return
+
+    update_bn(images(), network)
+    return used
