@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import report
 from conftest import REPO, Refused
-from reporting import charts, evaluations, figures, page, runs, summary
+from reporting import charts, evaluations, figures, page, runs, seeds, summary
 from reporting.runs import Spent
 
 from fasttrain import config, files, matching, shards
@@ -232,6 +232,8 @@ def test_time_counts_from_each_start_to_its_last_line(tmp_path: Path) -> None:
     assert run.clock.spent(T0 + 1060) == Spent(170, 220 + 240)
     assert run.spent == Spent(180, 220 + 280)
     assert run.restarts == [1.0]
+    reached = summary.Fact("Reached it", "after 1 epoch", "1:50 of wall time")
+    assert summary._reached(run, run.metrics.evals[0].top1) == reached
     assert untimed.clock is None and untimed.spent is None and untimed.restarts == []
     assert [axis.runs for axis in charts.axes_for([run, untimed])] == [[0, 1], [0], [0]]
 
@@ -381,6 +383,33 @@ def with_classes(folder: Path, names: tuple[str, ...]) -> Path:
     return folder
 
 
+def test_runs_that_differ_in_the_seed_alone_have_a_mean_and_a_spread(
+    tmp_path: Path, undrawn: list[Any]
+) -> None:
+    def run(name: str, top1: float, seed: int, last: int = 11, **sections: Any) -> Path:
+        lines = [eval_line(3, 10.0), eval_line(last, top1, ema_top1=top1 + 1)]
+        sections["train"] = {"seed": seed} | sections.get("train", {})
+        return write_run(tmp_path / name, lines, **sections)
+
+    folders = [
+        run("plain-0", 60.0, 0), run("plain-1", 63.0, 1), run("plain-2", 61.5, 2),
+        run("smooth-0", 64.0, 0, train={"label_smoothing": 0.1}),
+        run("smooth-1", 65.0, 1, train={"label_smoothing": 0.1, "cpu_threads": 1}),
+        run("shorter", 50.0, 3, last=7), run("alone", 70.0, 0, optim={"lr": 0.3}),
+        write_run(tmp_path / "not evaluated", [train_line(1)], train={"seed": 4}),
+    ]  # fmt: skip
+    found = seeds.groups(runs.read(folders))
+    assert [[run.name for run in group.runs] for group in found] == [
+        ["plain-0", "plain-1", "plain-2"], ["smooth-0", "smooth-1"]
+    ]  # fmt: skip
+    assert found[0].top1 == seeds.Spread(61.5, 1.5, 60.0, 63.0) and found[0].epochs == 3
+    assert found[1].ema_top1 and found[1].ema_top1.mean == 65.5
+    said = page_of(*folders)[1]
+    row = "plain-0, plain-1, plain-2 3 3 61.50 ± 1.50 % 60.00, 63.00 62.50 ± 1.50 %"
+    assert "Several seeds" in said and row in said
+    assert "Several seeds" not in page_of(*folders[-3:])[1]
+
+
 def test_published_figures_are_shown_for_imagenet_alone(tmp_path: Path) -> None:
     imagenet = matching.imagenet()
     lines = [eval_line(3, 70.0)]
@@ -394,6 +423,8 @@ def test_published_figures_are_shown_for_imagenet_alone(tmp_path: Path) -> None:
     assert [summary.published(run) for run in found] == [
         (74.28, 91.928), (67.214, 87.304), None, None,
     ]  # fmt: skip
+    assert summary.Fact("Reached it", "not yet") in summary.facts(found[0])
+    assert summary.Fact("Reached it", "after 1 epoch") in summary.facts(found[1])
     both = charts.progress(found, charts.axes_for(found)[0])[1].chart.levels
     assert both == {
         74.28: "published for MobileNetV3-Large 1: 74.28 %",

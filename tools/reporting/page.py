@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reporting import charts, evaluations, figures, runs, summary
+from reporting import charts, evaluations, figures, runs, seeds, summary
 from reporting.evaluations import ClassResult, Evaluation, Prediction
 from reporting.figures import Picture
 from reporting.photos import Photos, data_url
@@ -136,6 +136,7 @@ def make(found: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         speed=[album.add(*figure) for figure in charts.speed(found)],
         restarted=any(run.restarts for run in found),
         differing=runs.differing(found),
+        groups=seeds.groups(found),
         terms=TERMS,
     )
     return page, album.png

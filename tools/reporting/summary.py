@@ -88,7 +88,18 @@ def _accuracy(run: Run) -> list[Fact]:
         found.append(
             Fact("Published", f"{figures[0]:.2f} %", f"top-1; top-5 {figures[1]:.2f} %, 150 epochs")
         )
+        found.append(_reached(run, figures[0]))
     return found
+
+
+def _reached(run: Run, top1: float) -> Fact:
+    """When the run, or its EMA, first had this top-1 in percent."""
+    for line in run.metrics.evals:
+        if max(line.top1, line.ema_top1 or 0.0) >= top1:
+            time = run.clock.spent(line.time).wall_s if run.clock and line.time else None
+            remark = "" if time is None else f"{duration(time)} of wall time"
+            return Fact("Reached it", _after(run, line), remark)
+    return Fact("Reached it", "not yet" if run.state != "done" else "no")
 
 
 def _after(run: Run, line: EvalLine) -> str:
