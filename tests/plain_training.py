@@ -3,7 +3,7 @@
 It is what a short script of PyTorch looks like: torchvision's ImageFolder and transforms, a
 DataLoader, SGD and one loop. Of fasttrain, it uses the recipe and the network alone.
 
-    python tests/plain_training.py FOLDER recipes/imagenette.toml --set train.epochs=5
+    python tests/plain_training.py FOLDER recipes/demo.toml
 
 FOLDER holds train/<class>/ and val/<class>/. The script prints one JSON line after each epoch:
 `epoch` from 0, `top1` and `top5` in percent, `loss` of the validation images, and `seconds` since
@@ -41,6 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def unknown_settings(recipe: config.Recipe) -> list[str]:
     """The settings of a recipe that are not the defaults, and that this script does not have."""
     found = ["train.precision"] if recipe.train.precision != "no" else []
+    found += [] if isinstance(recipe.data.crop_px, int) else ["data.crop_px"]  # a schedule
     for section, keys in KNOWN.items():
         ours, default = getattr(recipe, section), getattr(config.Recipe(), section)
         for key in type(ours).model_fields:
@@ -51,7 +52,7 @@ def unknown_settings(recipe: config.Recipe) -> list[str]:
 
 def transforms(data: config.Data) -> tuple[v2.Compose, v2.Compose]:
     """What is done to an image for training and for validation."""
-    assert isinstance(data.crop_px, int), "this script has one size of images"
+    assert isinstance(data.crop_px, int)
     ending = [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),

@@ -18,7 +18,7 @@ TRAIN = REPO / "fasttrain/train.py"
 
 @pytest.mark.parametrize("name", ["imagenette", "demo"])
 def test_the_plain_script_has_the_recipes_settings_and_learning_rates(name: str) -> None:
-    recipe = config.load(REPO / f"recipes/{name}.toml")
+    recipe = config.load(REPO / f"recipes/{name}.toml", ["data.crop_px=96"])
     assert plain_training.unknown_settings(recipe) == []
     plan = make_plan(recipe.train, recipe.optim, 1_437, 1)
     steps = range(plan.total_steps)
@@ -27,11 +27,14 @@ def test_the_plain_script_has_the_recipes_settings_and_learning_rates(name: str)
 
 
 def test_settings_that_the_plain_script_does_not_have_are_named() -> None:
-    changes = ["data.erase=0.5", "distill.views=3", "train.mixup_alpha=0.2", "optim.ema_decay=0.9"]
-    recipe = config.load(REPO / "recipes/large.toml", changes)
-    assert plain_training.unknown_settings(recipe) == [
-        "train.precision", "data.erase", "optim.ema_decay", "train.mixup_alpha", "distill.views"
-    ]  # fmt: skip
+    changes = ["data.erase=0.5", "train.mixup_alpha=0.2", "optim.ema_decay=0.9"]
+    changes += ["data.crop_px=[[0, 96], [2, 128]]", "distill.views=3"]
+    recipe = config.load(REPO / "recipes/demo.toml", [*changes[:4], "train.precision='bf16'"])
+    assert set(plain_training.unknown_settings(recipe)) == {
+        "train.precision", "data.crop_px", "data.erase", "optim.ema_decay", "train.mixup_alpha"
+    }  # fmt: skip
+    recipe = config.load(REPO / "recipes/demo.toml", changes[4:])
+    assert plain_training.unknown_settings(recipe) == ["distill.views"]
 
 
 @pytest.mark.slow  # seven trainings, of a minute each
