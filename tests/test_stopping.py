@@ -121,10 +121,12 @@ def test_a_terminal_that_closes_lets_the_run_save() -> None:
             os.close(ours)
             os.dup2(theirs, 1)
             os.dup2(theirs, 2)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
             stop = StopRequest(1, None)
             stop.unsaved = True
             os.kill(os.getpid(), signal.SIGHUP)
-            while not stop.received:
+            ends = time.monotonic() + 60
+            while not stop.received and time.monotonic() < ends:
                 time.sleep(0.01)
             os.write(1, b"goes nowhere")
             os.write(write, str(stop.agreed(unsaved=True)).encode())
