@@ -6,6 +6,7 @@ In training they are moving averages over the last batches, while the weights st
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -17,7 +18,12 @@ BATCH = 128  # images whose statistics are averaged
 
 
 def measure(
-    network: nn.Module, split: shards.Split, data: config.Data, placement: Placement, number: int
+    network: nn.Module,
+    split: shards.Split,
+    data: config.Data,
+    placement: Placement,
+    number: int,
+    show: bool = True,
 ) -> int:
     """Replaces the statistics of each BatchNorm by their means over batches of training images.
 
@@ -28,6 +34,7 @@ def measure(
         split: the training images.
         data: the size of the evaluation's images, and how they are decoded.
         number: how many images to use, rounded up to whole batches; at most the whole split.
+        show: show the progress on standard error.
     Returns:
         The number of images that were used.
     """
@@ -39,7 +46,8 @@ def measure(
     def images() -> Iterator[Tensor]:
         nonlocal used
         loader = loaders.eval_loader(split, data, batch, 0, every, placement)
-        with display.progress(number, "measuring BatchNorm's statistics") as advance:
+        shown = display.progress(number, "measuring BatchNorm's statistics")
+        with shown if show else nullcontext(lambda *_: None) as advance:
             for made in loader:
                 if len(made.images) < batch:  # its mean would count as much as that of a whole one
                     continue

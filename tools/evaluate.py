@@ -467,11 +467,12 @@ def measure_statistics(
     process = session.process
     placement = Placement(process.device, session.half, process.data_threads, decoder)
     model = network.subjects[0].model.to(process.device)
+    is_main = session.accelerator.is_main_process
     with session.accelerator.autocast():
-        used = precise_bn.measure(model, training, session.data, placement, number)
+        used = precise_bn.measure(model, training, session.data, placement, number, is_main)
     for subject in network.subjects[1:]:  # they differ in the last layer alone
         subject.model.to(process.device).load_state_dict(dict(model.named_buffers()), strict=False)
-    if session.accelerator.is_main_process:
+    if is_main:
         say(f"BatchNorm's statistics: measured on {used:,} training images of {training.root}")
     return used
 
