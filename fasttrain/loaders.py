@@ -9,11 +9,13 @@ One thread per loader makes the batches and fills a queue. The training thread o
 from the queue.
 """
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -166,6 +168,18 @@ def eval_loader(
     All ranks together have each image once.
     """
     return Loader(EvaluationOrder(split, data, batch_size, rank, world_size), placement)
+
+
+def spread_batches(
+    split: Split, data: config.Data, batch_size: int, number: int, placement: Placement
+) -> Iterator[Batch]:
+    """Batches of about `number` images of a whole split, with the pixels of an evaluation.
+
+    They are every n-th batch of the split. The last one may be smaller.
+    """
+    wanted = math.ceil(number / batch_size)
+    every = max(1, math.ceil(split.num_samples / batch_size) // wanted)
+    return islice(eval_loader(split, data, batch_size, 0, every, placement), wanted)
 
 
 def measure(

@@ -4,7 +4,6 @@ In training they are moving averages over the last batches, while the weights st
 "Rethinking 'Batch' in BatchNorm" (arXiv:2105.07576), section 3.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -40,22 +39,18 @@ def measure(
     """
     number = min(number, split.num_samples)
     batch = min(BATCH, number)
-    every = max(1, split.num_samples // batch // math.ceil(number / batch))
     used = 0
 
     def images() -> Iterator[Tensor]:
         nonlocal used
-        loader = loaders.eval_loader(split, data, batch, 0, every, placement)
         shown = display.progress(number, "measuring BatchNorm's statistics")
         with shown if show else nullcontext(lambda *_: None) as advance:
-            for made in loader:
+            for made in loaders.spread_batches(split, data, batch, number, placement):
                 if len(made.images) < batch:  # its mean would count as much as that of a whole one
                     continue
                 yield made.images
                 used += batch
                 advance(batch, 0)
-                if used >= number:
-                    return
 
     update_bn(images(), network)
     return used

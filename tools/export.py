@@ -174,16 +174,12 @@ def with_precise_bn(
         The description without the accuracy, which the run measured with other statistics; and the
         number of images that were used.
     """
-    import torch
+    from exporting import int8
 
-    from fasttrain import precise_bn, runtime, trained
-    from fasttrain.batch import Placement
+    from fasttrain import precise_bn
 
     root = arguments.precise_bn
-    data = trained.recipe_of(found.description).data.model_copy(
-        update={"root": root, "decode": "cpu"}
-    )
-    placement = Placement(torch.device("cpu"), False, runtime.data_threads(data, {}))
+    data, placement = int8.on_cpu(root, found.description)
     split = shards.open_split(root, "train")
     used = precise_bn.measure(network, split, data, placement, arguments.precise_bn_images)
     say(f"BatchNorm's statistics: measured on {used:,} training images of {root}")

@@ -4,7 +4,6 @@ torchao's PT2E quantisation: weights per channel, activations per tensor with ra
 calibration images give.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from exporting.forms import program_of, quiet
-from fasttrain import batch, display, loaders, matching, metrics, runtime, shards, trained
+from fasttrain import batch, config, display, loaders, matching, metrics, runtime, shards, trained
 from fasttrain.description import Description
 from fasttrain.faults import ConfigError
 from fasttrain.matching import Known
@@ -21,6 +20,12 @@ from fasttrain.matching import Known
 BATCH = 16  # images in a batch of calibration or evaluation
 
 Logits = Callable[[Tensor], Tensor]
+
+
+def on_cpu(root: Path, described: Description) -> tuple[config.Data, batch.Placement]:
+    """How a data set's images are read and placed for a network on the CPU."""
+    data = trained.recipe_of(described).data.model_copy(update={"root": root, "decode": "cpu"})
+    return data, batch.Placement(torch.device("cpu"), False, runtime.data_threads(data, {}))
 
 
 class Images:
@@ -33,35 +38,21 @@ class Images:
         """
         shards.check_unchanged(root)
         self.described = described
-        self.data = trained.recipe_of(described).data.model_copy(
-            update={"root": root, "decode": "cpu"}
-        )
+        self.data, self.place = on_cpu(root, described)
         self.train, self.val = (shards.open_split(root, name) for name in shards.SPLITS)
         known = Known(described.num_classes, described.classes)
         self.rows = matching.to_evaluate(known, self.val.classes).rows
 
-    def loader(self, split: shards.Split, every: int = 1) -> loaders.Loader:
-        """Batches of a split: each batch, or every n-th."""
-        threads = runtime.data_threads(self.data, {})
-        where = batch.Placement(torch.device("cpu"), False, threads)
-        return loaders.eval_loader(split, self.data, BATCH, 0, every, where)
-
     def for_calibration(self, number: int) -> list[Tensor]:
         """Batches of at least `number` training images, from the whole split."""
-        wanted = math.ceil(number / BATCH)
-        every = max(1, math.ceil(self.train.num_samples / BATCH) // wanted)
-        found: list[Tensor] = []
-        for made in self.loader(self.train, every):
-            found.append(made.images.contiguous().clone())
-            if len(found) == wanted:
-                break
-        return found
+        batches = loaders.spread_batches(self.train, self.data, BATCH, number, self.place)
+        return [made.images.contiguous().clone() for made in batches]
 
     def accuracies(self, networks: Sequence[Logits]) -> list[dict[str, Any]]:
         """`top1`, `top5`, `loss` and `seen` of each network on the validation images."""
         sums = [metrics.EvalSums(torch.device("cpu")) for _ in networks]
         with display.progress(self.val.num_samples, "evaluating") as advance, torch.no_grad():
-            for made in self.loader(self.val):
+            for made in loaders.eval_loader(self.val, self.data, BATCH, 0, 1, self.place):
                 images = made.images.contiguous()
                 for logits, total in zip(networks, sums, strict=True):
                     total.add(logits(images)[:, self.rows], made.labels)
