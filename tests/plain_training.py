@@ -5,7 +5,7 @@ DataLoader, SGD and one loop. Of fasttrain, it uses the recipe and the network a
 
     python tests/plain_training.py FOLDER recipes/demo.toml
 
-FOLDER holds train/<class>/ and val/<class>/. The script prints one JSON line after each epoch:
+FOLDER holds train/<class>/ and val/<class>/. The script prints one JSON line for each evaluation:
 `epoch` from 0, `top1` and `top5` in percent, `loss` of the validation images, and `seconds` since
 the start.
 """
@@ -32,7 +32,7 @@ KNOWN = {
     "data": "root crop_px crop_area crop_ratio flip eval_resize_px eval_crop_px threads",
     "model": "arch width dropout",
     "optim": "lr warmup_lr warmup_epochs final_lr momentum nesterov weight_decay",
-    "train": "epochs global_batch_size label_smoothing seed cpu_threads precision",
+    "train": "epochs eval_every_epochs global_batch_size label_smoothing seed cpu_threads precision",
     "distill": "",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,7 +90,7 @@ def evaluate(model: nn.Module, batches: DataLoader[tuple[Tensor, Tensor]]) -> di
 
 
 def train(folder: Path, recipe: config.Recipe, workers: int) -> None:
-    """Trains as the recipe says, and prints a line after each epoch."""
+    """Trains as the recipe says, and prints a line after each evaluation."""
     start = time.perf_counter()
     torch.manual_seed(recipe.train.seed)
     if recipe.train.cpu_threads:
@@ -129,6 +129,9 @@ def train(folder: Path, recipe: config.Recipe, workers: int) -> None:
             loss.backward()
             optimizer.step()
             step += 1
+        done = epoch + 1
+        if done % recipe.train.eval_every_epochs and done < recipe.train.epochs:
+            continue
         result = evaluate(model, val_loader)
         seconds = round(time.perf_counter() - start, 1)
         print(json.dumps({"epoch": epoch, **result, "seconds": seconds}), flush=True)
