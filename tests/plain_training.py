@@ -32,7 +32,8 @@ KNOWN = {
     "data": "root crop_px crop_area crop_ratio flip eval_resize_px eval_crop_px threads",
     "model": "arch width dropout",
     "optim": "lr warmup_lr warmup_epochs final_lr momentum nesterov weight_decay",
-    "train": "epochs eval_every_epochs global_batch_size label_smoothing seed cpu_threads precision",
+    "train": "epochs eval_every_epochs global_batch_size label_smoothing precision seed "
+    "cpu_threads",
     "distill": "",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
