@@ -50,7 +50,7 @@ class Saved(BaseModel):
     cpu_threads: int
     # By the device's name:
     execution: dict[str, config.RunMode] = {}  # mode of execution
-    layers: dict[str, list[tuple[bool, bool, bool, bool]]] = {}  # fused_block.Own of each block
+    layers: dict[str, list[tuple[int, ...]]] = {}  # fused_block.Own of each block
 
 
 def save(

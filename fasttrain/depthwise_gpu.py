@@ -52,23 +52,42 @@ class Tile(NamedTuple):
     unroll: int = 1  # backward: steps of the loop over rows that are written out
 
 
-# By kernel size and stride: the fastest of 3 to 5 tiles for the layers of Large at batch 1024 on an
-# H200. There the kernels reach 40 to 80 % of the speed of a copy: see recipes/RECORDS.md.
+# By kernel size and stride. The first tile was the fastest of 3 to 5 for the layers of Large at
+# batch 1024 on an H200. There the kernels reach 40 to 80 % of the speed of a copy: see
+# recipes/RECORDS.md. The second tile is for other GPUs: `layer_trials` measures both. Its strips
+# are narrower, so a thread needs fewer registers and more programs run at a time. Where those of
+# the first tile are narrow, they are wider.
 #
 # Unrolling makes the 5 x 5 kernel with stride 1 up to 15 % faster, and compiles for 20 to 30 s
 # instead of 10. Strips of 4 columns would compile for a minute: Triton's pass for coalesced
 # accesses takes nearly all of that, and grows with the square of the loop.
-FORWARD_TILES = {(3, 1): Tile(8, 12), (3, 2): Tile(2, 12), (5, 1): Tile(7, 8), (5, 2): Tile(4, 12)}
-BACKWARD_TILES = {(3, 1): Tile(4, 3), (3, 2): Tile(2, 3), (5, 1): Tile(2, 2, 5), (5, 2): Tile(2, 2)}
+FORWARD_TILES = {
+    (3, 1): (Tile(8, 12), Tile(4, 12)),
+    (3, 2): (Tile(2, 12), Tile(4, 12)),
+    (5, 1): (Tile(7, 8), Tile(4, 12)),
+    (5, 2): (Tile(4, 12), Tile(2, 12)),
+}
+BACKWARD_TILES = {
+    (3, 1): (Tile(4, 3), Tile(2, 4)),
+    (3, 2): (Tile(2, 3), Tile(1, 4)),
+    (5, 1): (Tile(2, 2, 5), Tile(1, 2, 5)),
+    (5, 2): (Tile(2, 2), Tile(1, 2)),
+}
 
 
 def depthwise(
-    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+    per_image: bool,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution of act(x * scale + shift), zero-padded by half the kernel.
 
     The sums are those of the output before it is rounded to its dtype. They are added up in an
-    order that depends only on the shapes and on the kind of GPU.
+    order that depends only on the shapes, on the tile and on the kind of GPU.
 
     Args:
         x: images `(B, C, H, W)`, channels-last, on a GPU: bfloat16, float16 or float32. C is a
@@ -79,6 +98,7 @@ def depthwise(
         stride: 1 or 2.
         act: 0 none, 1 ReLU, 2 hard-swish. Only with a table.
         per_image: one sum for each image.
+        tile: 1 or 2.
     Returns:
         y `(B, C, ceil(H / stride), ceil(W / stride))`, like x; the sums of y over positions,
         float32 `(B, C)` if `per_image`, else over images too, `(1, C)`; the sums of y * y, float32
@@ -90,8 +110,8 @@ def depthwise(
     batch, channels, height, width = x.shape
     side = weight.shape[2]
     y = images_like(x, channels, -(-height // stride), -(-width // stride))
-    tile = FORWARD_TILES[side, stride]
-    cut = _cut(y, tile)
+    cutting = FORWARD_TILES[side, stride][tile - 1]
+    cut = _cut(y, cutting)
     totals = 1 if per_image else 2
     partial = x.new_empty(totals, cut.groups * cut.strips, channels, dtype=torch.float32)
     of_images = None
@@ -101,7 +121,7 @@ def depthwise(
         _forward[cut.blocks, cut.groups](
             x, table, weight, y, partial, of_images, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act,
-            S=tile.columns, BLOCK=BLOCK, num_warps=WARPS,
+            S=cutting.columns, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     squares, sums = fold(partial, 1)
     if of_images is not None:
@@ -118,6 +138,7 @@ def depthwise_backward(
     weight: Tensor,
     stride: int,
     act: int,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both gradients of `depthwise`, from the same loads.
 
@@ -128,6 +149,7 @@ def depthwise_backward(
         grad, y: like the output of `depthwise`.
         affine: float32 `(N, 3, C)`, rows alpha, beta, kappa. N is 1 or B.
         x, table, weight, stride, act: as given to `depthwise`.
+        tile: 1 or 2.
     Returns:
         The gradient of x * scale + shift, like x (of x itself without a table); the gradient of
         the weight, float32 `(C, 1, K, K)`; the sums of the first over images and positions, float32
@@ -141,8 +163,8 @@ def depthwise_backward(
     side = weight.shape[2]
     taps = side * side
     dx = images_like(x, channels, height, width)
-    tile = backward_tile(side, stride, channels)
-    cut = _cut(y, tile)
+    cutting = backward_tiles(side, stride, channels)[tile - 1]
+    cut = _cut(y, cutting)
     partial = x.new_empty(taps, cut.groups * cut.strips, channels, dtype=torch.float32)
     of_x = None
     if table is not None:
@@ -151,7 +173,7 @@ def depthwise_backward(
         _backward[cut.blocks, cut.groups](
             grad, y, affine, x, table, weight, dx, partial, of_x, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
-            S=tile.columns, UNROLL=tile.unroll, BLOCK=BLOCK, num_warps=WARPS,
+            S=cutting.columns, UNROLL=cutting.unroll, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     dweight, _ = fold(partial, taps, transposed=True)
     dweight = dweight.view(weight.shape)
@@ -172,11 +194,12 @@ def _check(images: list[Tensor], tables: list[Tensor | None], weight: Tensor, st
     check_tensors(images, tables)
 
 
-def backward_tile(side: int, stride: int, channels: int) -> Tile:
-    """The tile of `depthwise_backward` for a kernel of this side."""
-    tile = BACKWARD_TILES[side, stride]
-    # Layers with many channels have small images: narrow strips fit into 14 columns.
-    return tile._replace(columns=2) if channels >= 256 and (side, stride) == (3, 1) else tile
+def backward_tiles(side: int, stride: int, channels: int) -> tuple[Tile, Tile]:
+    """Both tiles of `depthwise_backward` for a kernel of this side."""
+    if channels >= 256 and (side, stride) == (3, 1):
+        # Layers with many channels have small images: narrow strips fit into 14 columns.
+        return Tile(2, 3), Tile(4, 3)
+    return BACKWARD_TILES[side, stride]
 
 
 class _Cut(NamedTuple):

@@ -35,12 +35,14 @@ Grad = Tensor | None
 
 
 class Own(NamedTuple):
-    """Which passes through a block's 1 x 1 layers run a kernel of ours."""
+    """What runs each pass through a block: 0 PyTorch's code, 1 or 2 our kernel with that tile."""
 
-    expand: bool
-    expand_backward: bool
-    project: bool
-    project_backward: bool
+    expand: int
+    expand_backward: int
+    project: int
+    project_backward: int
+    depthwise: int = 1
+    depthwise_backward: int = 1
 
 
 class Spec(NamedTuple):
@@ -53,7 +55,8 @@ class Spec(NamedTuple):
     shortcut: bool
     depthwise_kernel: bool = True  # one operator, not code that the compiler may fuse
     pointwise_kernel: bool = False  # the same, for expand and project
-    own: Own | None = None  # in which passes; None: by the rule of `operators.pointwise_pays`
+    # None: the first tile, for 1 x 1 layers by the rule of `operators.pointwise_pays`
+    own: Own | None = None
 
 
 class Layers(NamedTuple):
@@ -229,18 +232,17 @@ class _Block(Function):
 def _forward(
     ctx: Any, spec: Spec, eps: list[float], z: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    depthwise = operators.depthwise if spec.depthwise_kernel else operators.plain_depthwise
     z = z.contiguous(memory_format=torch.channels_last)
     by = _by_layer(spec, weights)
     moments: list[_Moments] = []
-    ye, table_e, act_e = z, None, operators.NO_ACT
+    ye, table_e = z, None
     if spec.expands:
         w, *affine = by.expand
         ye, sums, squares = pointwise(spec, z, None, w)
         moments.append(_moments(sums, squares, ye[:, 0].numel(), (affine[0], affine[1]), eps[0]))
-        table_e, act_e = moments[0].table, spec.act
+        table_e = moments[0].table
     w, *affine = by.depthwise
-    yd, image_sums, squares = depthwise(ye, table_e, w, spec.stride, act_e, len(by.fc) > 0)
+    yd, image_sums, squares = depthwise(spec, ye, table_e, w, len(by.fc) > 0)
     count = yd[:, 0].numel()
     moments.append(_moments(image_sums, squares, count, (affine[0], affine[1]), eps[-2]))
     table_d = moments[-1].table
@@ -268,13 +270,47 @@ def _forward(
     return out, *statistics
 
 
+def depthwise(
+    spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The depthwise convolution: see `operators.plain_depthwise`."""
+    act = operators.NO_ACT if table is None else spec.act
+    if tile := _depthwise_tile(spec, backward=False):
+        return operators.depthwise(x, table, weight, spec.stride, act, per_image, tile)
+    return operators.plain_depthwise(x, table, weight, spec.stride, act, per_image)
+
+
+def depthwise_backward(
+    spec: Spec,
+    of_y: tuple[Tensor, Tensor, Tensor],
+    given: tuple[Tensor, Tensor | None, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `depthwise`.
+
+    Args:
+        of_y: grad, y and affine of `operators.plain_depthwise_backward`.
+        given: x, table and weight that `depthwise` was given.
+    """
+    act = operators.NO_ACT if given[1] is None else spec.act
+    if tile := _depthwise_tile(spec, backward=True):
+        return operators.depthwise_backward(*of_y, *given, spec.stride, act, tile)
+    return operators.plain_depthwise_backward(*of_y, *given, spec.stride, act)
+
+
+def _depthwise_tile(spec: Spec, backward: bool) -> int:
+    """The tile of the kernel; 0 for PyTorch's code."""
+    if spec.own is None or not spec.depthwise_kernel:
+        return int(spec.depthwise_kernel)
+    return spec.own.depthwise_backward if backward else spec.own.depthwise
+
+
 def pointwise(
     spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project, or expand where `table` is None: see `operators.plain_pointwise`."""
     act = operators.NO_ACT if table is None else spec.act
-    if _uses_kernel(spec, x, table, weight, backward=False):
-        return operators.pointwise(x, table, weight, act)
+    if tile := _pointwise_tile(spec, x, table, weight, backward=False):
+        return operators.pointwise(x, table, weight, act, tile)
     return operators.plain_pointwise(x, table, weight, act)
 
 
@@ -288,23 +324,26 @@ def pointwise_backward(
 
     Args:
         of_y: grad, y and affine of `operators.plain_pointwise_backward`.
-        given: what `pointwise` was given.
+        given: x, table and weight that `pointwise` was given.
     """
     x, table, weight = given
     act = operators.NO_ACT if table is None else spec.act
-    if not _uses_kernel(spec, x, table, weight, backward=True):
+    tile = _pointwise_tile(spec, x, table, weight, backward=True)
+    if not tile:
         return operators.plain_pointwise_backward(*of_y, x, table, weight, act, skip)
     if operators.wants_output_gradient(table, weight):
         dy = operators.raw_grad(*of_y)
-        return operators.pointwise_backward(dy, None, None, x, table, weight, act, skip)
-    return operators.pointwise_backward(*of_y, x, table, weight, act, skip)
+        return operators.pointwise_backward(dy, None, None, x, table, weight, act, skip, tile)
+    return operators.pointwise_backward(*of_y, x, table, weight, act, skip, tile)
 
 
-def _uses_kernel(
+def _pointwise_tile(
     spec: Spec, x: Tensor, table: Tensor | None, weight: Tensor, backward: bool
-) -> bool:
+) -> int:
+    """The tile of the kernel; 0 for PyTorch's code."""
     if spec.own is None or not spec.pointwise_kernel:
-        return spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward)
+        pays = spec.pointwise_kernel and operators.pointwise_pays(x, table, weight, backward)
+        return int(pays)
     if table is None:
         return spec.own.expand_backward if backward else spec.own.expand
     return spec.own.project_backward if backward else spec.own.project
@@ -328,11 +367,6 @@ def _gated(table: Tensor, gate: Tensor) -> Tensor:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
     spec: Spec = ctx.spec
-    depthwise = (
-        operators.depthwise_backward
-        if spec.depthwise_kernel
-        else operators.plain_depthwise_backward
-    )
     z, ye, yd, yp, table_e, table_d, table_p, image_sums, gating, weights = _unpack(ctx)
     by = _by_layer(spec, weights)
     grad = grad.contiguous(memory_format=torch.channels_last)
@@ -361,8 +395,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Grad, ...]:
         q, sums, dots, affine = backward(parts, yd, table_d, image_sums)
     grads = [dots, sums, *grads]
     # The depthwise convolution, then expand.
-    act = spec.act if spec.expands else operators.NO_ACT
-    dz, dw, sums, dots = depthwise(q, yd, affine, ye, table_e, by.depthwise[0], spec.stride, act)
+    of_depthwise = (ye, table_e, by.depthwise[0])
+    dz, dw, sums, dots = depthwise_backward(spec, (q, yd, affine), of_depthwise)
     grads = [dw, *grads]
     if table_e is not None:
         sums, dots = sums[0], dots[0]

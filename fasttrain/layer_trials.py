@@ -1,48 +1,54 @@
-"""Which 1 x 1 layers run a kernel of ours: each is timed on this GPU, forward and backward.
+"""Which layers of the blocks run a kernel of ours, and with which of its two tiles.
 
-The other contestant is PyTorch's code of the layer, compiled as the run compiles it: cuBLAS makes
-the product, Inductor's kernels make the rest.
+Each layer is timed on this GPU, forward and backward. The other contestant is PyTorch's code of the
+layer, compiled as the run compiles it: cuDNN or cuBLAS convolves, Inductor's kernels do the rest.
 """
 
+import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fasttrain import compiling, fused_block, kernel_build
+from fasttrain import compiling, fused_block, kernel_build, operators
 from fasttrain.fused_block import Own, Spec
 from fasttrain.model import InvertedResidual
 
 GAIN = 1.05  # speed over PyTorch's code at which a kernel is used: less may be noise
 LAUNCHES = 9  # that are timed of each contestant
 CACHE_BYTES = 2**28  # more than a GPU's cache holds
+TILES = (1, 2)  # of each kernel
 
-Images = tuple[int, int, int, int]  # a shape
+Shape = tuple[int, int, int, int]
 
 
 class Pass(NamedTuple):
     """One direction of a layer."""
 
     spec: Spec  # of its block
-    x: Images  # the layer's input
-    filters: int
-    project: bool  # else expand
-    gated: bool  # each image has its own row of the table
+    layer: Literal["expand", "depthwise", "project"]
+    x: Shape  # the layer's input
+    weight: Shape
+    gated: bool  # squeeze-excite changes the layer's sums or table
     backward: bool
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What decides the duration."""
-        depends = self.spec.act if self.project else self.spec.shortcut
-        return depends, *self[1:]
+        depends = {
+            "expand": (self.spec.shortcut,),
+            "depthwise": self.spec[:4],
+            "project": (self.spec.act,),
+        }
+        return depends[self.layer], *self[1:]
 
 
-def apply(network: nn.Module, chosen: Sequence[Sequence[bool]] | None) -> None:
-    """Sets the passes that use our kernels, an entry for each block; None: a fixed rule decides."""
+def apply(network: nn.Module, chosen: Sequence[Sequence[int]] | None) -> None:
+    """Sets what runs each pass, an `Own` for each block; None: a fixed rule decides."""
     for number, block in enumerate(_blocks(network)):
         block.spec = block.spec._replace(own=Own(*chosen[number]) if chosen else None)
 
@@ -53,17 +59,19 @@ def chosen_in(network: nn.Module) -> list[Own] | None:
     return [own for own in found if own] or None
 
 
-def with_kernels(network: nn.Module) -> list[Own]:
-    """The passes for which there is a kernel."""
+def with_kernels(network: nn.Module, tile: int) -> list[Own]:
+    """For each block, the tile in passes for which there is a kernel, and 0 in the others."""
     from fasttrain import pointwise_gpu  # imports Triton
 
-    def both(weight: Tensor) -> list[bool]:
-        return [pointwise_gpu.runs(weight, backward) for backward in (False, True)]
+    def of(layers: list[nn.Conv2d], backward: bool) -> int:
+        return tile * all(pointwise_gpu.runs(layer.weight, backward) for layer in layers)
 
     found = []
     for block in _blocks(network):
-        *expand, _, project = (m.weight for m in block.modules() if isinstance(m, nn.Conv2d))
-        found.append(Own(*(both(expand[0]) if expand else [False] * 2), *both(project)))
+        *expand, _, project = (m for m in block.modules() if isinstance(m, nn.Conv2d))
+        expands = of(expand, False), of(expand, True)
+        projects = of([project], False), of([project], True)
+        found.append(Own(*(expands if expand else (0, 0)), *projects, tile, tile))
     return found
 
 
@@ -81,35 +89,36 @@ def choose(
         images: their number and side.
         dtype: of images in blocks.
         options: the compiler's options; None: the run compiles nothing.
-        say: prints a line about passes that failed. They use PyTorch's code.
+        say: prints a line about trials that failed.
     Returns:
-        For each block, the passes in which our kernel is faster.
+        For each block, the faster tile in passes where our kernel is faster than PyTorch's code,
+        and 0 in the others.
     """
     device = next(network.parameters()).device
-    known: dict[tuple[Any, ...], bool] = {}
-    faults: Counter[str] = Counter()
+    known: dict[tuple[Any, ...], int] = {}
+    faults: list[str] = []
 
-    def wins(each: Pass) -> bool:
+    def best(each: Pass) -> int:
         if each.key not in known:
-            known[each.key] = False
-            try:
-                ours, plain = _seconds(each, device, dtype, options)
-                known[each.key] = plain >= GAIN * ours
-            except Exception as error:  # such as too little shared memory on this GPU
-                first = (str(error).splitlines() or ["no message"])[0]
-                faults[f"{type(error).__name__}: {first}"] += 1
+            ours, plain = _durations(each, device, dtype, options, faults)
+            fastest = min(ours)
+            wins = plain >= GAIN * fastest < math.inf
+            known[each.key] = TILES[ours.index(fastest)] if wins else 0
             torch.compiler.reset()  # else further layers count as further sizes of this one
         return known[each.key]
 
-    chosen = [Own(False, False, False, False)] * len(_blocks(network))
+    chosen = [Own(*[0] * len(Own._fields))] * len(_blocks(network))
     for number, block, side in kernel_build.blocks_of(network, images[1]):
         passes = _passes(block, images[0], side)
         assert block.spec.own
         chosen[number] = Own(
-            *(own and wins(each) for own, each in zip(block.spec.own, passes, strict=True))
+            *(best(each) if own else 0 for own, each in zip(block.spec.own, passes, strict=True))
         )
-    for fault, number in faults.items():
-        say(f"WARNING: {number} of {len(known)} passes of 1 x 1 layers could not be timed: {fault}")
+    if faults:
+        say(
+            f"WARNING: {len(faults)} trials of {len(known)} passes through layers failed, the "
+            f"first of them with {faults[0]}"
+        )
     return chosen
 
 
@@ -123,35 +132,73 @@ def _passes(block: InvertedResidual, batch: int, side: int) -> Iterator[Pass]:
     Args:
         side: of the block's input.
     """
-    convolutions = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)]
+    *expand, depthwise, project = (m for m in block.modules() if isinstance(m, nn.Conv2d))
     after = -(-side // block.spec.stride)
     gated = any(isinstance(layer, nn.Linear) for layer in block.modules())
-    for layer, px in ((convolutions[0], side), (convolutions[-1], after)):
-        x = (batch, layer.in_channels, px, px)
-        project = layer is convolutions[-1]
+    layers: tuple[tuple[Any, nn.Conv2d, int, bool], ...] = (
+        ("expand", expand[0] if expand else depthwise, side, False),  # without expand: not used
+        ("project", project, after, gated),
+        ("depthwise", depthwise, side, gated),
+    )
+    for name, layer, px, changed in layers:
+        filters, inner, height, width = layer.weight.shape
+        x = batch, layer.in_channels, px, px
         for backward in (False, True):
-            yield Pass(block.spec, x, layer.out_channels, project, project and gated, backward)
+            yield Pass(block.spec, name, x, (filters, inner, height, width), changed, backward)
+
+
+def _durations(
+    each: Pass,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: dict[str, Any] | None,
+    faults: list[str],
+) -> tuple[list[float], float]:
+    """Seconds of a pass with each tile of our kernel, and with PyTorch's code."""
+    function, arguments = _call(each, device, dtype)
+
+    def contestant(own: int) -> Callable[[], object]:
+        spec = each.spec._replace(pointwise_kernel=True, own=Own(*[own] * len(Own._fields)))
+        call = partial(function, spec)
+        # What surrounds most kernels of ours is nothing that could be compiled.
+        if options is not None and (own == 0 or (each.layer == "project" and each.backward)):
+            call = compiling.compiled(call, options)
+        return partial(call, *arguments)
+
+    ours = list(map(contestant, TILES))
+    if each.layer == "depthwise":
+        # To compile PyTorch's code takes seconds. Its convolution alone may be slower than ours.
+        *taken, bare = _seconds([*ours, _convolution(each, arguments)], device, faults)
+        if bare >= GAIN * min(taken):
+            return taken, bare
+    *taken, plain = _seconds([*ours, contestant(0)], device, faults)
+    return taken, plain
 
 
 def _seconds(
-    each: Pass, device: torch.device, dtype: torch.dtype, options: dict[str, Any] | None
-) -> tuple[float, float]:
-    """The median durations of a pass with our kernel, and with PyTorch's code."""
-    function, arguments = _call(each, device, dtype)
-    launches = []
-    for own in (True, False):
-        spec = each.spec._replace(pointwise_kernel=True, own=Own(own, own, own, own))
-        call = partial(function, spec)
-        call = call if options is None else compiling.compiled(call, options)
-        launches.append(launch(partial(call, *arguments)))
+    calls: Sequence[Callable[[], object]], device: torch.device, faults: list[str]
+) -> list[float]:
+    """The median durations of calls that take turns.
+
+    Those of calls that fail are infinite, and their faults are added to `faults`.
+    """
+    launches: dict[int, Callable[[], object]] = {}
+    for number, call in enumerate(calls):
+        try:
+            launches[number] = launch(call)
+        except Exception as error:  # such as too little shared memory on this GPU
+            first = (str(error).splitlines() or ["no message"])[0]
+            faults.append(f"{type(error).__name__}: {first}")
     rest = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
-    taken: list[list[float]] = [[], []]
+    taken: dict[int, list[float]] = {number: [] for number in launches}
     for _ in range(LAUNCHES):
-        for one, found in zip(launches, taken, strict=True):
+        for number, launched in launches.items():
             rest.zero_()  # the caches hold none of the arguments
-            found.append(duration(one))
-    ours, plain = map(statistics.median, taken)
-    return ours, plain
+            taken[number].append(duration(launched))
+    return [
+        statistics.median(taken[number]) if number in taken else math.inf
+        for number in range(len(calls))
+    ]
 
 
 def _call(
@@ -159,22 +206,41 @@ def _call(
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """The function of a pass, and its arguments after the first one, which is the spec."""
     batch, channels, height, width = each.x
+    filters = each.weight[0]
+    stride = each.spec.stride if each.layer == "depthwise" else 1
 
-    def images(number: int) -> Tensor:
-        found = torch.empty(batch, number, height, width, device=device, dtype=dtype)
+    def images(number: int, stride: int = 1) -> Tensor:
+        shape = batch, number, -(-height // stride), -(-width // stride)
+        found = torch.empty(shape, device=device, dtype=dtype)
         return found.to(memory_format=torch.channels_last).normal_()
 
     x = images(channels)
-    weight = torch.randn(each.filters, channels, 1, 1, device=device, dtype=dtype)
+    weight = torch.randn(each.weight, device=device, dtype=dtype)
     table = None
-    if each.project:
-        table = torch.rand(batch if each.gated else 1, 4, channels, device=device)
+    if each.layer == "project" or (each.layer == "depthwise" and each.spec.expands):
+        gated = each.layer == "project" and each.gated
+        table = torch.rand(batch if gated else 1, 4, channels, device=device)
+    given = x, table, weight
+    if each.layer == "depthwise" and not each.backward:
+        return fused_block.depthwise, (*given, each.gated)
     if not each.backward:
-        return fused_block.pointwise, (x, table, weight)
-    affine = torch.rand(1, 3, each.filters, device=device)
-    of_y = images(each.filters), images(each.filters), affine
-    skip = images(channels) if each.spec.shortcut and not each.project else None
-    return fused_block.pointwise_backward, (of_y, (x, table, weight), skip)
+        return fused_block.pointwise, given
+    gated = each.layer == "depthwise" and each.gated and not each.spec.gate_after
+    affine = torch.rand(batch if gated else 1, 3, filters, device=device)
+    of_y = images(filters, stride), images(filters, stride), affine
+    if each.layer == "depthwise":
+        return fused_block.depthwise_backward, (of_y, given)
+    skip = images(channels) if each.spec.shortcut and each.layer == "expand" else None
+    return fused_block.pointwise_backward, (of_y, given, skip)
+
+
+def _convolution(each: Pass, arguments: tuple[Any, ...]) -> Callable[[], object]:
+    """The depthwise convolution of a pass alone, without BatchNorm, activation and sums."""
+    x, _, weight = arguments[1] if each.backward else arguments[:3]
+    stride, groups = each.spec.stride, len(weight)
+    if each.backward:
+        return partial(operators.conv_backward, arguments[0][0], x, weight, stride, groups)
+    return partial(F.conv2d, x, weight, None, stride, weight.shape[2] // 2, 1, groups)
 
 
 def launch(call: Callable[[], object]) -> Callable[[], object]:

@@ -101,7 +101,7 @@ class Earlier(NamedTuple):
     """How the run carried out updates before it was stopped, on this kind of device."""
 
     mode: str
-    layers: Sequence[Sequence[bool]] | None = None  # `layer_trials.chosen_in`
+    layers: Sequence[Sequence[int]] | None = None  # `layer_trials.chosen_in`
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,8 @@ def choose_execution(
 ) -> tuple[str, str]:
     """Chooses the mode, and returns it with a line for each choice that gives the reason.
 
-    Also chooses which 1 x 1 layers of `setup.module` use kernels: see `layer_trials.apply`. All
-    ranks choose the same. If no trial failed, later runs on such a machine reuse the result.
+    Also chooses which layers of `setup.module` use kernels: see `layer_trials.apply`. All ranks
+    choose the same. If no trial failed, later runs on such a machine reuse the result.
 
     Args:
         earlier: of a run that resumes.
@@ -230,16 +230,22 @@ def _compare_kernels(
     without = known.get(mode) or try_mode(mode, setup)
     layers = _choose_layers(mode, setup, say)
     layer_trials.apply(setup.module, layers)
-    passes = [wins for own in layers for wins in own]
+    passes = [tile for own in layers for tile in own]
+    wins = {
+        DEPTHWISE: any(own.depthwise or own.depthwise_backward for own in layers),
+        KERNELS: any(any(own[:4]) for own in layers),
+    }
     trials = [
         _with_loss_check(try_mode(mode + kernels, setup), without.loss)
-        for kernels in (DEPTHWISE, KERNELS if any(passes) else "")
-        if kernels
+        for kernels in (DEPTHWISE, KERNELS)
+        if wins[kernels]
     ]
     best = fastest(trials)
     gains = best and best.images_per_s >= KERNELS_GAIN * without.images_per_s
     chosen = best.mode.removeprefix(mode) if best and gains else ""
-    used = f"; 1 x 1 kernels in {sum(passes)} of {len(passes)} passes"
+    used = f"; kernels in {sum(map(bool, passes))} of {len(passes)} passes through layers"
+    if seconds := passes.count(2):
+        used += f", {seconds} with the second tile"
     why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))}{used})"
     failed = any(trial.fault for trial in (without, *trials))
     if setup.accelerator.is_main_process and not failed:
@@ -248,14 +254,15 @@ def _compare_kernels(
 
 
 def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> list[Own]:
-    """Which 1 x 1 layers use kernels, by trials of rank 0. All ranks call it, and return the same.
+    """Which layers use kernels, by trials of rank 0. All ranks call it, and return the same.
 
     A pass is timed at the largest image size of the recipe, as modes are.
     """
     network = copy.deepcopy(setup.module).train()
     use_kernels(network, True, pointwise=True)
-    layer_trials.apply(network, layer_trials.with_kernels(network))
-    build_kernels(network, mode, setup)
+    for tile in layer_trials.TILES:
+        layer_trials.apply(network, layer_trials.with_kernels(network, tile))
+        build_kernels(network, mode, setup)
     found = None
     if setup.accelerator.is_main_process:
         images = setup.plan.micro_batch_size, schedule.largest_px(setup.recipe.data)

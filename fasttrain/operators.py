@@ -7,7 +7,8 @@ once.
 
 Each operator has two forms. `plain_...` is PyTorch code: it defines the result, and the compiler
 can fuse it. The form without `plain_` is one node that the compiler does not look into. On a CPU it
-runs the same PyTorch code, on a GPU a kernel of `depthwise_gpu` or `pointwise_gpu`.
+runs the same PyTorch code, on a GPU a kernel of `depthwise_gpu` or `pointwise_gpu`. `tile`, 1 or 2,
+says how the kernel cuts the work. Plain code does not use it.
 
 Words of all operators. Images are channels-last `(B, C, H, W)`. "acc" is the dtype of sums: float32
 for float16 and bfloat16 images, otherwise that of the images. A BatchNorm's table has four rows:
@@ -115,7 +116,13 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def plain_depthwise(
-    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+    per_image: bool,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution of `act(x * scale + shift)`, or of `x` where `table` is None.
 
@@ -142,6 +149,7 @@ def plain_depthwise_backward(
     weight: Tensor,
     stride: int,
     act: int,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `plain_depthwise`. The gradient of y is alpha * grad + beta + kappa * y.
 
@@ -159,7 +167,7 @@ def plain_depthwise_backward(
 
 
 def plain_pointwise(
-    x: Tensor, table: Tensor | None, weight: Tensor, act: int
+    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1 x 1 convolution of `act(x * scale + shift)`, or of `x` where `table` is None.
 
@@ -184,6 +192,7 @@ def plain_pointwise_backward(
     weight: Tensor,
     act: int,
     skip: Tensor | None,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `plain_pointwise`. The gradient of y is alpha * grad + beta + kappa * y.
 
@@ -243,7 +252,13 @@ def _backward_shapes(
 
 @depthwise.register_fake
 def _(
-    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+    per_image: bool,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     return _forward_shapes(
@@ -252,7 +267,9 @@ def _(
 
 
 @pointwise.register_fake
-def _(x: Tensor, table: Tensor | None, weight: Tensor, act: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     return _forward_shapes(x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), False)
 
 
@@ -266,6 +283,7 @@ def _(
     weight: Tensor,
     stride: int,
     act: int,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _backward_shapes(x, table, weight)
 
@@ -280,6 +298,7 @@ def _(
     weight: Tensor,
     act: int,
     skip: Tensor | None,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _backward_shapes(x, table, weight)
 
@@ -312,10 +331,12 @@ def wants_output_gradient(table: Tensor | None, weight: Tensor) -> bool:
 
 
 @pointwise.register_kernel("cuda")
-def _(x: Tensor, table: Tensor | None, weight: Tensor, act: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     from fasttrain import pointwise_gpu
 
-    return pointwise_gpu.pointwise(x, table, weight, act)
+    return pointwise_gpu.pointwise(x, table, weight, act, tile)
 
 
 @pointwise_backward.register_kernel("cuda")
@@ -328,19 +349,26 @@ def _(
     weight: Tensor,
     act: int,
     skip: Tensor | None,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fasttrain import pointwise_gpu
 
-    return pointwise_gpu.pointwise_backward(grad, y, affine, x, table, weight, act, skip)
+    return pointwise_gpu.pointwise_backward(grad, y, affine, x, table, weight, act, skip, tile)
 
 
 @depthwise.register_kernel("cuda")
 def _(
-    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool
+    x: Tensor,
+    table: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    act: int,
+    per_image: bool,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fasttrain import depthwise_gpu
 
-    return depthwise_gpu.depthwise(x, table, weight, stride, act, per_image)
+    return depthwise_gpu.depthwise(x, table, weight, stride, act, per_image, tile)
 
 
 @depthwise_backward.register_kernel("cuda")
@@ -353,7 +381,8 @@ def _(
     weight: Tensor,
     stride: int,
     act: int,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fasttrain import depthwise_gpu
 
-    return depthwise_gpu.depthwise_backward(grad, y, affine, x, table, weight, stride, act)
+    return depthwise_gpu.depthwise_backward(grad, y, affine, x, table, weight, stride, act, tile)

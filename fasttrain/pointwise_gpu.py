@@ -60,15 +60,23 @@ def _most_inputs(capability: int, activated: bool) -> int:
     return 64 if _products_in_shared_memory(capability) or not activated else 32
 
 
-def forward_tile(channels: int, filters: int, capability: int, activated: bool) -> Tile:
-    """The tile of a layer: the fastest of 4 to 6 for the layers of Large on an H200.
+def forward_tile(
+    channels: int, filters: int, capability: int, activated: bool, tile: int = 1
+) -> Tile:
+    """A tile of a layer.
 
     Args:
         capability: the GPU's major compute capability.
         activated: there is a table.
+        tile: 1 for the fastest of 4 to 6 for the layers of Large on an H200; 2 for one that makes
+            half as many output channels, so that two programs run on a multiprocessor at a time.
+            `layer_trials` measures both.
     """
     inputs = _power(channels, _most_inputs(capability, activated))
     outputs = _power(filters, 128)
+    if tile == 2:
+        warps = 4 if inputs * outputs <= 2048 else 8
+        return Tile(ROWS, inputs, max(16, outputs // 2), warps, 3 if activated else 5, 128)
     if 128 < filters <= 256 < channels:
         # The wide input is read and activated once, not once for each block of outputs.
         inputs, outputs = 32, 256
@@ -78,18 +86,25 @@ def forward_tile(channels: int, filters: int, capability: int, activated: bool) 
 
 
 def backward_tile(
-    channels: int, filters: int, capability: int, activated: bool, ready: bool
+    channels: int, filters: int, capability: int, activated: bool, ready: bool, tile: int = 1
 ) -> Tile:
-    """The tile of a layer, found as that of `forward_tile`.
+    """A tile of a layer, found as that of `forward_tile`.
 
     With 128 registers, two programs of 8 warps run on a multiprocessor: while one waits for memory,
     the other one works.
 
     Args:
         ready: the gradient of the output is given, and not made from it.
+        tile: 2 for the other choice: one program with more input channels where the first tile lets
+            two run, and two with fewer where it lets one run.
     """
     outputs = _power(filters, filters)
     few = 128 if _products_in_shared_memory(capability) else None
+    if tile == 2:
+        if few:
+            return Tile(ROWS, _power(channels, 64), outputs, 8, 2)
+        first = backward_tile(channels, filters, capability, activated, ready)
+        return first._replace(rows=ROWS // 2, inputs=max(16, first.inputs // 2), registers=128)
     if ready:
         return Tile(ROWS, _power(channels, 32), outputs, 8, 3, few)
     inputs = _power(channels, _most_inputs(capability, activated))
@@ -139,12 +154,12 @@ def runs(weight: Tensor, backward: bool) -> bool:
 
 
 def pointwise(
-    x: Tensor, table: Tensor | None, weight: Tensor, act: int
+    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1 x 1 convolution of act(x * scale + shift), or of x where `table` is None.
 
     The sums are those of the output before it is rounded to its dtype. They are added up in an
-    order that depends only on the shapes and on the kind of GPU.
+    order that depends only on the shapes, on the tile and on the kind of GPU.
 
     Args:
         x: images `(B, C, H, W)`, channels-last, on a GPU: bfloat16, float16, or float32, which is
@@ -152,6 +167,7 @@ def pointwise(
         table: float32 `(N, 4, C)`, rows scale, shift, rstd, nmean. N is 1 or B.
         weight: `(D, C, 1, 1)`, D is a multiple of 8.
         act: 0 none, 1 ReLU, 2 hard-swish. Only with a table.
+        tile: 1 or 2.
     Returns:
         y `(B, D, H, W)`, like x; the sums of y over images and positions, float32 `(1, D)`; the
         sums of y * y, float32 `(D,)`.
@@ -160,16 +176,18 @@ def pointwise(
     """
     _check([x], [table], weight)
     filters, channels = weight.shape[:2]
-    tile = forward_tile(channels, filters, capability_of(x), table is not None)
-    cut = _cut(x, tile, triton.cdiv(filters, tile.outputs), _per_image(table), whole_runs=False)
+    cutting = forward_tile(channels, filters, capability_of(x), table is not None, tile)
+    blocks = triton.cdiv(filters, cutting.outputs)
+    cut = _cut(x, cutting, blocks, _per_image(table), whole_runs=False)
     y = images_like(x, filters, *x.shape[2:])
     partial = x.new_empty(2, cut.groups, filters, dtype=torch.float32)
     with torch.cuda.device_of(x):  # by default Triton uses the thread's current device
         _forward[cut.blocks, cut.groups](
             x, table, _matrix(weight, x.dtype), y, partial, cut.runs, cut.length,
             C=channels, D=filters, ACT=act, PER_IMAGE=_per_image(table),
-            TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
-            FOLD=_folds(tile.outputs, tile), num_stages=tile.stages,
+            TILE=cutting.rows, C_BLOCK=cutting.inputs, D_BLOCK=cutting.outputs,
+            FOLD=_folds(cutting.outputs, cutting), num_warps=cutting.warps,
+            num_stages=cutting.stages, maxnreg=cutting.registers,
         )  # fmt: skip
     sums, squares = fold(partial, 1)
     return y, sums, squares[0]
@@ -184,6 +202,7 @@ def pointwise_backward(
     weight: Tensor,
     act: int,
     skip: Tensor | None,
+    tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both gradients of `pointwise`, from the same loads.
 
@@ -196,6 +215,7 @@ def pointwise_backward(
         affine: float32 `(N, 3, D)`, rows alpha, beta, kappa. N is 1 or B.
         x, table, weight, act: as given to `pointwise`. D is at most 256.
         skip: like x, added to its gradient.
+        tile: 1 or 2.
     Returns:
         dx, the gradient of x * scale + shift, like x (of x itself without a table); the gradient of
         the weight, float32 `(D, C, 1, 1)`; the sums of dx over the images that share a row of the
@@ -210,8 +230,9 @@ def pointwise_backward(
         raise ValueError(f"{filters} filters: at most 256 fit into registers")
     per_image = _per_image(table) or _per_image(affine)
     activated = table is not None
-    tile = backward_tile(channels, filters, capability_of(x), activated, y is None)
-    cut = _cut(x, tile, triton.cdiv(channels, tile.inputs), per_image, whole_runs=per_image)
+    cutting = backward_tile(channels, filters, capability_of(x), activated, y is None, tile)
+    blocks = triton.cdiv(channels, cutting.inputs)
+    cut = _cut(x, cutting, blocks, per_image, whole_runs=per_image)
     dx = images_like(x, channels, *x.shape[2:])
     dweight = x.new_empty(cut.groups, filters, channels, dtype=torch.float32)
     partial = None
@@ -224,8 +245,9 @@ def pointwise_backward(
             cut.runs, cut.length,
             C=channels, D=filters, ACT=act, PER_IMAGE=per_image,
             TABLES=_per_image(table), AFFINES=_per_image(affine),
-            TILE=tile.rows, C_BLOCK=tile.inputs, D_BLOCK=tile.outputs, num_warps=tile.warps,
-            FOLD=_folds(tile.inputs, tile), num_stages=tile.stages, maxnreg=tile.registers,
+            TILE=cutting.rows, C_BLOCK=cutting.inputs, D_BLOCK=cutting.outputs,
+            FOLD=_folds(cutting.inputs, cutting), num_warps=cutting.warps,
+            num_stages=cutting.stages, maxnreg=cutting.registers,
         )  # fmt: skip
     of_weight, _ = fold(dweight.view(1, cut.groups, -1), 1)
     of_weight = of_weight.view(filters, channels, 1, 1)

@@ -119,7 +119,7 @@ def operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             operators.depthwise_backward,
             (y, y, affine, x, maybe, taps, 2, operators.HARDSWISH),
         )
-    yield operators.pointwise, (x, None, weight, operators.NO_ACT)
+    yield operators.pointwise, (x, None, weight, operators.NO_ACT, 2)
     yield (
         operators.pointwise_backward,
         (wide, wide, per_image, x, None, weight, operators.NO_ACT, x),
@@ -149,7 +149,7 @@ def test_a_block_compiles_as_one_graph_with_the_same_gradients(
     torch.manual_seed(0)
     block = InvertedResidual(8, row, 1.0).train()
     use_kernels(block, True, pointwise=True)
-    layer_trials.apply(block, [Own(True, False, False, True)])
+    layer_trials.apply(block, [Own(1, 0, 0, 2, 0, 2)])
     z = images(2, 8, 4, 4, dtype=dtype)
     grad = torch.randn_like(copy.deepcopy(block)(z))
     expected = gradients(copy.deepcopy(block), z, grad)

@@ -25,7 +25,7 @@ class Device:
         self.device = torch.device(kind)
 
 
-LAYERS = [Own(False, True, True, False)]
+LAYERS = [Own(0, 1, 2, 0, 2, 1)]
 
 
 @pytest.fixture
@@ -157,17 +157,24 @@ def test_the_layers_with_kernels_are_chosen_remembered_and_kept(
     chosen: Chosen, applied: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, why, _ = chosen(kernels_trials(5100, 5200), kernels="auto", cache="one")
-    assert why.endswith("; 1 x 1 kernels in 2 of 4 passes)") and applied == [LAYERS]
+    used = "; kernels in 4 of 6 passes through layers, 2 with the second tile)"
+    assert why.endswith(used) and applied == [LAYERS]
     chosen({}, kernels="auto", cache="one")
-    assert applied[1:] == [[[False, True, True, False]]]  # from the cache
+    assert applied[1:] == [[[0, 1, 2, 0, 2, 1]]]  # from the cache
     chosen({}, before="graph+kernels", kernels="auto")
     assert applied[2:] == [LAYERS]
     chosen({}, execution="graph", kernels="force")
     assert len(applied) == 3
-    none = [Own(False, False, False, False)]
-    monkeypatch.setattr(modes, "_choose_layers", lambda *_: none)
-    tried = chosen(kernels_trials(5300, 0), kernels="auto", cache="two")[2]
-    assert "compile_graph_fuse+kernels" not in tried
+    for number, (own, kinds) in enumerate(
+        [
+            (Own(0, 0, 0, 0, 1, 0), ["+depthwise"]),
+            (Own(0, 2, 0, 0, 0, 0), ["+kernels"]),
+            (Own(0, 0, 0, 0, 0, 0), []),
+        ]
+    ):
+        monkeypatch.setattr(modes, "_choose_layers", lambda *_, own=own: [own])
+        tried = chosen(kernels_trials(5300, 5300), kernels="auto", cache=f"other {number}")[2]
+        assert [mode for mode in tried if "+" in mode] == [f"compile_graph_fuse{k}" for k in kinds]
 
 
 def test_the_recipe_rules_over_kernels(chosen: Chosen) -> None:

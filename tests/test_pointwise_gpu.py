@@ -125,10 +125,10 @@ def activated(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return z, activate(z, inputs.act)
 
 
-def check_forward(module: ModuleType, inputs: Inputs) -> None:
+def check_forward(module: ModuleType, inputs: Inputs, tile: int = 1) -> None:
     """Compares the forward kernel with float64."""
     x, weight = inputs.x, inputs.weight
-    y, sums, squares = module.pointwise(x, inputs.table, weight, inputs.act)
+    y, sums, squares = module.pointwise(x, inputs.table, weight, inputs.act, tile)
     expected = torch.einsum("bchw,dc->bdhw", activated(inputs)[1], weight.double()[:, :, 0, 0])
     limit = ERROR[x.dtype]
     assert apart(y, expected) < limit
@@ -138,11 +138,11 @@ def check_forward(module: ModuleType, inputs: Inputs) -> None:
     check_form([y], [sums, squares], x.dtype)
 
 
-def check_backward(module: ModuleType, inputs: Inputs) -> None:
+def check_backward(module: ModuleType, inputs: Inputs, tile: int = 1) -> None:
     """Compares the backward kernel with float64."""
     x, table, weight, affine = inputs.x, inputs.table, inputs.weight, inputs.affine.double()
     dx, dweight, sums, dots = module.pointwise_backward(
-        inputs.grad, inputs.y, inputs.affine, x, table, weight, inputs.act, inputs.skip
+        inputs.grad, inputs.y, inputs.affine, x, table, weight, inputs.act, inputs.skip, tile
     )
     z, a = activated(inputs)
     alpha, beta, kappa = (column(row) for row in affine.unbind(1))
@@ -164,7 +164,9 @@ def check_backward(module: ModuleType, inputs: Inputs) -> None:
     check_form([dx], [dweight, sums, dots], x.dtype)
     # The same, where the gradient of the output is given.
     grad = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    found = module.pointwise_backward(grad, None, None, x, table, weight, inputs.act, inputs.skip)
+    found = module.pointwise_backward(
+        grad, None, None, x, table, weight, inputs.act, inputs.skip, tile
+    )
     for one, other in zip(found, (dx, dweight, sums, dots), strict=True):
         assert apart(one, other.double()) < limit
 
@@ -185,30 +187,49 @@ FEW = [
 ]
 
 
+@pytest.mark.parametrize("tile", [1, 2])
 @pytest.mark.parametrize(("layer", "images"), FEW, ids=str)
 def test_results_are_those_of_float64(
-    interpreted: ModuleType, poisoned: None, layer: Layer, images: tuple[int, int, int]
+    interpreted: ModuleType, poisoned: None, layer: Layer, images: tuple[int, int, int], tile: int
 ) -> None:
     inputs = Inputs(layer, images)
-    check_forward(interpreted, inputs)
-    check_backward(interpreted, inputs)
+    check_forward(interpreted, inputs, tile)
+    check_backward(interpreted, inputs, tile)
+
+
+def test_second_tiles_of_other_gpus_give_the_results_of_float64(
+    interpreted: ModuleType, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward, they are other tiles than those of an H200."""
+    monkeypatch.setattr(interpreted, "capability_of", lambda x: 8)
+    check_backward(interpreted, Inputs(Layer(40, 136, 1, True), (2, 3, 5)), 2)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize("tile", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("act", [None, 0, 1, 2])
 def test_results_of_many_sizes_are_those_of_float64(
-    interpreted: ModuleType, poisoned: None, act: int | None, per_image: bool, dtype: torch.dtype
+    interpreted: ModuleType,
+    poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+    act: int | None,
+    per_image: bool,
+    dtype: torch.dtype,
+    tile: int,
+    capability: int,
 ) -> None:
     """The interpreter multiplies bfloat16 wrongly, so it is left out."""
+    monkeypatch.setattr(interpreted, "capability_of", lambda x: capability)
     sizes = [(1, 1, 1), (3, 2, 1), (2, 13, 10), (2, 7, 7), (5, 4, 11), (3, 16, 16)]
     channels = [(8, 8), (16, 64), (64, 24), (144, 200), (320, 168), (136, 128)]
     for number, images in enumerate(sizes):
         layer = Layer(*channels[number], act, per_image and act is not None, number % 2 == 0)
         inputs = Inputs(layer, images, dtype)
-        check_forward(interpreted, inputs)
-        check_backward(interpreted, inputs)
+        check_forward(interpreted, inputs, tile)
+        check_backward(interpreted, inputs, tile)
 
 
 def test_an_affine_map_of_each_image_is_applied(interpreted: ModuleType) -> None:
@@ -297,7 +318,7 @@ def test_the_compiler_traces_what_fits() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def check_code(layer: Layer, forward: bool, capability: int) -> None:
+def check_code(layer: Layer, forward: bool, capability: int, number: int = 1) -> None:
     """Compiles one direction of a layer, and checks its machine code."""
     module = pytest.importorskip("fasttrain.pointwise_gpu")
     channels, filters, act, per_image, skip = layer
@@ -306,10 +327,11 @@ def check_code(layer: Layer, forward: bool, capability: int) -> None:
     types["partial"] = "*fp32"
     table = None if act is None else torch.empty(1, 4, channels)
     ready = wants_output_gradient(table, torch.empty(filters, channels, 1, 1))
+    given = channels, filters, capability // 10, act is not None
     if forward:
-        tile = module.forward_tile(channels, filters, capability // 10, act is not None)
+        tile = module.forward_tile(*given, number)
     else:
-        tile = module.backward_tile(channels, filters, capability // 10, act is not None, ready)
+        tile = module.backward_tile(*given, ready, number)
     constants = {
         "C": channels, "D": filters, "ACT": act or 0, "PER_IMAGE": per_image, "TILE": tile.rows,
         "C_BLOCK": tile.inputs, "D_BLOCK": tile.outputs,
@@ -360,25 +382,28 @@ def fits_somewhere(layer: Layer, backward: bool) -> bool:
 )
 def test_machine_code_is_fast(layer: Layer, forward: bool) -> None:
     assert layer in KINDS
-    check_code(layer, forward, 90)
+    for tile in (1, 2):
+        check_code(layer, forward, 90, tile)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tile", [1, 2])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("layer", KINDS, ids=str)
-def test_forward_code_of_all_layers_is_fast(layer: Layer, capability: int) -> None:
+def test_forward_code_of_all_layers_is_fast(layer: Layer, capability: int, tile: int) -> None:
     if not fits_somewhere(layer, backward=False):
         pytest.skip("cuBLAS is the better way")
-    check_code(layer, True, capability)
+    check_code(layer, True, capability, tile)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tile", [1, 2])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("layer", KINDS, ids=str)
-def test_backward_code_of_all_layers_is_fast(layer: Layer, capability: int) -> None:
+def test_backward_code_of_all_layers_is_fast(layer: Layer, capability: int, tile: int) -> None:
     if not fits_somewhere(layer, backward=True):
         pytest.skip("cuBLAS is the better way")
-    check_code(layer, False, capability)
+    check_code(layer, False, capability, tile)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,16 +412,17 @@ def test_backward_code_of_all_layers_is_fast(layer: Layer, capability: int) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", [1, 2])
 @pytest.mark.parametrize(("layer", "side"), LAYERS, ids=str)
 def test_results_of_a_gpu_are_those_of_float64(
-    gpu: None, poisoned: None, layer: Layer, side: int
+    gpu: None, poisoned: None, layer: Layer, side: int, tile: int
 ) -> None:
     from fasttrain import pointwise_gpu
 
     inputs = Inputs(layer, (8, side, side), torch.bfloat16, "cuda")
-    check_forward(pointwise_gpu, inputs)
+    check_forward(pointwise_gpu, inputs, tile)
     if layer.filters <= 256:
-        check_backward(pointwise_gpu, inputs)
+        check_backward(pointwise_gpu, inputs, tile)
 
 
 @pytest.mark.gpu

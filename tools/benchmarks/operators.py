@@ -3,6 +3,7 @@
 For the blocks of a network, in both directions:
 
     ours      the operator of fasttrain/operators.py: our kernel where there is one
+    second    the same with its second tile, on a GPU
     compiled  the same PyTorch code, compiled: Inductor's kernels around those of cuDNN
     conv      the convolution alone, by cuDNN or cuBLAS: no BatchNorm, activation or sums
 
@@ -112,12 +113,12 @@ def run(arguments: argparse.Namespace) -> None:
 def show(rows: list[Line]) -> None:
     """Prints the layers as a table for people."""
     table = Table()
-    heads = ("", "", "channels", "px", "ours, us", "compiled", "conv", "GB/s", "of a copy")
-    for head in (*heads, "ours over compiled", "over conv"):
+    heads = ("", "", "channels", "px", "ours, us", "second tile", "compiled", "conv", "GB/s")
+    for head in (*heads, "of a copy", "ours over compiled", "over conv"):
         table.add_column(head)
     for row in rows:
         sizes = [" > ".join(map(str, row[key])) for key in ("channels", "px")]
-        keys = ("ours_us", "compiled_us", "conv_us", "gb_per_s", "of_copy")
+        keys = ("ours_us", "second_us", "compiled_us", "conv_us", "gb_per_s", "of_copy")
         figures = [f"{row[key]:,.4g}" if row.get(key) else "" for key in keys]
         ratios = [
             f"{row[key] / row['ours_us']:.2f}" if row.get(key) and row.get("ours_us") else ""
@@ -155,7 +156,7 @@ def _compile_kernels(job: OperatorsJob) -> None:
     """Compiles our kernels side by side. One after the other they take minutes."""
     import torch
 
-    from fasttrain import caches, kernel_build
+    from fasttrain import caches, kernel_build, layer_trials
     from fasttrain.model import build_model, use_kernels
 
     caches.keep_compiled()
@@ -163,7 +164,9 @@ def _compile_kernels(job: OperatorsJob) -> None:
     use_kernels(network, True, pointwise=True)
     dtype = _dtype(job)
     target = kernel_build.target_of(torch.device(job.device))
-    kernel_build.build(network, (job.batch, job.px), (dtype, dtype), target)
+    for tile in layer_trials.TILES:
+        layer_trials.apply(network, layer_trials.with_kernels(network, tile))
+        kernel_build.build(network, (job.batch, job.px), (dtype, dtype), target)
 
 
 def _dtype(job: OperatorsJob) -> Any:
@@ -296,8 +299,10 @@ def _contestants(case: Case, compiled: bool) -> dict[str, Callable[..., object]]
     name = "depthwise" if case.layer.kind == "depthwise" else "pointwise"
     name += "_backward" if case.backward else ""
     plain = getattr(operators, f"plain_{name}")
-    found: dict[str, Callable[..., object]] = {"ours": getattr(operators, name)}
+    ours = getattr(operators, name)
+    found: dict[str, Callable[..., object]] = {"ours": ours}
     if compiled:
+        found["second"] = partial(ours, tile=2)
         found["compiled"] = torch.compile(plain, dynamic=False)
     return found | {"conv": _conv_backward if case.backward else _conv}
 
