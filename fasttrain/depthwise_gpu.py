@@ -37,11 +37,7 @@ from fasttrain.triton_parts import (
     through_activation,
 )
 
-# A thread accesses two values, so that a warp accesses 128 contiguous bytes of bfloat16. With four,
-# the loops have a tenth fewer instructions, but their weights take twice the registers.
-VECTOR = 2
-WARPS = 4  # of a program
-BLOCK = 32 * WARPS * VECTOR
+BLOCK = 256  # pairs of a strip and a channel in a program
 
 
 class Tile(NamedTuple):
@@ -50,13 +46,19 @@ class Tile(NamedTuple):
     columns: int  # S: output columns of a strip
     programs: int  # for each multiprocessor; more than run at a time even out the work
     unroll: int = 1  # backward: steps of the loop over rows that are written out
+    # With 4 warps, a thread has two channels, and a warp accesses 128 contiguous bytes of bfloat16.
+    # With 2 warps, the loops have a tenth fewer instructions, but weights take twice the registers.
+    warps: int = 4
+    registers: int | None = None  # of a thread, at most: with 128, a multiprocessor runs 16 warps
 
 
 # By kernel size and stride. The first tile was the fastest of 3 to 5 for the layers of Large at
 # batch 1024 on an H200. There the kernels reach 40 to 80 % of the speed of a copy: see
-# recipes/RECORDS.md. The second tile is for other GPUs: `layer_trials` measures both. Its strips
-# are narrower, so a thread needs fewer registers and more programs run at a time. Where those of
-# the first tile are narrow, they are wider.
+# recipes/RECORDS.md. `layer_trials` measures both tiles on the GPU of a run. With the second one a
+# thread needs fewer registers, so more warps run at a time: strips are narrower, or, in the 5 x 5
+# kernels backward, a thread has one channel. With the first tile these run 8 warps on a
+# multiprocessor. On an H200 it issued instructions in about half of its cycles, by their number and
+# the time. Where strips of the first tile are narrow, those of the second are wider.
 #
 # Unrolling makes the 5 x 5 kernel with stride 1 up to 15 % faster, and compiles for 20 to 30 s
 # instead of 10. Strips of 4 columns would compile for a minute: Triton's pass for coalesced
@@ -70,8 +72,8 @@ FORWARD_TILES = {
 BACKWARD_TILES = {
     (3, 1): (Tile(4, 3), Tile(2, 4)),
     (3, 2): (Tile(2, 3), Tile(1, 4)),
-    (5, 1): (Tile(2, 2, 5), Tile(1, 2, 5)),
-    (5, 2): (Tile(2, 2), Tile(1, 2)),
+    (5, 1): (Tile(2, 2, 5), Tile(2, 2, 5, 8, 128)),
+    (5, 2): (Tile(2, 2), Tile(2, 2, 1, 8, 128)),
 }
 
 
@@ -121,7 +123,7 @@ def depthwise(
         _forward[cut.blocks, cut.groups](
             x, table, weight, y, partial, of_images, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act,
-            S=cutting.columns, BLOCK=BLOCK, num_warps=WARPS,
+            S=cutting.columns, BLOCK=BLOCK, num_warps=cutting.warps, maxnreg=cutting.registers,
         )  # fmt: skip
     squares, sums = fold(partial, 1)
     if of_images is not None:
@@ -173,7 +175,8 @@ def depthwise_backward(
         _backward[cut.blocks, cut.groups](
             grad, y, affine, x, table, weight, dx, partial, of_x, batch, height, width,
             C=channels, K=side, STRIDE=stride, ACT=act, PER_IMAGE=len(affine) > 1,
-            S=cutting.columns, UNROLL=cutting.unroll, BLOCK=BLOCK, num_warps=WARPS,
+            S=cutting.columns, UNROLL=cutting.unroll, BLOCK=BLOCK, num_warps=cutting.warps,
+            maxnreg=cutting.registers,
         )  # fmt: skip
     dweight, _ = fold(partial, taps, transposed=True)
     dweight = dweight.view(weight.shape)
