@@ -243,9 +243,9 @@ def _compare_kernels(
     best = fastest(trials)
     gains = best and best.images_per_s >= KERNELS_GAIN * without.images_per_s
     chosen = best.mode.removeprefix(mode) if best and gains else ""
-    used = f"; kernels in {sum(map(bool, passes))} of {len(passes)} passes through layers"
+    used = f"; kernels are faster in {sum(map(bool, passes))} passes through layers"
     if seconds := passes.count(2):
-        used += f", {seconds} with the second tile"
+        used += f", {seconds} of them with the second tile"
     why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))}{used})"
     failed = any(trial.fault for trial in (without, *trials))
     if setup.accelerator.is_main_process and not failed:

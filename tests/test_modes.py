@@ -157,7 +157,7 @@ def test_the_layers_with_kernels_are_chosen_remembered_and_kept(
     chosen: Chosen, applied: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, why, _ = chosen(kernels_trials(5100, 5200), kernels="auto", cache="one")
-    used = "; kernels in 4 of 6 passes through layers, 2 with the second tile)"
+    used = "; kernels are faster in 4 passes through layers, 2 of them with the second tile)"
     assert why.endswith(used) and applied == [LAYERS]
     chosen({}, kernels="auto", cache="one")
     assert applied[1:] == [[[0, 1, 2, 0, 2, 1]]]  # from the cache
