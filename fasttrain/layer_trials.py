@@ -4,6 +4,7 @@ Each layer is timed on this GPU, forward and backward. The other contestant is P
 layer, compiled as the run compiles it: cuDNN or cuBLAS convolves, Inductor's kernels do the rest.
 """
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from fasttrain import compiling, fused_block, kernel_build, operators
 from fasttrain.fused_block import Own, Spec
-from fasttrain.model import InvertedResidual
+from fasttrain.model import InvertedResidual, use_kernels
 
 GAIN = 1.05  # speed over PyTorch's code at which a kernel is used: less may be noise
 LAUNCHES = 9  # that are timed of each contestant
@@ -59,6 +60,17 @@ def chosen_in(network: nn.Module) -> list[Own] | None:
     return [own for own in found if own] or None
 
 
+def candidates(network: nn.Module) -> list[nn.Module]:
+    """Copies of a network in training mode, with kernels in all passes: one copy for each tile."""
+    found = []
+    for tile in TILES:
+        copied = copy.deepcopy(network).train()
+        use_kernels(copied, True, pointwise=True)
+        apply(copied, with_kernels(copied, tile))
+        found.append(copied)
+    return found
+
+
 def with_kernels(network: nn.Module, tile: int) -> list[Own]:
     """For each block, the tile in passes for which there is a kernel, and 0 in the others."""
     from fasttrain import pointwise_gpu  # imports Triton
@@ -85,7 +97,7 @@ def choose(
     """Times the passes in which the blocks of a network use our kernels; equal ones once.
 
     Args:
-        network: on a GPU, in training mode, after `model.use_kernels` and `apply`.
+        network: the first of `candidates`, on a GPU.
         images: their number and side.
         dtype: of images in blocks.
         options: the compiler's options; None: the run compiles nothing.

@@ -258,16 +258,13 @@ def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> lis
 
     A pass is timed at the largest image size of the recipe, as modes are.
     """
-    network = copy.deepcopy(setup.module).train()
-    use_kernels(network, True, pointwise=True)
-    for tile in layer_trials.TILES:
-        layer_trials.apply(network, layer_trials.with_kernels(network, tile))
-        build_kernels(network, mode, setup)
+    networks = layer_trials.candidates(setup.module)
+    build_kernels(networks, mode, setup)
     found = None
     if setup.accelerator.is_main_process:
         images = setup.plan.micro_batch_size, schedule.largest_px(setup.recipe.data)
         dtype = block_dtype(setup.recipe.train)
-        found = layer_trials.choose(network, images, dtype, compiler_options(mode), say)
+        found = layer_trials.choose(networks[0], images, dtype, compiler_options(mode), say)
     return [Own(*own) for own in broadcast_object_list([found])[0]]
 
 
@@ -481,7 +478,7 @@ def compile_kernels(mode: str, setup: Setup, sizes: Sequence[int] = ()) -> None:
         return
     network = copy.deepcopy(setup.module).train()
     use_kernels(network, True, pointwise=mode.endswith(KERNELS))
-    build_kernels(network, mode, setup, sizes)
+    build_kernels([network], mode, setup, sizes)
 
 
 def block_dtype(train: config.Train) -> torch.dtype:
@@ -489,11 +486,13 @@ def block_dtype(train: config.Train) -> torch.dtype:
     return torch.float16 if train.precision == "fp16" else torch.bfloat16
 
 
-def build_kernels(network: nn.Module, mode: str, setup: Setup, sizes: Sequence[int] = ()) -> None:
-    """Compiles the kernels of a network side by side. All ranks call it.
+def build_kernels(
+    networks: Sequence[nn.Module], mode: str, setup: Setup, sizes: Sequence[int] = ()
+) -> None:
+    """Compiles the kernels of networks side by side. All ranks call it.
 
     Args:
-        network: after `use_kernels`, in training mode.
+        networks: after `use_kernels`, in training mode.
         sizes: sides of the images in pixels; by default the largest one of the recipe.
     """
     accelerator = setup.accelerator
@@ -504,7 +503,7 @@ def build_kernels(network: nn.Module, mode: str, setup: Setup, sizes: Sequence[i
         for px in sizes or [schedule.largest_px(setup.recipe.data)]:
             size = setup.plan.micro_batch_size, px
             with suppress(Exception):  # the first launch compiles too, and says what is wrong
-                kernel_build.build(network, size, (images, weights), target)
+                kernel_build.build(networks, size, (images, weights), target)
     accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import kernel_build
+from fasttrain import kernel_build, layer_trials
 from fasttrain.kernel_build import Target, build, calls_of, compile_side_by_side
 from fasttrain.model import SMALL, MobileNetV3, use_kernels
 
@@ -65,11 +65,13 @@ def test_a_network_is_built_once_and_again_after_a_failure(
 
     monkeypatch.setattr(kernel_build, "compile_side_by_side", compile_them)
     for _ in range(3):
-        build(network(), (64, 224), BF16, Target(90, 132))
+        build([network()], (64, 224), BF16, Target(90, 132))
     assert len(compiled) == 2 and compiled[0] > 0
-    build(network(), (64, 160), BF16, Target(90, 132))
-    build(network(), (64, 224), BF16, Target(80, 108))
+    build([network()], (64, 160), BF16, Target(90, 132))
+    build([network()], (64, 224), BF16, Target(80, 108))
     assert len(compiled) == 4
+    build(layer_trials.candidates(network()), (64, 224), BF16, Target(90, 132))
+    assert compiled[4] == 2 * compiled[0]  # each kernel with both tiles
 
 
 SCRIPT = """
@@ -84,7 +86,7 @@ def compiled():
 
 network = build_model("small", 1.0, 10, 0.0).cuda().to(memory_format=torch.channels_last).train()
 use_kernels(network, True, pointwise=True)
-build(network, (64, 224), (torch.bfloat16, torch.float32), target_of("cuda"))
+build([network], (64, 224), (torch.bfloat16, torch.float32), target_of("cuda"))
 print(compiled())
 with torch.autocast("cuda", torch.bfloat16):
     images = torch.randn(64, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)

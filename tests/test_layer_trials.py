@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fasttrain import kernel_build, layer_trials
 from fasttrain.fused_block import Own, Spec
@@ -24,7 +25,7 @@ def network(rows: int = 4) -> MobileNetV3:
     return found
 
 
-def passes_of(net: MobileNetV3, images: tuple[int, int]) -> list[Pass]:
+def passes_of(net: nn.Module, images: tuple[int, int]) -> list[Pass]:
     blocks = kernel_build.blocks_of(net, images[1])
     return [each for _, block, side in blocks for each in layer_trials._passes(block, 2, side)]
 
@@ -78,9 +79,8 @@ def test_a_kernel_is_used_where_it_is_five_percent_faster(monkeypatch: pytest.Mo
         return [1.0, 1.0], 1.04 if each.backward else 1.06
 
     monkeypatch.setattr(layer_trials, "_durations", durations)
-    net = network()
-    net.features[3].eval()  # a frozen block
-    layer_trials.apply(net, layer_trials.with_kernels(net, 1))
+    net = layer_trials.candidates(network())[0]
+    net.get_submodule("features.3").eval()  # a frozen block
     said: list[str] = []
     found = layer_trials.choose(net, (2, 32), torch.bfloat16, None, said.append)
     # The first block is gated, and does not expand. The third is frozen, the fourth is gated.
@@ -211,9 +211,7 @@ def test_a_gpu_times_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         return found[-1]
 
     monkeypatch.setattr(layer_trials, "_durations", kept)
-    net = MobileNetV3(SMALL[:3], 1.0, 16, 4, 0.2).cuda().train()
-    use_kernels(net, True, pointwise=True)
-    layer_trials.apply(net, layer_trials.with_kernels(net, 1))
+    net, _ = layer_trials.candidates(MobileNetV3(SMALL[:3], 1.0, 16, 4, 0.2).cuda())
     passes = len({each.key for each in passes_of(net, (64, 64))[2:]})  # the first has no expand
     options = {"fallback_random": True}
     chosen = layer_trials.choose(net, (64, 64), torch.bfloat16, options, print)

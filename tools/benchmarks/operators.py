@@ -157,16 +157,13 @@ def _compile_kernels(job: OperatorsJob) -> None:
     import torch
 
     from fasttrain import caches, kernel_build, layer_trials
-    from fasttrain.model import build_model, use_kernels
+    from fasttrain.model import build_model
 
     caches.keep_compiled()
-    network = build_model(job.arch, job.width, NUM_CLASSES, 0.2).train()
-    use_kernels(network, True, pointwise=True)
+    networks = layer_trials.candidates(build_model(job.arch, job.width, NUM_CLASSES, 0.2))
     dtype = _dtype(job)
     target = kernel_build.target_of(torch.device(job.device))
-    for tile in layer_trials.TILES:
-        layer_trials.apply(network, layer_trials.with_kernels(network, tile))
-        kernel_build.build(network, (job.batch, job.px), (dtype, dtype), target)
+    kernel_build.build(networks, (job.batch, job.px), (dtype, dtype), target)
 
 
 def _dtype(job: OperatorsJob) -> Any:
