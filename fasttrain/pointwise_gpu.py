@@ -95,8 +95,9 @@ def backward_tile(
 
     Args:
         ready: the gradient of the output is given, and not made from it.
-        tile: 2 for the other choice: one program with more input channels where the first tile lets
-            two run, and two with fewer where it lets one run.
+        tile: 2 for another choice. Where tensor cores read shared memory (H100, H200), a program
+            has up to 64 input channels and all registers. Elsewhere a program has half as many
+            rows and input channels, so that two run.
     """
     outputs = _power(filters, filters)
     few = 128 if _products_in_shared_memory(capability) else None
