@@ -87,13 +87,32 @@ def with_kernels(network: nn.Module, tile: int) -> list[Own]:
     return found
 
 
+def fault(device: torch.device) -> str:
+    """Launches a small kernel; returns why kernels do not run on a GPU, or "" if they do.
+
+    Triton needs a C compiler, Python's headers, and a GPU that it supports.
+    """
+    try:
+        from fasttrain.triton_parts import fold
+
+        fold(torch.ones(1, 2, 8, device=device), 1)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # the compiler, Triton and CUDA have no common exception
+        return _said(error)
+    return ""
+
+
+def _said(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first}"
+
+
 def choose(
     network: nn.Module,
     images: tuple[int, int],
     dtype: torch.dtype,
     options: dict[str, Any] | None,
-    say: Callable[[str], object],
-) -> list[Own]:
+) -> tuple[list[Own], str]:
     """Times the passes in which the blocks of a network use our kernels; equal ones once.
 
     Args:
@@ -101,10 +120,9 @@ def choose(
         images: their number and side.
         dtype: of images in blocks.
         options: the compiler's options; None: the run compiles nothing.
-        say: prints a line about trials that failed.
     Returns:
         For each block, the faster tile in passes where our kernel is faster than PyTorch's code,
-        and 0 in the others.
+        and 0 in the others. And a warning about trials that failed, or "".
     """
     device = next(network.parameters()).device
     known: dict[tuple[Any, ...], int] = {}
@@ -126,12 +144,13 @@ def choose(
         chosen[number] = Own(
             *(best(each) if own else 0 for own, each in zip(block.spec.own, passes, strict=True))
         )
+    warning = ""
     if faults:
-        say(
+        warning = (
             f"WARNING: {len(faults)} trials of {len(known)} passes through layers failed, the "
             f"first of them with {faults[0]}"
         )
-    return chosen
+    return chosen, warning
 
 
 def _blocks(network: nn.Module) -> list[InvertedResidual]:
@@ -199,8 +218,7 @@ def _seconds(
         try:
             launches[number] = launch(call)
         except Exception as error:  # such as too little shared memory on this GPU
-            first = (str(error).splitlines() or ["no message"])[0]
-            faults.append(f"{type(error).__name__}: {first}")
+            faults.append(_said(error))
     rest = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
     taken: dict[int, list[float]] = {number: [] for number in launches}
     for _ in range(LAUNCHES):

@@ -212,6 +212,8 @@ def _choose_kernels(
         why = remembered["why"]
         layer_trials.apply(setup.module, remembered["layers"])
         return remembered["kernels"], f"fused kernels: {why}, as measured in an earlier run"
+    if fault := _first_fault(layer_trials.fault(setup.accelerator.device)):
+        return "", f"fused kernels: off, as Triton does not run here ({fault})"
     say("timing updates with and without fused kernels, which can take minutes")
     return _compare_kernels(mode, setup, key, known, say)
 
@@ -228,7 +230,9 @@ def _compare_kernels(
 ) -> tuple[str, str]:
     """The result of `_choose_kernels` by trials; stores it under `key` if no trial failed."""
     without = known.get(mode) or try_mode(mode, setup)
-    layers = _choose_layers(mode, setup, say)
+    layers, warning = _choose_layers(mode, setup)
+    if warning:
+        say(warning)
     layer_trials.apply(setup.module, layers)
     passes = [tile for own in layers for tile in own]
     wins = {
@@ -248,13 +252,14 @@ def _compare_kernels(
         used += f", {seconds} of them with the second tile"
     why = f"{_KERNELS_SAID[chosen]} ({'; '.join(map(str, [without, *trials]))}{used})"
     failed = any(trial.fault for trial in (without, *trials))
+    failed |= bool(warning) and not any(passes)  # as where other processes hold the memory
     if setup.accelerator.is_main_process and not failed:
         measured.remember(key, {"kernels": chosen, "why": why, "layers": layers})
     return chosen, f"fused kernels: {why}"
 
 
-def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> list[Own]:
-    """Which layers use kernels, by trials of rank 0. All ranks call it, and return the same.
+def _choose_layers(mode: str, setup: Setup) -> tuple[list[Own], str]:
+    """What `layer_trials.choose` returns, on rank 0. All ranks call it, and return the same.
 
     A pass is timed at the largest image size of the recipe, as modes are.
     """
@@ -264,8 +269,9 @@ def _choose_layers(mode: str, setup: Setup, say: Callable[[str], object]) -> lis
     if setup.accelerator.is_main_process:
         images = setup.plan.micro_batch_size, schedule.largest_px(setup.recipe.data)
         dtype = block_dtype(setup.recipe.train)
-        found = layer_trials.choose(networks[0], images, dtype, compiler_options(mode), say)
-    return [Own(*own) for own in broadcast_object_list([found])[0]]
+        found = layer_trials.choose(networks[0], images, dtype, compiler_options(mode))
+    layers, warning = broadcast_object_list([found])[0]
+    return [Own(*own) for own in layers], warning
 
 
 def _bf16_slowdown(setup: Setup, say: Callable[[str], object]) -> float:

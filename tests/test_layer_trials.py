@@ -81,16 +81,15 @@ def test_a_kernel_is_used_where_it_is_five_percent_faster(monkeypatch: pytest.Mo
     monkeypatch.setattr(layer_trials, "_durations", durations)
     net = layer_trials.candidates(network())[0]
     net.get_submodule("features.3").eval()  # a frozen block
-    said: list[str] = []
-    found = layer_trials.choose(net, (2, 32), torch.bfloat16, None, said.append)
+    found, said = layer_trials.choose(net, (2, 32), torch.bfloat16, None)
     # The first block is gated, and does not expand. The third is frozen, the fourth is gated.
     assert found == [NONE, Own(1, 0, 1, 0, 2, 2), NONE, Own(1, 0, 0, 0, 0, 0)]
     assert len({each.key for each in timed}) == len(timed)
     gated = sum(each.gated for each in timed)
-    assert said == [
+    assert said == (
         f"WARNING: {2 * gated} trials of {len(timed)} passes through layers failed, the first of "
         "them with RuntimeError: out of shared memory"
-    ]
+    )
 
 
 Timed = Callable[[str, dict[str, float]], tuple[Durations, list[str]]]
@@ -154,6 +153,16 @@ def test_the_bare_convolution_is_that_of_the_layer(backward: bool) -> None:
         assert found.shape == (2, each.x[1], each.x[2] // 2, each.x[3] // 2)
 
 
+def test_a_machine_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = pytest.importorskip("fasttrain.triton_parts", reason="Triton is not installed")
+
+    def fold(partial: torch.Tensor, first: int) -> None:
+        raise RuntimeError("Failed to find C compiler.\nInstall one.")
+
+    monkeypatch.setattr(parts, "fold", fold)
+    assert layer_trials.fault(CPU) == "RuntimeError: Failed to find C compiler."
+
+
 def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[Pass] = []
 
@@ -165,7 +174,7 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net = MobileNetV3((SMALL[4],) * 3, 0.35, 16, 4, 0.2).train()
     use_kernels(net, True, pointwise=True)
     layer_trials.apply(net, [ALL] * 3)
-    assert layer_trials.choose(net, (2, 32), torch.bfloat16, None, print) == [ALL] * 3
+    assert layer_trials.choose(net, (2, 32), torch.bfloat16, None) == ([ALL] * 3, "")
     different = [each.key for each in passes_of(net, (2, 32))]
     assert len(timed) == len(set(different)) < len(different)
 
@@ -214,7 +223,8 @@ def test_a_gpu_times_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _ = layer_trials.candidates(MobileNetV3(SMALL[:3], 1.0, 16, 4, 0.2).cuda())
     passes = len({each.key for each in passes_of(net, (64, 64))[2:]})  # the first has no expand
     options = {"fallback_random": True}
-    chosen = layer_trials.choose(net, (64, 64), torch.bfloat16, options, print)
+    assert layer_trials.fault(torch.device("cuda")) == ""
+    chosen, said = layer_trials.choose(net, (64, 64), torch.bfloat16, options)
     assert len(found) == passes
     assert all(1e-6 < seconds < 1 for ours, plain in found for seconds in (*ours, plain))
-    assert len(chosen) == 3
+    assert len(chosen) == 3 and said == ""

@@ -32,7 +32,8 @@ LAYERS = [Own(0, 1, 2, 0, 2, 1)]
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that use kernels, each time that they are set. Trials would choose LAYERS."""
     found: list[Any] = []
-    monkeypatch.setattr(modes, "_choose_layers", lambda *_: LAYERS)
+    monkeypatch.setattr(modes, "_choose_layers", lambda *_: (LAYERS, ""))
+    monkeypatch.setattr(modes.layer_trials, "fault", lambda device: "")
     monkeypatch.setattr(modes.layer_trials, "apply", lambda module, layers: found.append(layers))
     return found
 
@@ -172,9 +173,32 @@ def test_the_layers_with_kernels_are_chosen_remembered_and_kept(
             (Own(0, 0, 0, 0, 0, 0), []),
         ]
     ):
-        monkeypatch.setattr(modes, "_choose_layers", lambda *_, own=own: [own])
+        monkeypatch.setattr(modes, "_choose_layers", lambda *_, own=own: ([own], ""))
         tried = chosen(kernels_trials(5300, 5300), kernels="auto", cache=f"other {number}")[2]
         assert [mode for mode in tried if "+" in mode] == [f"compile_graph_fuse{k}" for k in kinds]
+
+
+def test_a_choice_without_any_kernel_that_ran_is_not_remembered(
+    chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = [Own(0, 0, 0, 0, 0, 0)]
+    for warning, again in (("WARNING: 6 trials failed", True), ("", False)):
+        monkeypatch.setattr(modes, "_choose_layers", lambda *_, said=warning: (none, said))
+        graph = {"execution": "graph", "kernels": "auto", "cache": f"kept {not again}"}
+        assert chosen(GOOD, **graph)[2] == ["graph"]
+        assert chosen(GOOD, **graph)[2] == (["graph"] if again else [])
+
+
+def test_kernels_are_not_tried_where_triton_does_not_run(
+    chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modes.layer_trials, "fault", lambda device: "RuntimeError: no C compiler")
+    assert chosen(GOOD, execution="graph", kernels="auto") == (
+        "graph",
+        "execution: graph, as the recipe says\nfused kernels: off, as Triton does not run here "
+        "(RuntimeError: no C compiler)",
+        [],
+    )
 
 
 def test_the_recipe_rules_over_kernels(chosen: Chosen) -> None:
