@@ -357,7 +357,8 @@ class Train(Section):
     kernels: Annotated[Literal["off", "auto", "force"], ON_RESUME] = "auto"
     """Train the blocks with fused kernels, which move fewer bytes; they give the same result up to
     rounding. They need a GPU and half precision. `auto` measures before the run which layers gain,
-    and then updates with and without kernels in these layers. `force` takes all kernels."""
+    and then updates with and without kernels in these layers. `force` measures nothing, and takes
+    the kernels that gained on one H200."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
     """Precision of the gradients' all-reduce; bf16 halves the bytes that are sent."""
     max_skipped_steps: Annotated[int, Field(ge=0), ON_RESUME] = 0

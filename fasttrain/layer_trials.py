@@ -40,10 +40,11 @@ class Pass(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """What decides the duration."""
+        spec = self.spec
         depends = {
-            "expand": (self.spec.shortcut,),
-            "depthwise": self.spec[:4],
-            "project": (self.spec.act,),
+            "expand": (spec.shortcut,),
+            "depthwise": (spec.stride, spec.act, spec.expands, spec.gate_after),
+            "project": (spec.act,),
         }
         return depends[self.layer], *self[1:]
 
@@ -191,14 +192,15 @@ def _durations(
     def contestant(own: int) -> Callable[[], object]:
         spec = each.spec._replace(pointwise_kernel=True, own=Own(*[own] * len(Own._fields)))
         call = partial(function, spec)
-        # What surrounds most kernels of ours is nothing that could be compiled.
+        # A kernel of ours has nothing beside it to compile. Only project's backward first makes the
+        # gradient of its output.
         if options is not None and (own == 0 or (each.layer == "project" and each.backward)):
             call = compiling.compiled(call, options)
         return partial(call, *arguments)
 
     ours = list(map(contestant, TILES))
     if each.layer == "depthwise":
-        # To compile PyTorch's code takes seconds. Its convolution alone may be slower than ours.
+        # Compiling PyTorch's code takes seconds. It cannot win if its convolution alone is slower.
         *taken, bare = _seconds([*ours, _convolution(each, arguments)], device, faults)
         if bare >= GAIN * min(taken):
             return taken, bare
@@ -248,15 +250,15 @@ def _call(
     weight = torch.randn(each.weight, device=device, dtype=dtype)
     table = None
     if each.layer == "project" or (each.layer == "depthwise" and each.spec.expands):
-        gated = each.layer == "project" and each.gated
-        table = torch.rand(batch if gated else 1, 4, channels, device=device)
+        rows = batch if each.layer == "project" and each.gated else 1
+        table = torch.rand(rows, 4, channels, device=device)
     given = x, table, weight
     if each.layer == "depthwise" and not each.backward:
         return fused_block.depthwise, (*given, each.gated)
     if not each.backward:
         return fused_block.pointwise, given
-    gated = each.layer == "depthwise" and each.gated and not each.spec.gate_after
-    affine = torch.rand(batch if gated else 1, 3, filters, device=device)
+    rows = batch if each.layer == "depthwise" and each.gated and not each.spec.gate_after else 1
+    affine = torch.rand(rows, 3, filters, device=device)
     of_y = images(filters, stride), images(filters, stride), affine
     if each.layer == "depthwise":
         return fused_block.depthwise_backward, (of_y, given)

@@ -16,6 +16,8 @@ scale and shift map the raw value to the normalised one with weight and bias; rs
 to the one without, `x_hat = x * rstd + nmean`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -250,15 +252,12 @@ def _backward_shapes(
     return _empty_images(x, tuple(x.shape)), dweight, sums[0], sums[1]
 
 
+# The forms below take the arguments of the operator that they belong to.
+
+
 @depthwise.register_fake
 def _(
-    x: Tensor,
-    table: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    act: int,
-    per_image: bool,
-    tile: int = 1,
+    x: Tensor, table: Tensor | None, weight: Tensor, stride: int, act: int, per_image: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     return _forward_shapes(
@@ -267,27 +266,11 @@ def _(
 
 
 @pointwise.register_fake
-def _(
-    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, table: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _forward_shapes(x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]), False)
 
 
 @depthwise_backward.register_fake
-def _(
-    grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
-    x: Tensor,
-    table: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    act: int,
-    tile: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward_shapes(x, table, weight)
-
-
 @pointwise_backward.register_fake
 def _(
     grad: Tensor,
@@ -296,9 +279,7 @@ def _(
     x: Tensor,
     table: Tensor | None,
     weight: Tensor,
-    act: int,
-    skip: Tensor | None,
-    tile: int = 1,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _backward_shapes(x, table, weight)
 
@@ -331,58 +312,28 @@ def wants_output_gradient(table: Tensor | None, weight: Tensor) -> bool:
 
 
 @pointwise.register_kernel("cuda")
-def _(
-    x: Tensor, table: Tensor | None, weight: Tensor, act: int, tile: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fasttrain import pointwise_gpu
 
-    return pointwise_gpu.pointwise(x, table, weight, act, tile)
+    return pointwise_gpu.pointwise(*given)
 
 
 @pointwise_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    y: Tensor | None,
-    affine: Tensor | None,
-    x: Tensor,
-    table: Tensor | None,
-    weight: Tensor,
-    act: int,
-    skip: Tensor | None,
-    tile: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fasttrain import pointwise_gpu
 
-    return pointwise_gpu.pointwise_backward(grad, y, affine, x, table, weight, act, skip, tile)
+    return pointwise_gpu.pointwise_backward(*given)
 
 
 @depthwise.register_kernel("cuda")
-def _(
-    x: Tensor,
-    table: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    act: int,
-    per_image: bool,
-    tile: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fasttrain import depthwise_gpu
 
-    return depthwise_gpu.depthwise(x, table, weight, stride, act, per_image, tile)
+    return depthwise_gpu.depthwise(*given)
 
 
 @depthwise_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    y: Tensor,
-    affine: Tensor,
-    x: Tensor,
-    table: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    act: int,
-    tile: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fasttrain import depthwise_gpu
 
-    return depthwise_gpu.depthwise_backward(grad, y, affine, x, table, weight, stride, act, tile)
+    return depthwise_gpu.depthwise_backward(*given)
